@@ -1,0 +1,169 @@
+"""Perplexity, and how far a model's predictions lie from a reference's."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float, Int
+
+from jquant.data import windows as cut_windows
+from jquant.io.load import LanguageModel, Progress
+from jquant.models.decoder import Decoder
+
+# Rows of logits alive at once: 256 × 49,152 float32 are 50 MB, and the product is still large enough to run at full rate.
+ROWS = 256
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Per scored token, `[windows, context − 1]` each.
+
+    Attributes:
+      nll: −log p(token), nats.
+      kl: KL(reference ‖ model) of the next-token distribution, nats; None without a reference.
+      agrees: whether model and reference have the same most likely token; None without a reference.
+      hidden: final states, `[windows, context, d]`: what makes this model a reference for others.
+    """
+
+    nll: np.ndarray
+    kl: np.ndarray | None
+    agrees: np.ndarray | None
+    hidden: np.ndarray
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean negative log likelihood."""
+        return float(np.exp(self.nll.mean(dtype=np.float64)))
+
+    @property
+    def stderr(self) -> float:
+        """Its standard error by the delta method, tokens taken as independent (as llama.cpp reports it)."""
+        return self.perplexity * float(self.nll.std(dtype=np.float64, ddof=1)) / self.nll.size**0.5
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A model to compare with: its decoder for the head, and its final states for the same windows."""
+
+    decoder: Decoder
+    hidden: np.ndarray
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """A perplexity with the protocol it was measured by."""
+
+    value: float
+    stderr: float
+    windows: int
+    context: int
+    scored_tokens: int
+    bos: bool
+
+    def __float__(self) -> float:
+        return self.value
+
+
+def perplexity(
+    model: LanguageModel,
+    text: str,
+    *,
+    context: int = 1024,
+    windows: int | None = None,
+    bos: bool = False,
+    progress: Progress | None = None,
+) -> Perplexity:
+    """Perplexity of a text, tokenized whole without special tokens and cut into non-overlapping windows.
+
+    Every prediction inside a window is scored, context − 1 of them.
+
+    Args:
+      model: float or quantized.
+      text: what to score.
+      context: tokens per window.
+      windows: how many, from the start; all by default.
+      bos: begin every window with the tokenizer's BOS.
+      progress: called with ("evaluate", windows done, windows in all).
+
+    Raises:
+      InputError: the text is shorter than a window, or than `windows` of them.
+    """
+    tokens = cut_windows(model.tokenizer.encode(text), context, windows, model.tokenizer.bos_id if bos else None)
+    scores = score(model.decoder, tokens, progress=progress)
+    return Perplexity(scores.perplexity, scores.stderr, len(tokens), context, scores.nll.size, bos)
+
+
+def score(
+    decoder: Decoder,
+    tokens: Int[np.ndarray, "n context"],
+    *,
+    reference: Reference | None = None,
+    batch: int = 4,
+    progress: Progress | None = None,
+) -> Scores:
+    """Scores every prediction inside each window, `batch` windows at a time."""
+    results = []
+    for begin in range(0, len(tokens), batch):
+        chosen = slice(begin, begin + batch)
+        hidden = _hidden(decoder, tokens[chosen])
+        if reference is None:
+            results.append((_nll(decoder, hidden, tokens[chosen]), None, None, hidden))
+        else:
+            against = _compare(decoder, hidden, reference.decoder, jnp.asarray(reference.hidden[chosen]), tokens[chosen])
+            results.append((*against, hidden))
+        jax.block_until_ready(results[-1])
+        if progress:
+            progress("evaluate", min(begin + batch, len(tokens)), len(tokens))
+    columns = zip(*results, strict=True)
+    return Scores(*(None if column[0] is None else np.concatenate(column) for column in columns))
+
+
+@jax.jit
+def _hidden(decoder: Decoder, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+    return decoder.hidden(tokens)
+
+
+@jax.jit
+def _nll(decoder: Decoder, hidden: Float[Array, "b t d"], tokens: Int[Array, "b t"]) -> Float[Array, "b scored"]:
+    def rows(chunk):
+        states, targets = chunk
+        return _token_nll(decoder.logits(states).astype(jnp.float32), targets)
+
+    return _map_rows(rows, hidden[:, :-1], tokens[:, 1:])
+
+
+@jax.jit
+def _compare(
+    decoder: Decoder, hidden: Array, other: Decoder, other_hidden: Array, tokens: Int[Array, "b t"]
+) -> tuple[Array, Array, Array]:
+    def rows(chunk):
+        states, other_states, targets = chunk
+        logits = decoder.logits(states).astype(jnp.float32)
+        expected = other.logits(other_states).astype(jnp.float32)
+        p = jax.nn.softmax(expected)
+        # Σ p (log p − log q) with the two normalisers taken out of the sum.
+        gap = jax.nn.logsumexp(logits, -1) - jax.nn.logsumexp(expected, -1)
+        kl = jnp.sum(p * (expected - logits), -1) + gap
+        return _token_nll(logits, targets), kl, jnp.argmax(logits, -1) == jnp.argmax(expected, -1)
+
+    return _map_rows(rows, hidden[:, :-1], other_hidden[:, :-1], tokens[:, 1:])
+
+
+def _token_nll(logits: Float[Array, "n vocab"], targets: Int[Array, " n"]) -> Float[Array, " n"]:
+    return jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, targets[:, None], -1)[:, 0]
+
+
+def _map_rows(function, *arrays: Array):
+    """Applies `function` to ROWS tokens at a time; arrays are `[b, t, …]`, results `[b, t]`."""
+    shape = arrays[0].shape[:2]
+    count = shape[0] * shape[1]
+    fill = -count % ROWS
+
+    def chunked(a: Array) -> Array:
+        flat = a.reshape(count, *a.shape[2:])
+        return jnp.pad(flat, [(0, fill)] + [(0, 0)] * (flat.ndim - 1)).reshape(-1, ROWS, *flat.shape[1:])
+
+    out = jax.lax.map(function, tuple(map(chunked, arrays)))
+    return jax.tree.map(lambda a: a.reshape(-1)[:count].reshape(shape), out)

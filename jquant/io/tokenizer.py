@@ -1,0 +1,371 @@
+"""Text to token ids and back, from a GGUF file or a Hugging Face folder.
+
+The work is done by the `tokenizers` library; this file builds its object from what the file says. transformers can do
+that for GGUF too, but only by importing torch, which jquant never does; the tests compare the two on whole texts.
+GGUF metadata is parsed here and not by `gguf.GGUFReader`, whose one NumPy view per string takes two seconds to open a
+file with 49,152 tokens; the parser below takes 0.06 s.
+"""
+
+import json
+import mmap
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tokenizers
+from gguf import GGUFReader
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+
+from jquant.errors import InputError
+
+_WAY_OUT = "model.tokenizer=<folder with tokenizer.json> would do instead"
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A byte-pair tokenizer and the few ids that generation needs.
+
+    Attributes:
+        backend: the `tokenizers.Tokenizer` that does the work.
+        bos_id: the id that opens a text, if the model has one.
+        eos_ids: the ids at which generation stops.
+        add_bos: whether the model expects `bos_id` before a text; `encode` never adds it, the caller decides.
+        chat_template: the Jinja source that lays out a conversation, if the file carries one.
+    """
+
+    backend: tokenizers.Tokenizer = field(repr=False)
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    add_bos: bool = False
+    chat_template: str | None = field(default=None, repr=False)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of distinct tokens; a model's embedding may have more rows, for padding."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Tokenize `text` as one piece, adding no special tokens.
+
+        A special token's name inside the text becomes that token, as in transformers' default
+        (`split_special_tokens=False`): do not pass untrusted text where that matters. Bytes for which the vocabulary
+        has no token yield no id (SmolLM2 lacks six control characters and most of the planes above U+3FFFF).
+
+        Returns:
+            int32 ids, shape [tokens].
+
+        Raises:
+            InputError: `text` holds an unpaired surrogate.
+        """
+        try:
+            encoding = self.backend.encode(text, add_special_tokens=False)
+        except TypeError as error:  # how tokenizers reports a str that has no UTF-8 form
+            raise InputError("the text holds an unpaired surrogate; read its file with encoding='utf-8'") from error
+        return np.array(encoding.ids, dtype=np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of `ids`, special tokens by name; bytes that are no UTF-8 become U+FFFD."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Yield the text of `ids` while they arrive, never a part of a character; the pieces join to `decode(ids)`."""
+        decoder, seen, printed = decoders.DecodeStream(skip_special_tokens=False), [], 0
+        for token in ids:
+            seen.append(int(token))
+            if piece := decoder.step(self.backend, seen[-1]):
+                printed += len(piece)
+                yield piece
+        # DecodeStream holds back an unfinished character for good when no further token comes.
+        if rest := self.decode(seen)[printed:]:
+            yield rest
+
+
+# ---- GGUF -----------------------------------------------------------------------------------------------------------
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class _Pre(NamedTuple):
+    """How text is cut before byte pairs are merged: one row per `tokenizer.ggml.pre`."""
+
+    split: str
+    nfc: bool = False
+    ignore_merges: bool = False  # a piece that is a token stays whole, whatever the merges would make of it
+    add_bos: bool = False  # where the file has no add_bos_token
+
+
+# Expressions: llama.cpp (src/llama-vocab.cpp, "original regex from tokenizer.json") and transformers 5.23
+# (integrations/gguf, Qwen2Tokenizer, TikTokenConverter) agree; GPT-2's is the one in tokenizers' ByteLevel.
+# ignore_merges: llama.cpp and transformers' TikTokenConverter and MistralConverter. nfc: Qwen2Tokenizer.
+# Two names are read as transformers' GGUF loader reads them although llama.cpp does otherwise. `smollm`: llama.cpp cuts
+# out each digit first, so that "\n\n1" begins as one token, not two; WikiText-2 (joined) has 304,978 ids so, not
+# the 304,986 on which the reference figures stand. `default`: llama.cpp has its own rule for unknown origins.
+_PRE_TOKENIZERS = {
+    "gpt-2": _Pre(_GPT2),
+    "default": _Pre(_GPT2),
+    "smollm": _Pre(_GPT2),
+    "llama-bpe": _Pre(_LLAMA3, ignore_merges=True, add_bos=True),
+    "llama3": _Pre(_LLAMA3, ignore_merges=True, add_bos=True),
+    "llama-v3": _Pre(_LLAMA3, ignore_merges=True, add_bos=True),
+    "tekken": _Pre(_TEKKEN, ignore_merges=True, add_bos=True),
+    "qwen2": _Pre(_QWEN2, nfc=True),
+}
+
+_CONTROL, _USER_DEFINED = 3, 4  # gguf.TokenType
+_STRING, _ARRAY = 8, 9  # gguf.GGUFValueType; the others, by their struct letter:
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+
+
+def tokenizer_from_gguf(path_or_reader: str | os.PathLike[str] | GGUFReader) -> Tokenizer:
+    """Build the tokenizer that a GGUF file describes in its `tokenizer.ggml.*` fields.
+
+    Reads byte-level BPE (`model` "gpt2") with the pre-tokenizers of the table above, and SentencePiece BPE ("llama").
+    Only the metadata is read, so a file cut off inside its tensors passes here.
+
+    Args:
+        path_or_reader: the file, or a reader open on it.
+
+    Raises:
+        InputError: the file is unreadable or truncated, lacks a field, or has another kind of tokenizer.
+
+    Source: the GGUF specification (ggml/docs/gguf.md); compared with transformers 5.23's
+    `integrations/gguf/gguf_tokenizer_mapping.py`.
+    """
+    path = path_or_reader.data.filename if isinstance(path_or_reader, GGUFReader) else path_or_reader
+    fields = _Fields(path, _read_metadata(path))
+    tokens, kind = fields.get("tokens", list), fields.get("model", str)
+    vocab = {token: index for index, token in enumerate(tokens)}
+    if len(vocab) != len(tokens):
+        raise InputError(f"{path} lists a token twice in tokenizer.ggml.tokens; {_WAY_OUT}")
+    builders = {"gpt2": _byte_level, "llama": _sentencepiece}
+    if kind not in builders:
+        raise InputError(f"{path} has a tokenizer of kind {kind!r}, which jquant does not build from GGUF; {_WAY_OUT}")
+    try:
+        backend, add_bos = builders[kind](fields, vocab)
+        _add_special_tokens(backend, fields, tokens)
+    except InputError:
+        raise
+    except Exception as error:  # tokenizers raises bare Exceptions, on a merge of unknown tokens for one
+        raise InputError(f"{path} holds an unusable tokenizer ({error}); {_WAY_OUT}") from error
+    eos = (fields.token_id(name, len(tokens)) for name in ("eos", "eot", "eom"))
+    return Tokenizer(
+        backend,
+        bos_id=fields.token_id("bos", len(tokens)),
+        eos_ids=tuple(dict.fromkeys(i for i in eos if i is not None)),
+        add_bos=fields.get("add_bos_token", bool, add_bos),
+        chat_template=fields.metadata.get("tokenizer.chat_template"),
+    )
+
+
+class _Fields(NamedTuple):
+    """A file's metadata, asked for by short names, with errors that name file and field."""
+
+    path: Any
+    metadata: dict[str, Any]
+
+    def get(self, name: str, kind: type, default: Any = None) -> Any:
+        value = self.metadata.get(f"tokenizer.ggml.{name}", default)
+        if not isinstance(value, kind):
+            fault = "no" if value is None else "an ill-typed"
+            raise InputError(f"{self.path} has {fault} field tokenizer.ggml.{name}; {_WAY_OUT}")
+        return value
+
+    def token_id(self, name: str, vocab_size: int) -> int | None:
+        index = self.metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if index is not None and not (isinstance(index, int) and 0 <= index < vocab_size):
+            raise InputError(f"{self.path} gives tokenizer.ggml.{name}_token_id {index} of {vocab_size}; {_WAY_OUT}")
+        return index
+
+
+def _byte_level(fields: _Fields, vocab: dict[str, int]) -> tuple[tokenizers.Tokenizer, bool]:
+    """Byte-level BPE (GPT-2 and its descendants), and whether it opens with BOS by default."""
+    name = fields.get("pre", str)
+    if name not in _PRE_TOKENIZERS:
+        known = ", ".join(_PRE_TOKENIZERS)
+        raise InputError(f"{fields.path} uses the pre-tokenizer {name!r}; jquant knows {known}; {_WAY_OUT}")
+    pre = _PRE_TOKENIZERS[name]
+    merges = [tuple(merge.split(" ")) for merge in fields.get("merges", list)]
+    backend = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=pre.ignore_merges))
+    if pre.nfc:
+        backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pre.split), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return backend, pre.add_bos
+
+
+def _sentencepiece(fields: _Fields, vocab: dict[str, int]) -> tuple[tokenizers.Tokenizer, bool]:
+    """SentencePiece BPE with byte fallback, its merges recovered from the scores (transformers' `generate_merges`)."""
+    architecture = fields.metadata.get("general.architecture", "")
+    if architecture.startswith(("gemma", "phi3")):  # Gemma's scores do not order its merges; Phi-3 spaces differently
+        raise InputError(f"{fields.path} has the SentencePiece dialect of {architecture}; {_WAY_OUT}")
+    merges = [
+        (score, token[:cut], token[cut:])
+        for token, score in zip(vocab, fields.get("scores", list), strict=True)
+        for cut in range(1, len(token))
+        if token[:cut] in vocab and token[cut:] in vocab
+    ]
+    merges.sort(key=lambda merge: (merge[0], len(merge[1]), len(merge[2])), reverse=True)
+    model = models.BPE(vocab, [merge[1:] for merge in merges], fuse_unk=True, byte_fallback=True)
+    backend = tokenizers.Tokenizer(model)
+    prefix = fields.get("add_space_prefix", bool, True)
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first" if prefix else "never", split=False)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
+    return backend, True
+
+
+def _add_special_tokens(backend: tokenizers.Tokenizer, fields: _Fields, tokens: list[str]) -> None:
+    """Have control and user-defined tokens, and those with a role, matched whole in the text."""
+    types = fields.get("token_type", list)
+    roles = {fields.token_id(role, len(tokens)) for role in ("bos", "eos", "unknown", "padding")}
+    special = {i for i, (_, kind) in enumerate(zip(tokens, types, strict=True)) if kind == _CONTROL or i in roles}
+    plain = {i for i, kind in enumerate(types) if kind == _USER_DEFINED} - special
+    backend.add_special_tokens([AddedToken(tokens[i], normalized=False, special=True) for i in sorted(special)])
+    backend.add_tokens([AddedToken(tokens[i], normalized=False, special=False) for i in sorted(plain)])
+
+
+def _read_metadata(path: Any) -> dict[str, Any]:
+    """All key-value pairs of a little-endian GGUF file of version 2 or 3."""
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            if data[:4] != b"GGUF":
+                raise ValueError("it does not begin with GGUF")
+            version, _, count = struct.unpack_from("<IQQ", data, 4)
+            if version not in (2, 3):
+                raise ValueError(f"version {version} is neither 2 nor 3")
+            metadata, position = {}, 24
+            for _ in range(count):
+                key, position = _read_string(data, position)
+                (kind,) = struct.unpack_from("<I", data, position)
+                metadata[key], position = _read_value(data, position + 4, kind)
+            return metadata
+    except (OSError, ValueError, struct.error) as error:
+        raise InputError(f"{path} cannot be read as GGUF ({error}); download or convert it again") from error
+
+
+def _read_value(data: mmap.mmap, position: int, kind: int) -> tuple[Any, int]:
+    """One value and the position after it."""
+    if kind == _STRING:
+        return _read_string(data, position)
+    count = 1
+    if kind == _ARRAY:
+        kind, count = struct.unpack_from("<IQ", data, position)
+        position += 12
+        if kind == _STRING:
+            strings = []
+            for _ in range(count):
+                string, position = _read_string(data, position)
+                strings.append(string)
+            return strings, position
+        layout = f"<{count}{_scalar(kind)}"
+        return list(struct.unpack_from(layout, data, position)), position + struct.calcsize(layout)
+    layout = "<" + _scalar(kind)
+    return struct.unpack_from(layout, data, position)[0], position + struct.calcsize(layout)
+
+
+def _scalar(kind: int) -> str:
+    if kind not in _SCALARS:
+        raise ValueError(f"a value has the unknown type {kind}")
+    return _SCALARS[kind]
+
+
+_LENGTH = struct.Struct("<Q")
+
+
+def _read_string(data: mmap.mmap, position: int) -> tuple[str, int]:
+    start = position + _LENGTH.size
+    end = start + _LENGTH.unpack_from(data, position)[0]
+    if end > len(data):  # a slice would silently come back short
+        raise ValueError("it ends inside a string")
+    return data[start:end].decode(), end
+
+
+# ---- Hugging Face folder --------------------------------------------------------------------------------------------
+
+# Without one of these transformers 5 builds an empty tokenizer from config.json alone, and says nothing.
+_VOCABULARIES = ("*.model", "vocab.*", "tekken.json", "*.tiktoken")
+
+
+def tokenizer_from_folder(path: str | os.PathLike[str]) -> Tokenizer:
+    """Load the tokenizer of a Hugging Face model folder.
+
+    `tokenizer.json` is read directly; without it transformers converts what there is (which may import torch).
+    BOS and EOS come from the first of generation_config.json, tokenizer_config.json and config.json that names them.
+
+    Raises:
+        InputError: there is no such folder, no tokenizer in it, or a file of it is broken.
+    """
+    folder = Path(path)
+    backend = _backend(folder)
+    backend.no_truncation()  # tokenizer.json may carry the settings of whoever saved it
+    backend.no_padding()
+    settings = _read_json(folder / "tokenizer_config.json")
+    sources = (_read_json(folder / "generation_config.json"), settings, _read_json(folder / "config.json"))
+    bos, eos = (_special_ids(backend, sources, name) for name in ("bos", "eos"))
+    template, jinja = settings.get("chat_template"), folder / "chat_template.jinja"
+    if jinja.is_file():
+        template = jinja.read_text(encoding="utf-8")
+    return Tokenizer(
+        backend,
+        bos_id=bos[0] if bos else None,
+        eos_ids=eos,
+        add_bos=bool(bos) and backend.encode("").ids[:1] == [bos[0]],  # what the file's post-processor does
+        chat_template=template if isinstance(template, str) else None,
+    )
+
+
+def _backend(folder: Path) -> tokenizers.Tokenizer:
+    file = folder / "tokenizer.json"
+    if not file.is_file() and not any(any(folder.glob(pattern)) for pattern in _VOCABULARIES):
+        raise InputError(f"{folder} holds no tokenizer; give model.tokenizer a folder with tokenizer.json")
+    try:
+        if file.is_file():
+            return tokenizers.Tokenizer.from_file(str(file))
+        from transformers import AutoTokenizer  # slow to import, and rarely needed
+
+        return AutoTokenizer.from_pretrained(folder, use_fast=True, local_files_only=True).backend_tokenizer
+    except Exception as error:  # both libraries raise bare Exceptions
+        raise InputError(f"{folder} holds a tokenizer that cannot be read ({error}); {_WAY_OUT}") from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file} is not valid JSON ({error}); download it again") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file} is not a JSON object; download it again")
+    return content
+
+
+def _special_ids(backend: tokenizers.Tokenizer, sources: Iterable[dict[str, Any]], name: str) -> tuple[int, ...]:
+    """The ids that the first source to know `bos` or `eos` gives, as an id, a token, or a list of them."""
+    for source in sources:
+        value = source.get(f"{name}_token_id", source.get(f"{name}_token"))
+        entries = value if isinstance(value, list) else [value]
+        tokens = [entry.get("content") if isinstance(entry, dict) else entry for entry in entries]
+        ids = [backend.token_to_id(token) if isinstance(token, str) else token for token in tokens]
+        if ids := [i for i in ids if isinstance(i, int)]:
+            return tuple(ids)
+    return ()

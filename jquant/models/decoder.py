@@ -1,0 +1,215 @@
+"""One Flax NNX decoder for the Llama family.
+
+Layers are stacked on axis 0 and run under `lax.scan`, so compile time does not grow with depth. A kernel is an array
+`[in, out]` or a `QTensor`; the modules cannot tell. `Block` also returns its taps: the distinct inputs that its
+projections read, which is all that calibration needs. Under jit, taps nobody uses cost nothing.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jaxtyping import Float, Int
+
+from jquant.models.config import DecoderConfig
+from jquant.qtensor import matmul
+
+Taps = dict[str, Array]
+
+# Most query chunks attention is unrolled into; each one sees only the keys it may attend to.
+MAX_CHUNKS, MIN_CHUNK = 16, 128
+
+
+class Linear(nnx.Module):
+    """y = x @ kernel, kernel `[in, out]`, plain or quantized."""
+
+    def __init__(self, in_features: int, out_features: int, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(0.02 * rngs.params.normal((in_features, out_features)))
+
+    def __call__(self, x: Float[Array, "*b in"]) -> Float[Array, "*b out"]:
+        """Applies the kernel in x's dtype."""
+        return matmul(x, self.kernel.get_value())
+
+
+class RMSNorm(nnx.Module):
+    """x · scale / √(mean x² + ε), the mean in float32."""
+
+    def __init__(self, features: int, eps: float):
+        self.scale = nnx.Param(jnp.ones(features))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        """Normalises the last axis."""
+        wide = x.astype(jnp.float32)
+        wide *= jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.eps)
+        return wide.astype(x.dtype) * self.scale.get_value()
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        self.config = config
+        width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.q = Linear(config.hidden, width, rngs)
+        self.k = Linear(config.hidden, kv_width, rngs)
+        self.v = Linear(config.hidden, kv_width, rngs)
+        self.o = Linear(width, config.hidden, rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        rotary: Float[Array, "t half 2"],
+        cache: tuple[Array, Array] | None = None,
+        start: Int[Array, ""] | int = 0,
+    ) -> tuple[Float[Array, "b t d"], Taps, tuple[Array, Array] | None]:
+        """Output, taps and the cache with these tokens written at `start`.
+
+        The cache is this layer's (keys, values), each `[b, kv_heads, s, head_dim]`; without one, attention is causal
+        within x.
+        """
+        heads = lambda y: y.reshape(*y.shape[:2], -1, self.config.head_dim).transpose(0, 2, 1, 3)  # noqa: E731
+        q, k, v = rotate(heads(self.q(x)), rotary), rotate(heads(self.k(x)), rotary), heads(self.v(x))
+        if cache is not None:
+            at = (0, 0, start, 0)
+            cache = (jax.lax.dynamic_update_slice(cache[0], k, at), jax.lax.dynamic_update_slice(cache[1], v, at))
+            out, mass = attend(q, *cache, start), None
+        else:
+            out, mass = causal_attention(q, k, v)
+        merged = out.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1)
+        taps = {"attention_input": x, "attention_output": merged}
+        return self.o(merged), taps if mass is None else taps | {"attention_mass": mass}, cache
+
+
+class MLP(nnx.Module):
+    """down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        self.gate = Linear(config.hidden, config.ffn, rngs)
+        self.up = Linear(config.hidden, config.ffn, rngs)
+        self.down = Linear(config.ffn, config.hidden, rngs)
+
+    def __call__(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Taps]:
+        """Output and taps."""
+        inner = jax.nn.silu(self.gate(x)) * self.up(x)
+        return self.down(inner), {"mlp_input": x, "mlp_output": inner}
+
+
+class Block(nnx.Module):
+    """One pre-norm decoder layer."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config.hidden, config.norm_eps)
+        self.attention = Attention(config, rngs)
+        self.mlp_norm = RMSNorm(config.hidden, config.norm_eps)
+        self.mlp = MLP(config, rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        rotary: Float[Array, "t half 2"],
+        cache: tuple[Array, Array] | None = None,
+        start: Int[Array, ""] | int = 0,
+    ) -> tuple[Float[Array, "b t d"], Taps, tuple[Array, Array] | None]:
+        """Residual stream after the layer, its taps, and its cache."""
+        attended, taps, cache = self.attention(self.attention_norm(x), rotary, cache, start)
+        x = x + attended
+        out, mlp_taps = self.mlp(self.mlp_norm(x))
+        return x + out, taps | mlp_taps, cache
+
+
+class Decoder(nnx.Module):
+    """Token ids to logits. `embedding` is `[vocab, d]`; a tied head is the same array, not a copy."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.embedding = nnx.Param(0.02 * rngs.params.normal((config.vocab_size, config.hidden)))
+        stack = nnx.vmap(lambda rngs: Block(config, rngs))
+        self.layers = nnx.split_rngs(splits=config.layers)(stack)(rngs)
+        self.norm = RMSNorm(config.hidden, config.norm_eps)
+        self.head = None if config.tied else Linear(config.hidden, config.vocab_size, rngs)
+
+    def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t vocab"]:
+        """Next-token logits at every position."""
+        return self.logits(self.hidden(tokens))
+
+    def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        """The residual stream before the first layer."""
+        return self.embedding.get_value()[tokens]
+
+    def hidden(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        """States after the last norm, from which `logits` reads: 80 times smaller than the logits they stand for."""
+        rotary = rotary_table(self.config, jnp.arange(tokens.shape[1]))
+        graph, layers = nnx.split(self.layers)
+
+        def layer(x: Array, params: Any) -> tuple[Array, None]:
+            return nnx.merge(graph, params)(x, rotary)[0], None
+
+        x, _ = jax.lax.scan(layer, self.embed(tokens), layers)
+        return self.norm(x)
+
+    def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b vocab"]:
+        """Projects final states onto the vocabulary."""
+        return hidden @ self.embedding.get_value().T if self.head is None else self.head(hidden)
+
+
+def rotary_table(config: DecoderConfig, positions: Int[Array, " t"]) -> Float[Array, "t half 2"]:
+    """Cosine and sine of each position and frequency pair (RoPE, arXiv 2104.09864), float32."""
+    half = config.head_dim // 2
+    frequency = config.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if config.rope_divisors is not None:
+        frequency = frequency / jnp.asarray(config.rope_divisors, jnp.float32)
+    angle = positions[:, None].astype(jnp.float32) * frequency
+    return jnp.stack([jnp.cos(angle), jnp.sin(angle)], -1)
+
+
+def rotate(x: Float[Array, "b h t d"], rotary: Float[Array, "t half 2"]) -> Float[Array, "b h t d"]:
+    """Rotates the pairs (i, i + d/2), Hugging Face's order, in float32."""
+    cos, sin = rotary[..., 0], rotary[..., 1]
+    a, b = jnp.split(x.astype(jnp.float32), 2, -1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+
+
+def causal_attention(
+    q: Float[Array, "b h t d"], k: Float[Array, "b kv t d"], v: Float[Array, "b kv t d"]
+) -> tuple[Float[Array, "b h t d"], Float[Array, "b t"]]:
+    """Causal attention, and the attention mass each token receives: summed over queries, averaged over heads.
+
+    Queries go in chunks, unrolled, each against the keys up to its own end: half the products of the full square, and
+    never more than a chunk's probabilities in memory (1/16 of the square at 4,096 tokens).
+    """
+    t = q.shape[2]
+    chunk = max(MIN_CHUNK, -(-t // MAX_CHUNKS))
+    outs, mass = [], jnp.zeros((q.shape[0], t), jnp.float32)
+    for begin in range(0, t, chunk):
+        end = min(begin + chunk, t)
+        visible = jnp.arange(end) <= jnp.arange(begin, end)[:, None]
+        out, received = _softmax_attention(q[:, :, begin:end], k[:, :, :end], v[:, :, :end], visible)
+        outs.append(out)
+        mass = mass.at[:, :end].add(received)
+    return jnp.concatenate(outs, 2), mass
+
+
+def attend(
+    q: Float[Array, "b h t d"], k: Float[Array, "b kv s d"], v: Float[Array, "b kv s d"], start: Int[Array, ""] | int
+) -> Float[Array, "b h t d"]:
+    """Attention of queries at positions start, start + 1, … to a cache of `s` slots, the later ones still empty."""
+    visible = jnp.arange(k.shape[2]) <= start + jnp.arange(q.shape[2])[:, None]
+    return _softmax_attention(q, k, v, visible)[0]
+
+
+def _softmax_attention(q: Array, k: Array, v: Array, visible: Array) -> tuple[Array, Array]:
+    """Scores and probabilities in float32; query heads that share a key/value head are rows of one matrix product."""
+    b, h, t, d = q.shape
+    kv, s = k.shape[1:3]
+    grouped = (q * d**-0.5).reshape(b, kv, h // kv * t, d)
+    scores = jnp.einsum("bkqd,bksd->bkqs", grouped, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(visible, scores.reshape(b, kv, h // kv, t, s), -jnp.inf)
+    weights = jnp.exp(scores - jnp.max(scores, -1, keepdims=True))
+    # Dividing the outputs instead of the probabilities saves a pass over the square.
+    total = jnp.sum(weights, -1, keepdims=True)
+    out = jnp.einsum("bkqs,bksd->bkqd", weights.astype(v.dtype).reshape(b, kv, -1, s), v)
+    out = out.reshape(b, h, t, d) / total.reshape(b, h, t, 1).astype(v.dtype)
+    return out, jnp.sum(weights / total, (1, 2, 3)) / h

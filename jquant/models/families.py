@@ -1,0 +1,94 @@
+"""What a model family's files and blocks look like: tensor names, and the sites where weights are quantized.
+
+Everything family-specific that an algorithm may need is declared here: which projections read one input, what feeds that
+input (and so can absorb a channel scale), and which token weights suit which projection.
+"""
+
+from dataclasses import dataclass
+
+from jquant.models.config import DecoderConfig
+
+
+@dataclass(frozen=True)
+class Site:
+    """One distinct input within a block.
+
+    Attributes:
+      tap: its name among the block's taps.
+      weights: the projections that read it, as paths into the block's parameters.
+      producer: the parameter whose last axis makes its channels: a norm's gain, or a projection's kernel.
+      token_weights: projection -> the tap `[b, t]` by which its Gram matrix weights tokens. k and v are read by every
+        later token, in proportion to the attention they receive.
+    """
+
+    tap: str
+    weights: tuple[str, ...]
+    producer: str
+    token_weights: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names in files -> names in the decoder. `{}` stands for the layer; kernels are stored `[out, in]` in both formats."""
+
+    sites: tuple[Site, ...]
+    hf: dict[str, str]
+    gguf: dict[str, str]
+
+
+K, V = "attention.k.kernel", "attention.v.kernel"
+
+LLAMA = Family(
+    sites=(
+        Site(
+            "attention_input",
+            ("attention.q.kernel", K, V),
+            "attention_norm.scale",
+            ((K, "attention_mass"), (V, "attention_mass")),
+        ),
+        Site("attention_output", ("attention.o.kernel",), V),
+        Site("mlp_input", ("mlp.gate.kernel", "mlp.up.kernel"), "mlp_norm.scale"),
+        Site("mlp_output", ("mlp.down.kernel",), "mlp.up.kernel"),
+    ),
+    hf={
+        "embedding": "model.embed_tokens.weight",
+        "norm.scale": "model.norm.weight",
+        "head.kernel": "lm_head.weight",
+        "layers.attention_norm.scale": "model.layers.{}.input_layernorm.weight",
+        "layers.attention.q.kernel": "model.layers.{}.self_attn.q_proj.weight",
+        "layers.attention.k.kernel": "model.layers.{}.self_attn.k_proj.weight",
+        "layers.attention.v.kernel": "model.layers.{}.self_attn.v_proj.weight",
+        "layers.attention.o.kernel": "model.layers.{}.self_attn.o_proj.weight",
+        "layers.mlp_norm.scale": "model.layers.{}.post_attention_layernorm.weight",
+        "layers.mlp.gate.kernel": "model.layers.{}.mlp.gate_proj.weight",
+        "layers.mlp.up.kernel": "model.layers.{}.mlp.up_proj.weight",
+        "layers.mlp.down.kernel": "model.layers.{}.mlp.down_proj.weight",
+    },
+    gguf={
+        "embedding": "token_embd.weight",
+        "norm.scale": "output_norm.weight",
+        "head.kernel": "output.weight",
+        "layers.attention_norm.scale": "blk.{}.attn_norm.weight",
+        "layers.attention.q.kernel": "blk.{}.attn_q.weight",
+        "layers.attention.k.kernel": "blk.{}.attn_k.weight",
+        "layers.attention.v.kernel": "blk.{}.attn_v.weight",
+        "layers.attention.o.kernel": "blk.{}.attn_output.weight",
+        "layers.mlp_norm.scale": "blk.{}.ffn_norm.weight",
+        "layers.mlp.gate.kernel": "blk.{}.ffn_gate.weight",
+        "layers.mlp.up.kernel": "blk.{}.ffn_up.weight",
+        "layers.mlp.down.kernel": "blk.{}.ffn_down.weight",
+    },
+)
+
+
+def shared_channels(site: Site, config: DecoderConfig) -> tuple[int, ...] | None:
+    """For each channel of a site, the producer's channel that makes it, where that is not the channel itself.
+
+    With grouped queries, the heads that share a key/value head read the same channels of v.
+    """
+    if site.producer != V:
+        return None
+    per_kv = config.heads // config.kv_heads
+    return tuple(
+        (head // per_kv) * config.head_dim + i for head in range(config.heads) for i in range(config.head_dim)
+    )

@@ -1,0 +1,87 @@
+"""QTensor: packed codes, scales and zeros as one pytree that maps, shards, checkpoints and scans like an array."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, UInt8
+
+from jquant.formats import Format, expand_groups, group_rows, pack, unpack
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class QTensor:
+    """A quantized `[*l, in, out]` weight.
+
+    Attributes:
+      codes: uint8 `[*l, bytes, out]`, packed along `in`: 8 codes take `format.bits` bytes (`formats.pack`).
+      scale: `[*l, groups, out]` in `format.scale_dtype`; `[*l, 1, 1]` per tensor.
+      zero: None, or the groups' integer zeros packed along `out`: uint8 `[*l, groups, bytes]`.
+      format: what the codes stand for (static).
+      in_features: rows before packing (static).
+    """
+
+    # Fields are Any because pytree transformations put other things than arrays here (shapes, shardings, None).
+    codes: Any
+    scale: Any
+    zero: Any
+    format: Format = field(metadata={"static": True})
+    in_features: int = field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight this stands for, `[*l, in, out]`."""
+        return (*self.codes.shape[:-2], self.in_features, self.codes.shape[-1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and zeros together."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+
+def from_codes(
+    codes: UInt8[Array, "*l in out"], scale: Float[Array, "*l g s"], zero: UInt8[Array, "*l g s"] | None, format: Format
+) -> QTensor:
+    """Packs one code per weight, with the scale and integer zero of each group."""
+    packed_zero = None if zero is None else _swap(pack(_swap(zero), format.bits))
+    return QTensor(pack(codes, format.bits), scale, packed_zero, format, codes.shape[-2])
+
+
+def quantize(w: Float[Array, "*l in out"], scale: Array, zero: Array | None, format: Format) -> QTensor:
+    """Rounds every weight to its nearest code on the given grid."""
+    rows = group_rows(format, w.shape[-2])
+    at = [None if v is None else expand_groups(v, rows, w.shape[-2]) for v in (scale, zero)]
+    return from_codes(format.encode(w, *at), scale, zero, format)
+
+
+def dequantize(q: QTensor, dtype: Any = jnp.float32) -> Float[Array, "*l in out"]:
+    """The weight that the codes stand for."""
+    rows = group_rows(q.format, q.in_features)
+    zero = None if q.zero is None else _swap(unpack(_swap(q.zero), q.format.bits, q.scale.shape[-1]))
+    at = [None if v is None else expand_groups(v, rows, q.in_features) for v in (q.scale, zero)]
+    return q.format.decode(unpack(q.codes, q.format.bits, q.in_features), *at).astype(dtype)
+
+
+def matmul(x: Float[Array, "*b in"], w: Array | QTensor) -> Float[Array, "*b out"]:
+    """x @ w in x's dtype, for a plain or a quantized matrix `[in, out]`."""
+    return x @ (dequantize(w, x.dtype) if isinstance(w, QTensor) else w)
+
+
+def bits_per_weight(tree: Any) -> float:
+    """Stored bits (codes, scales, zeros, remainders) per weight over every array and QTensor of a pytree."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+    return 8 * sum(leaf.nbytes for leaf in leaves) / sum(_size(leaf) for leaf in leaves)
+
+
+def _size(leaf: Array | QTensor) -> int:
+    size = 1
+    for n in leaf.shape:
+        size *= n
+    return size
+
+
+def _swap(a: Array) -> Array:
+    return jnp.swapaxes(a, -1, -2)

@@ -1,0 +1,108 @@
+"""How a group's scale and zero are chosen, before any code is.
+
+A range is a frozen dataclass called as `range(w, format, gram)`; it returns the stored scale and the integer zero
+(`[*l, groups, out]`, uint8 or None). `gram` is the Gram matrix of the weight's inputs, or None where nothing was observed.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from jquant.errors import InputError
+from jquant.formats import Format, group_rows, grouped
+
+
+class Range(Protocol):
+    """The contract of every range."""
+
+    def __call__(
+        self, w: Float[Array, "in out"], format: Format, gram: Float[Array, "in in"] | None
+    ) -> tuple[Array, Array | None]:
+        """Scale and zero, `[groups, out]` each (`[1, 1]` per tensor)."""
+        ...
+
+
+@dataclass(frozen=True)
+class MinMax:
+    """The whole range of each group: nothing clips."""
+
+    def __call__(
+        self, w: Float[Array, "in out"], format: Format, gram: Float[Array, "in in"] | None = None
+    ) -> tuple[Array, Array | None]:
+        """See `Range`."""
+        return format.grid(*_ends(grouped(w, group_rows(format, w.shape[-2])), format))
+
+
+@dataclass(frozen=True)
+class Search:
+    """The min-max range shrunk by the factor that leaves the least rounding error, group by group.
+
+    Attributes:
+      metric: what is minimised, for Δ = Q(w) − w within one group: "mse" Σ Δ², "diagonal" Σ Hᵢᵢ Δᵢ² with H the Gram
+        matrix, "gram" Δᵀ H_gg Δ with the group's block of it, the true change of the layer's output if the other groups
+        stayed exact (AWQ's clipping objective, arXiv 2306.00978 §3.2, with H in place of stored samples).
+      steps: candidates, evenly spaced from 1 down to `smallest`.
+      smallest: the strongest clipping tried.
+
+    Raises:
+      InputError: `metric` needs a Gram matrix and there is none.
+    """
+
+    metric: Literal["mse", "diagonal", "gram"] = "mse"
+    steps: int = 21
+    smallest: float = 0.6
+
+    def __call__(
+        self, w: Float[Array, "in out"], format: Format, gram: Float[Array, "in in"] | None = None
+    ) -> tuple[Array, Array | None]:
+        """See `Range`."""
+        if self.metric != "mse" and gram is None:
+            raise InputError(f"The range search by {self.metric} needs calibration text.")
+        rows = group_rows(format, w.shape[-2])
+        groups = grouped(w, rows)
+        low, high = _ends(groups, format)
+        weight = None if gram is None or self.metric == "mse" else _weight(gram, rows, self.metric)
+
+        def attempt(shrink: Array) -> tuple[Array, Array, Array | None]:
+            scale, zero = format.grid(low * shrink, high * shrink)
+            at = [None if v is None else v[:, None] for v in (scale, zero)]
+            loss = _loss(format.decode(format.encode(groups, *at), *at) - groups, weight)
+            return jnp.sum(loss, keepdims=True) if format.group == "tensor" else loss, scale, zero
+
+        def step(best, shrink: Array):
+            new = attempt(shrink)
+            better = new[0] < best[0]
+            return jax.tree.map(lambda a, b: jnp.where(better, a, b), new, best), None
+
+        # A scan holds one candidate at a time: memory does not grow with `steps`.
+        candidates = jnp.linspace(1.0, self.smallest, self.steps)
+        (_, scale, zero), _ = jax.lax.scan(step, attempt(candidates[0]), candidates[1:])
+        return scale, zero
+
+
+def _ends(groups: Float[Array, "groups rows out"], format: Format) -> tuple[Array, Array]:
+    axes = (-2, -1) if format.group == "tensor" else (-2,)
+    low, high = jnp.min(groups, axes, keepdims=True), jnp.max(groups, axes, keepdims=True)
+    return low[:, 0], high[:, 0]
+
+
+def _weight(gram: Array, rows: int, metric: str) -> Array:
+    """The Gram matrix's diagonal `[groups, rows, 1]` or its diagonal blocks `[groups, rows, rows]`."""
+    if metric == "diagonal":
+        return grouped(jnp.diagonal(gram)[:, None], rows)
+    groups = -(-gram.shape[0] // rows)
+    pad = groups * rows - gram.shape[0]
+    blocks = jnp.pad(gram, ((0, pad), (0, pad))).reshape(groups, rows, groups, rows)
+    return blocks[jnp.arange(groups), :, jnp.arange(groups), :]
+
+
+def _loss(delta: Float[Array, "groups rows out"], weight: Array | None) -> Float[Array, "groups out"]:
+    if weight is None:
+        return jnp.sum(delta**2, -2)
+    if weight.shape[-1] == 1:
+        return jnp.sum(weight * delta**2, -2)
+    return jnp.sum(delta * jnp.einsum("gij,gjo->gio", weight, delta), -2)

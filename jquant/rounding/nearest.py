@@ -1,0 +1,30 @@
+"""Round to nearest (RTN): every weight on its own."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from jquant.formats import Format
+from jquant.qtensor import QTensor, dequantize, quantize
+from jquant.rounding.info import SolveInfo, output_energy
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """Each weight takes its nearest code; the Gram matrix serves only to report the error."""
+
+    def __call__(
+        self,
+        w: Float[Array, "in out"],
+        scale: Array,
+        zero: Array | None,
+        gram: Float[Array, "in in"] | None,
+        format: Format,
+    ) -> tuple[QTensor, SolveInfo]:
+        """See `Rounding`."""
+        q = quantize(w, scale, zero, format)
+        dead = jnp.int32(0) if gram is None else jnp.sum(jnp.diagonal(gram) == 0)
+        error = output_energy(w - dequantize(q), gram)
+        return q, SolveInfo(error, output_energy(w, gram), jnp.float32(0), jnp.int32(0), dead)

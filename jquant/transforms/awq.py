@@ -1,0 +1,72 @@
+"""AWQ (arXiv 2306.00978): scale up the input channels that matter before rounding, and undo it in what feeds them.
+
+For a scale s per input channel, W is replaced by diag(s) W and the layer's input by x / s, which whatever produces x
+(a norm's gain, a projection's output channels) absorbs exactly. The scale is s = mean|x|^α, Eq. 5, with the α in
+[0, 1) that changes the outputs least, Eq. 4. Where the paper replays stored samples, the error here is its exact value
+over all calibration tokens, from their Gram matrix: trace(Δᵀ H Δ) for Δ = diag(1/s) Q(diag(s) W) − W.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from jquant.formats import Format
+from jquant.qtensor import dequantize, quantize
+from jquant.ranges import MinMax, Range
+from jquant.rounding.info import output_energy
+
+
+@dataclass(frozen=True)
+class AWQ:
+    """Searches the channel scales of the matrices that read one input.
+
+    Attributes:
+      steps: values of α tried, i / steps; the first, α = 0, is no scaling.
+      range: how groups get their scales during the search. Plain min-max, as in the paper, whose clipping comes
+        afterwards: searching clips inside the search multiplies its time by theirs.
+    """
+
+    steps: int = 20
+    range: Range = MinMax()
+
+    def __call__(
+        self,
+        weights: Sequence[Float[Array, "in _"]],
+        grams: Sequence[Float[Array, "in in"]],
+        abs_mean: Float[Array, " in"],
+        format: Format,
+    ) -> Float[Array, " in"]:
+        """The scale s by which input channels are multiplied (and their producer divided), `[in]`, positive.
+
+        Args:
+          weights: the matrices that read the input.
+          grams: the Gram matrix of each one's input (they may weight tokens differently).
+          abs_mean: mean |x| of each input channel, already averaged over channels that must share a scale.
+          format: what the weights will be rounded to.
+        """
+
+        def scale_at(alpha: Array) -> Array:
+            s = jnp.maximum(abs_mean, 1e-5) ** alpha
+            return s / jnp.sqrt(jnp.max(s) * jnp.min(s))
+
+        def error_at(s: Array) -> Array:
+            total = jnp.float32(0)
+            for w, gram in zip(weights, grams, strict=True):
+                scaled = w * s[:, None]
+                grid = self.range(scaled, format, gram / (s[:, None] * s))
+                total += output_energy(dequantize(quantize(scaled, *grid, format)) / s[:, None] - w, gram)
+            return total
+
+        def step(best, alpha):
+            loss = error_at(scale_at(alpha))
+            better = loss < best[0]
+            return (jnp.where(better, loss, best[0]), jnp.where(better, alpha, best[1])), None
+
+        alphas = jnp.arange(self.steps) / self.steps
+        start = (error_at(jnp.ones_like(abs_mean)), alphas[0])
+        (_, alpha), _ = jax.lax.scan(step, start, alphas[1:])
+        return scale_at(alpha)
