@@ -1,1 +1,1 @@
-"""TBD."""
+"""Decoders: their shapes, their forward pass, and what differs between families."""

@@ -1,0 +1,1 @@
+"""One script an experiment: it reads configs/, appends to results/, prints a table."""

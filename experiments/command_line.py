@@ -1,0 +1,74 @@
+"""What every experiment's command line does alike: one sentence for a user's error, progress bars, measurements."""
+
+import os
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from jquant.errors import InputError
+
+console = Console()
+Report = Callable[[str, int, int], None]
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs an experiment; what the user can mend ends in one sentence and status 2, Ctrl-C in status 130."""
+    # Hydra prints its own long messages unless told to raise.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        main()
+    except (InputError, HydraException, OmegaConfBaseException) as wrong:
+        Console(stderr=True).print(f"error: {_sentence(wrong)}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted: finished rows are kept; the same command goes on from there")
+        sys.exit(130)
+
+
+def _sentence(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:6]) if lines else type(error).__name__
+
+
+@contextmanager
+def progress_bars(row: str) -> Iterator[Report]:
+    """A bar per stage of one row: what, how many of how many, time left."""
+    columns = (
+        TextColumn("{task.description:<24}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[unit]}, left"),
+        TimeRemainingColumn(),
+    )
+    units = {"load": "tensors", "quantize": "layers", "evaluate": "windows", "generate": "tokens"}
+    with Progress(*columns, console=console, transient=True) as bars:
+        tasks = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(f"{row}: {stage}", unit=units.get(stage, ""), total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield report
+
+
+def reset_peak_rss() -> None:
+    """Starts a new measurement of peak resident memory, where the system allows it (Linux)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_rss_mb() -> float:
+    """Peak resident memory in MB since the last reset; since the process began where there is no reset."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024 / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6

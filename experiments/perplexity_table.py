@@ -1,0 +1,199 @@
+"""The perplexity table: RTN, GPTQ, AWQ, NF4 and INT8 beside the float model, on one text.
+
+    python -m experiments.perplexity_table
+    python -m experiments.perplexity_table name=mine methods=[fp32,rtn,gptq] bits=3 evaluation.data=my.txt
+
+All settings: configs/perplexity_table.yaml. Results land in results/<name>/: table.md, table.csv, table.jsonl (one row
+an object, with its whole configuration) and the figure. Rows that are already there, from the same settings, code,
+packages and machine, are not computed again; they are written one by one, so that nothing finished is lost.
+"""
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import hydra
+import jax
+import numpy as np
+from flax import nnx
+from omegaconf import DictConfig, OmegaConf
+
+from experiments import provenance, tables
+from experiments.command_line import Report, console, peak_rss_mb, progress_bars, reset_peak_rss, run
+from jquant import InputError, LanguageModel, bits_per_weight, load_text, method
+from jquant.data import check_disjoint, sample_windows, windows
+from jquant.evaluation.generation import generate_ids
+from jquant.evaluation.perplexity import Reference, Scores, score
+from jquant.io.hub import cache_dir
+from jquant.io.load import load_from_config
+from jquant.methods import Method
+from jquant.models.decoder import Decoder
+from jquant.pipeline import quantize_decoder
+from paper_figures import perplexity_bits
+
+FLOAT = "fp32"
+
+
+@hydra.main(version_base=None, config_path="../configs", config_name="perplexity_table")
+def main(config: DictConfig) -> None:
+    """Computes the rows that are missing, writes and prints the table."""
+    settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # pyright: ignore[reportAssignmentType]
+    folder = Path(settings["results"]) / str(settings["name"])
+    methods = check_methods(settings)
+    with progress_bars(settings["model"]["name"]) as report:
+        model = load_from_config(settings["model"], progress=report)
+    evaluation, calibration = prepare_tokens(model, settings, methods.values())
+    rows = compute_rows(model, methods, evaluation, calibration, settings, folder)
+    tables.write_table(folder, rows)
+    figures = perplexity_bits.draw(rows, folder)
+    console.print(tables.terminal_table(rows))
+    console.print(tables.caption(rows[0]), highlight=False)
+    console.print(f"Results: {folder}/table.md, table.csv, table.jsonl. Figure: {', '.join(map(str, figures))}.")
+
+
+def check_methods(settings: dict[str, Any]) -> dict[str, Method | None]:
+    """The asked-for methods by name; None is the float model.
+
+    Raises:
+      InputError: an unknown method, or bits or a group that no format takes: before any work is done.
+    """
+    if not settings["methods"]:
+        raise InputError("methods=[] leaves nothing to compute.")
+    shape = (settings["bits"], settings["group"], settings["symmetric"])
+    return {name: None if name == FLOAT else method(name, *shape) for name in settings["methods"]}
+
+
+def prepare_tokens(
+    model: LanguageModel, settings: dict[str, Any], methods: Iterable[Method | None]
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Evaluation windows, and calibration windows if a method needs them.
+
+    Raises:
+      InputError: a text is missing, empty, too short, or the one occurs in the other.
+    """
+    wanted, sampling = settings["evaluation"], settings["calibration"]
+    bos = model.tokenizer.bos_id if wanted["bos"] else None
+    ids = model.tokenizer.encode(load_text(wanted["data"]))
+    evaluation = windows(ids, wanted["context"], wanted["windows"], bos)
+    if not any(chosen and chosen.needs_calibration for chosen in methods):
+        return evaluation, None
+    text = model.tokenizer.encode(load_text(sampling["data"]))
+    check_disjoint(evaluation if bos is None else evaluation[:, 1:], text)
+    return evaluation, sample_windows(text, sampling["context"], sampling["samples"], settings["seed"])
+
+
+def compute_rows(
+    model: LanguageModel,
+    methods: dict[str, Method | None],
+    evaluation: np.ndarray,
+    calibration: np.ndarray | None,
+    settings: dict[str, Any],
+    folder: Path,
+) -> list[dict[str, Any]]:
+    """One row a method, taken from the folder where it holds one from the same settings, code and machine."""
+    earlier = tables.read_rows(folder)
+    reference, rows = None, []
+    for name, chosen in methods.items():
+        origin = describe(name, chosen, model, evaluation, calibration, settings)
+        kept = [row for row in earlier if row.get("fingerprint") == origin["fingerprint"]]
+        if kept:
+            console.print(f"{tables.one_line(kept[-1])}  (kept from an earlier run)", highlight=False)
+            rows.append(kept[-1])
+            continue
+        reset_peak_rss()
+        with progress_bars(name) as report:
+            if reference is None:
+                scores = score(model.decoder, evaluation, progress=report)
+                reference = Reference(model.decoder, scores.hidden), scores
+            figures = measure(model, chosen, evaluation, calibration, *reference, settings, report)
+        rows.append({"method": name, **figures, **origin})
+        earlier.append(rows[-1])
+        tables.write_rows(folder, earlier)
+        console.print(tables.one_line(rows[-1]), highlight=False)
+    return rows
+
+
+def measure(
+    model: LanguageModel,
+    chosen: Method | None,
+    evaluation: np.ndarray,
+    calibration: np.ndarray | None,
+    reference: Reference,
+    float_scores: Scores,
+    settings: dict[str, Any],
+    report: Report,
+) -> dict[str, float | None]:
+    """The figures of one row."""
+    decoder, scores, seconds = model.decoder, float_scores, 0.0
+    if chosen is not None:
+        begin = time.perf_counter()
+        decoder, _ = quantize_decoder(model.decoder, chosen, calibration, progress=report)
+        seconds = time.perf_counter() - begin
+        scores = score(decoder, evaluation, reference=reference, progress=report)
+    projections = nnx.state(decoder.layers, lambda path, _: path[-1] == "kernel")
+    return {
+        "perplexity": scores.perplexity,
+        "perplexity_stderr": scores.stderr,
+        "perplexity_change_percent": 100 * (scores.perplexity / float_scores.perplexity - 1),
+        "kl": 0.0 if scores.kl is None else float(scores.kl.mean(dtype=np.float64)),
+        "top1_agreement": 1.0 if scores.agrees is None else float(scores.agrees.mean()),
+        "bits_per_weight": bits_per_weight(projections),
+        "weight_mb": sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(decoder))) / 1e6,
+        "tokens_per_second": tokens_per_second(model, decoder, settings["generation"], report),
+        "quantize_seconds": seconds,
+        "peak_rss_mb": peak_rss_mb(),
+    }
+
+
+def tokens_per_second(model: LanguageModel, decoder: Decoder, generation: dict[str, Any], report: Report) -> float:
+    """Greedy decoding speed, batch 1, after the first token: compilation and prompt are not counted."""
+    prompt = model.tokenizer.encode(generation["prompt"])
+    ids = generate_ids(decoder, prompt, tokens=generation["tokens"] + 2)
+    next(ids), next(ids)
+    begin = time.perf_counter()
+    for done, _ in enumerate(ids, 1):
+        report("generate", done, generation["tokens"])
+    return generation["tokens"] / (time.perf_counter() - begin)
+
+
+def describe(
+    name: str,
+    chosen: Method | None,
+    model: LanguageModel,
+    evaluation: np.ndarray,
+    calibration: np.ndarray | None,
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    """Everything a row's figures depend on, and a fingerprint of it."""
+    uses = calibration if chosen is not None and chosen.needs_calibration else None
+    config = {key: value for key, value in settings.items() if key not in ("methods", "name", "results")}
+    config["evaluation"] = config["evaluation"] | {"windows": len(evaluation)}
+    protocol = {
+        "model": str(config["model"].get("path") or config["model"]["name"]),
+        "weights_stored_as": model.stored_as,
+        "dtype": str(model.decoder.embedding.get_value().dtype),
+        "data": str(settings["evaluation"]["data"]),
+        "windows": len(evaluation),
+        "context": evaluation.shape[1],
+        "stride": evaluation.shape[1],
+        "bos": settings["evaluation"]["bos"],
+        "scored_tokens": evaluation[:, 1:].size,
+        "evaluation_sha256": provenance.digest(evaluation),
+        "calibration_sha256": None if uses is None else provenance.digest(uses),
+        "weights_sha256": provenance.digest(*jax.tree.leaves(nnx.state(model.decoder))),
+    }
+    origin = {
+        "composition": repr(chosen),
+        "protocol": protocol,
+        "config": config,
+        "seed": settings["seed"],
+        **provenance.versions(),
+    }
+    return origin | {"fingerprint": provenance.fingerprint([name, origin])}
+
+
+if __name__ == "__main__":
+    # Compiled programs are kept between runs: a second run of the same shapes starts at once.
+    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
+    run(main)

@@ -1,0 +1,122 @@
+"""Greedy and sampled generation that streams tokens."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jaxtyping import Float, Int
+
+from jquant.errors import InputError
+from jquant.io.load import LanguageModel
+from jquant.models.cache import Cache
+from jquant.models.decoder import Decoder, rotary_table
+
+
+def generate(
+    model: LanguageModel,
+    prompt: str,
+    *,
+    tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    seed: int = 0,
+) -> Iterator[str]:
+    """Yields the continuation of a prompt piece by piece, never a part of a character.
+
+    Args:
+      model: float or quantized.
+      prompt: text to continue.
+      tokens: most to generate; an end-of-sequence token ends it earlier.
+      temperature: 0 takes the most likely token; otherwise logits are divided by it and sampled.
+      top_k: sample among the k most likely tokens only.
+      seed: of the sampling.
+
+    Raises:
+      InputError: an empty prompt; prompt and tokens exceed the model's context.
+    """
+    ids = model.tokenizer.encode(prompt)
+    if model.tokenizer.add_bos and model.tokenizer.bos_id is not None:
+        ids = np.concatenate([[model.tokenizer.bos_id], ids]).astype(np.int32)
+    sampled = generate_ids(model.decoder, ids, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed)
+    yield from model.tokenizer.stream(_until(sampled, model.tokenizer.eos_ids))
+
+
+def generate_ids(
+    decoder: Decoder,
+    prompt: Int[np.ndarray, " n"],
+    *,
+    tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    seed: int = 0,
+) -> Iterator[int]:
+    """Yields `tokens` ids that continue a prompt of ids; see `generate`."""
+    if len(prompt) == 0:
+        raise InputError("The prompt has no tokens.")
+    slots = len(prompt) + tokens
+    if slots > decoder.config.context_length:
+        raise InputError(
+            f"A prompt of {len(prompt)} tokens and {tokens} new ones exceed the context of "
+            f"{decoder.config.context_length}."
+        )
+    # Slots in steps of 256, so that prompts of similar length share one compilation.
+    slots = min(-(-slots // 256) * 256, decoder.config.context_length)
+    outer, layers = unstack(decoder)
+    cache = Cache.init(decoder.config, 1, slots, outer.embedding.get_value().dtype)
+    key = jax.random.key(seed)
+    logits, cache = step(outer, layers, jnp.asarray(prompt)[None], cache)
+    for index in range(tokens):
+        token = _pick(logits, jax.random.fold_in(key, index), temperature, top_k)
+        yield int(token[0])
+        if index + 1 < tokens:
+            logits, cache = step(outer, layers, token[:, None], cache)
+
+
+def unstack(decoder: Decoder) -> tuple[Decoder, tuple[Any, ...]]:
+    """The decoder without its layers, and the layers one by one.
+
+    Decoding is bound by the weights' bytes, and slicing a layer out of the stack inside a scan copies each once more.
+    """
+    graph, layers = nnx.split(decoder.layers)
+    split = jax.jit(lambda stack: [jax.tree.map(lambda a: a[i], stack) for i in range(decoder.config.layers)])
+    outer = nnx.merge(*nnx.split(decoder))
+    outer.layers = None
+    return outer, tuple(nnx.merge(graph, layer) for layer in split(layers))
+
+
+@partial(jax.jit, donate_argnames="cache")
+def step(
+    outer: Decoder, layers: tuple[Any, ...], tokens: Int[Array, "b t"], cache: Cache
+) -> tuple[Float[Array, "b vocab"], Cache]:
+    """Logits after the last of `tokens`, which follow what the cache holds, and the longer cache."""
+    x = outer.embed(tokens)
+    rotary = rotary_table(outer.config, cache.length + jnp.arange(tokens.shape[1]))
+    filled = []
+    for layer, slots in zip(layers, cache.layers, strict=True):
+        x, _, slots = layer(x, rotary, slots, cache.length)
+        filled.append(slots)
+    logits = outer.logits(outer.norm(x[:, -1]))
+    return logits.astype(jnp.float32), Cache(tuple(filled), cache.length + tokens.shape[1])
+
+
+@partial(jax.jit, static_argnames=("temperature", "top_k"))
+def _pick(logits: Float[Array, "b vocab"], key: Array, temperature: float, top_k: int | None) -> Int[Array, " b"]:
+    if temperature == 0:
+        return jnp.argmax(logits, -1)
+    if top_k is not None:
+        least = jax.lax.top_k(logits, top_k)[0][:, -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return jax.random.categorical(key, logits / temperature)
+
+
+def _until(ids: Iterator[int], stop: tuple[int, ...]) -> Iterator[int]:
+    for token in ids:
+        if token in stop:
+            return
+        yield token
+

