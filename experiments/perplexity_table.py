@@ -150,7 +150,8 @@ def tokens_per_second(model: LanguageModel, decoder: Decoder, generation: dict[s
     """Greedy decoding speed, batch 1, after the first token: compilation and prompt are not counted."""
     prompt = model.tokenizer.encode(generation["prompt"])
     ids = generate_ids(decoder, prompt, tokens=generation["tokens"] + 2)
-    next(ids), next(ids)
+    for _ in range(2):  # the prompt's step and the first single-token step compile
+        next(ids)
     begin = time.perf_counter()
     for done, _ in enumerate(ids, 1):
         report("generate", done, generation["tokens"])

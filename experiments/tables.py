@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from jquant.errors import InputError
@@ -18,15 +19,15 @@ Row = dict[str, Any]
 # Column heading, and how a row fills it.
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "method": lambda row: label(row),
-    "perplexity": lambda row: f"{row['perplexity']:.3f} ± {row['perplexity_stderr']:.3f}",
-    "change": lambda row: f"{row['perplexity_change_percent']:+.2f} %",
-    "KL to float": lambda row: f"{row['kl']:.4f}",
-    "same top-1": lambda row: f"{100 * row['top1_agreement']:.1f} %",
-    "bits/weight": lambda row: f"{row['bits_per_weight']:.3f}",
-    "weights MB": lambda row: f"{row['weight_mb']:.0f}",
-    "tokens/s": lambda row: f"{row['tokens_per_second']:.1f}",
-    "quantize s": lambda row: f"{row['quantize_seconds']:.1f}",
-    "peak RSS MB": lambda row: f"{row['peak_rss_mb']:.0f}",
+    "perplexity": lambda row: f"{row['perplexity']:.3f} ±{row['perplexity_stderr']:.3f}",
+    "change\n%": lambda row: f"{row['perplexity_change_percent']:+.2f}",
+    "KL": lambda row: f"{row['kl']:.4f}",
+    "top-1\n%": lambda row: f"{100 * row['top1_agreement']:.1f}",
+    "bits/\nweight": lambda row: f"{row['bits_per_weight']:.3f}",
+    "MB": lambda row: f"{row['weight_mb']:.0f}",
+    "tok/s": lambda row: f"{row['tokens_per_second']:.1f}",
+    "quant\ns": lambda row: f"{row['quantize_seconds']:.1f}",
+    "peak\nMB": lambda row: f"{row['peak_rss_mb']:.0f}",
 }
 
 
@@ -67,6 +68,7 @@ def write_rows(folder: Path, rows: Sequence[Row]) -> None:
 def write_table(folder: Path, rows: Sequence[Row]) -> None:
     """Writes this run's rows as table.md and table.csv."""
     heading, cells = _cells(rows)
+    heading = [column.replace("\n", " ") for column in heading]
     lines = [heading, ["---", *["---:"] * (len(heading) - 1)], *cells]
     markdown = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     _write(folder / "table.md", f"{markdown}\n{caption(rows[0])}\n")
@@ -81,7 +83,8 @@ def write_table(folder: Path, rows: Sequence[Row]) -> None:
 def terminal_table(rows: Sequence[Row]) -> Table:
     """The table for rich to print."""
     heading, cells = _cells(rows)
-    table = Table()
+    # Bare enough for a terminal of 80 columns.
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
     for index, column in enumerate(heading):
         table.add_column(column, justify="right" if index else "left", no_wrap=index == 0)
     for line in cells:
@@ -104,8 +107,9 @@ def caption(row: Row) -> str:
         f"{told['data']}: {told['windows']} windows of {told['context']} tokens, not overlapping, "
         f"{'with' if told['bos'] else 'no'} BOS, {told['scored_tokens']} scored tokens. Calibration: "
         f"{calibration['data']}, {calibration['samples']} × {calibration['context']} tokens, seed {row['seed']}. "
-        f"Groups of {config['group']}, {'symmetric' if config['symmetric'] else 'asymmetric'}. Bits/weight counts codes, "
-        f"scales and zeros of the projections; embedding, head and norms stay in {told['dtype']}. {row['device']}."
+        f"Groups of {config['group']}, {'symmetric' if config['symmetric'] else 'asymmetric'}. KL and top-1 "
+        f"agreement are to the float model; bits/weight counts codes, scales and zeros of the projections; MB is all "
+        f"weights, embedding, head and norms in {told['dtype']}; peak MB is resident memory. {row['device']}."
         + (f" Published: {published_note}" if published_note else "")
     )
 

@@ -95,9 +95,7 @@ def windows(
     return cut if bos is None else np.concatenate([np.full((len(cut), 1), bos, np.int32), cut], 1)
 
 
-def sample_windows(
-    ids: Int[np.ndarray, " n"], context: int, count: int, seed: int
-) -> Int[np.ndarray, "count context"]:
+def sample_windows(ids: Int[np.ndarray, " n"], context: int, count: int, seed: int) -> Int[np.ndarray, "count context"]:
     """`count` of the text's non-overlapping windows, drawn without replacement, in the order of the text.
 
     Raises:

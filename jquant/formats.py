@@ -1,11 +1,11 @@
 """What a code means: frozen, hashable specifications that map weights to integer codes and back.
 
-A format knows four things and nothing else: which values its codes stand for (`encode`, `decode`), how the end points of
-a group become a stored scale and zero (`grid`), how many rows share them (`group`), and how wide a code is (`bits`).
+A format knows four things and nothing else: which values its codes stand for (`encode`, `decode`), how the end points
+of a group become a stored scale and zero (`grid`), how many rows share them (`group`), and how wide a code is (`bits`).
 Who chooses the end points is a range (`ranges.py`); who chooses the codes is a rounding (`rounding/`).
 
-Weights are `[*l, in, out]` throughout. Groups run along `in`: row i belongs to group i // group, and the last group may be
-short. Formats are values, so equal ones share one jit compilation.
+Weights are `[*l, in, out]` throughout. Groups run along `in`: row i belongs to group i // group, and the last group may
+be short. Formats are values, so equal ones share one jit compilation.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Shaped, UInt8
 
 from jquant.errors import InputError
 
@@ -58,10 +58,10 @@ class Int:
     Attributes:
       bits: 2 to 8.
       group: rows that share a scale: a number, "channel" or "tensor".
-      symmetric: without a zero point; scale = absmax / (2^(bits−1) − 1), codes −2^(bits−1) … 2^(bits−1) − 1 stored with
-        that offset. Otherwise the range [low, high], extended to hold 0, is split into 2^bits − 1 steps and the zero point
-        is an integer code, so that 0 is always exact.
-      scale_dtype: how the scale is stored; codes are chosen for the scale as stored, so its rounding costs nothing twice.
+      symmetric: without a zero point; scale = absmax / (2^(bits−1) − 1), codes −2^(bits−1) … 2^(bits−1) − 1 stored
+        with that offset. Otherwise the range [low, high], extended to hold 0, is split into 2^bits − 1 steps and the
+        zero point is an integer code, so that 0 is always exact.
+      scale_dtype: how the scale is stored; codes are chosen for the scale as stored.
     """
 
     bits: int
@@ -189,7 +189,7 @@ def expand_groups(values: Array, rows: int, in_features: int) -> Array:
 
 
 def pack(codes: UInt8[Array, "*l n out"], bits: int) -> UInt8[Array, "*l bytes out"]:
-    """Packs along axis −2 as a little-endian bit stream: 8 codes take exactly `bits` bytes, a short rest is filled up."""
+    """Packs along axis −2 as a little-endian bit stream: 8 codes take exactly `bits` bytes, a rest is filled up."""
     n = codes.shape[-2]
     fill = [(0, 0)] * (codes.ndim - 2) + [(0, -n % 8), (0, 0)]
     lanes = jnp.pad(codes, fill).reshape(*codes.shape[:-2], -1, 8, codes.shape[-1]).astype(jnp.uint16)
@@ -237,10 +237,7 @@ def _store(scale: Array, dtype: str) -> Array:
     return jnp.where(scale == 0, jnp.zeros_like(stored), stored)
 
 
-def grouped(w: Float[Array, "*l in out"], rows: int, fill: float = 0.0) -> Float[Array, "*l groups rows out"]:
-    """Splits `in` into groups of `rows`; a short last group is filled up with `fill`."""
-    pad = [(0, 0)] * (w.ndim - 2) + [(0, -w.shape[-2] % rows), (0, 0)]
-    w = jnp.pad(w, pad, constant_values=fill)
+def grouped(w: Shaped[Array, "*l in out"], rows: int) -> Shaped[Array, "*l groups rows out"]:
+    """Splits `in` into groups of `rows`; a short last group is filled up with zeros."""
+    w = jnp.pad(w, [(0, 0)] * (w.ndim - 2) + [(0, -w.shape[-2] % rows), (0, 0)])
     return w.reshape(*w.shape[:-2], -1, rows, w.shape[-1])
-
-

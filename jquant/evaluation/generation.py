@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from operator import itemgetter
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from jquant.errors import InputError
 from jquant.io.load import LanguageModel
 from jquant.models.cache import Cache
-from jquant.models.decoder import Decoder, rotary_table
+from jquant.models.decoder import Block, Decoder, rotary_table
 
 
 def generate(
@@ -66,41 +66,42 @@ def generate_ids(
         )
     # Slots in steps of 256, so that prompts of similar length share one compilation.
     slots = min(-(-slots // 256) * 256, decoder.config.context_length)
-    outer, layers = unstack(decoder)
-    cache = Cache.init(decoder.config, 1, slots, outer.embedding.get_value().dtype)
+    layers = unstack(decoder)
+    cache = Cache.init(decoder.config, 1, slots, decoder.embedding.get_value().dtype)
     key = jax.random.key(seed)
-    logits, cache = step(outer, layers, jnp.asarray(prompt)[None], cache)
+    logits, cache = step(decoder, layers, jnp.asarray(prompt)[None], cache)
     for index in range(tokens):
         token = _pick(logits, jax.random.fold_in(key, index), temperature, top_k)
         yield int(token[0])
         if index + 1 < tokens:
-            logits, cache = step(outer, layers, token[:, None], cache)
+            logits, cache = step(decoder, layers, token[:, None], cache)
 
 
-def unstack(decoder: Decoder) -> tuple[Decoder, tuple[Any, ...]]:
-    """The decoder without its layers, and the layers one by one.
+def unstack(decoder: Decoder) -> tuple[Block, ...]:
+    """The decoder's layers one by one.
 
     Decoding is bound by the weights' bytes, and slicing a layer out of the stack inside a scan copies each once more.
     """
-    graph, layers = nnx.split(decoder.layers)
-    split = jax.jit(lambda stack: [jax.tree.map(lambda a: a[i], stack) for i in range(decoder.config.layers)])
-    outer = nnx.merge(*nnx.split(decoder))
-    outer.layers = None
-    return outer, tuple(nnx.merge(graph, layer) for layer in split(layers))
+    graph, stack = nnx.split(decoder.layers)
+    layers = jax.jit(lambda stack: [jax.tree.map(itemgetter(i), stack) for i in range(decoder.config.layers)])(stack)
+    return tuple(nnx.merge(graph, layer) for layer in layers)
 
 
 @partial(jax.jit, donate_argnames="cache")
 def step(
-    outer: Decoder, layers: tuple[Any, ...], tokens: Int[Array, "b t"], cache: Cache
+    decoder: Decoder, layers: tuple[Block, ...], tokens: Int[Array, "b t"], cache: Cache
 ) -> tuple[Float[Array, "b vocab"], Cache]:
-    """Logits after the last of `tokens`, which follow what the cache holds, and the longer cache."""
-    x = outer.embed(tokens)
-    rotary = rotary_table(outer.config, cache.length + jnp.arange(tokens.shape[1]))
+    """Logits after the last of `tokens`, which follow what the cache holds, and the longer cache.
+
+    `layers` is `unstack(decoder)`; the decoder's own stack is not touched.
+    """
+    x = decoder.embed(tokens)
+    rotary = rotary_table(decoder.config, cache.length + jnp.arange(tokens.shape[1]))
     filled = []
     for layer, slots in zip(layers, cache.layers, strict=True):
         x, _, slots = layer(x, rotary, slots, cache.length)
         filled.append(slots)
-    logits = outer.logits(outer.norm(x[:, -1]))
+    logits = decoder.logits(decoder.norm(x[:, -1]))
     return logits.astype(jnp.float32), Cache(tuple(filled), cache.length + tokens.shape[1])
 
 
@@ -119,4 +120,3 @@ def _until(ids: Iterator[int], stop: tuple[int, ...]) -> Iterator[int]:
         if token in stop:
             return
         yield token
-

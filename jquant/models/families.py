@@ -1,7 +1,7 @@
 """What a model family's files and blocks look like: tensor names, and the sites where weights are quantized.
 
-Everything family-specific that an algorithm may need is declared here: which projections read one input, what feeds that
-input (and so can absorb a channel scale), and which token weights suit which projection.
+Everything family-specific that an algorithm may need is declared here: which projections read one input, what feeds
+that input (and so can absorb a channel scale), and which token weights suit which projection.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Family:
-    """Names in files -> names in the decoder. `{}` stands for the layer; kernels are stored `[out, in]` in both formats."""
+    """Names in the decoder -> names in files. `{}` stands for the layer; both formats store kernels `[out, in]`."""
 
     sites: tuple[Site, ...]
     hf: dict[str, str]
@@ -89,6 +89,4 @@ def shared_channels(site: Site, config: DecoderConfig) -> tuple[int, ...] | None
     if site.producer != V:
         return None
     per_kv = config.heads // config.kv_heads
-    return tuple(
-        (head // per_kv) * config.head_dim + i for head in range(config.heads) for i in range(config.head_dim)
-    )
+    return tuple((head // per_kv) * config.head_dim + i for head in range(config.heads) for i in range(config.head_dim))

@@ -49,7 +49,7 @@ class GPTQ:
         gram: Float[Array, "in in"] | None,
         format: Format,
     ) -> tuple[QTensor, SolveInfo]:
-        """See `Rounding`. A row whose input never fired (Hᵢᵢ = 0) is set to the code nearest to zero, as in the paper."""
+        """See `Rounding`. A row whose input never fired (Hᵢᵢ = 0) takes the code nearest to zero, as in the paper."""
         if gram is None:
             raise InputError("GPTQ needs the Gram matrix of the layer's inputs: give it calibration text.")
         diagonal = jnp.diagonal(gram)
@@ -57,11 +57,10 @@ class GPTQ:
         order = jnp.argsort(diagonal, stable=True) if self.act_order else jnp.arange(w.shape[0])[::-1]
         factor, damping, attempts = _factorize(gram + jnp.diag(dead.astype(gram.dtype)), order, self.damping)
 
-        rows = group_rows(format, w.shape[0])
+        per_row = lambda v: jnp.broadcast_to(expand_groups(v, group_rows(format, len(w)), len(w)), w.shape)  # noqa: E731
         target = jnp.where(dead[:, None], 0, w).astype(jnp.float32)
-        grid = [None if v is None else jnp.broadcast_to(expand_groups(v, rows, len(w)), w.shape) for v in (scale, zero)]
-        at = lambda v: None if v is None else v[order]  # noqa: E731
-        codes = _sweep(at(target), at(grid[0]), at(grid[1]), factor, format, self.block)
+        rows = jax.tree.map(lambda v: v[order], (target, *jax.tree.map(per_row, (scale, zero))))
+        codes = _sweep(rows, factor, format, self.block)
         q = from_codes(jnp.zeros_like(codes).at[order].set(codes), scale, zero, format)
         error = output_energy(w - dequantize(q), gram)
         return q, SolveInfo(error, output_energy(w, gram), damping, attempts, jnp.sum(dead))
@@ -70,7 +69,7 @@ class GPTQ:
 def _factorize(
     gram: Float[Array, "n n"], order: Int32[Array, " n"], damping: float
 ) -> tuple[Float[Array, "n n"], Array, Array]:
-    """Unit upper-triangular U = diag(R)⁻¹ R of the reordered, damped Gram matrix; the damping used and the attempts made."""
+    """U = diag(R)⁻¹ R, unit upper-triangular, of the reordered, damped Gram matrix; the damping used; attempts made."""
     gram = gram[order][:, order]
     mean, eye = jnp.mean(jnp.diagonal(gram)), jnp.eye(len(gram), dtype=gram.dtype)
 
@@ -91,39 +90,34 @@ def _factorize(
 
 
 def _sweep(
-    w: Float[Array, "n out"],
-    scale: Float[Array, "n out"],
-    zero: UInt8[Array, "n out"] | None,
-    factor: Float[Array, "n n"],
-    format: Format,
-    block: int,
+    rows: tuple[Array, Array, Array | None], factor: Float[Array, "n n"], format: Format, block: int
 ) -> UInt8[Array, "n out"]:
-    """Rounds the rows of `w` from last to first, each to its own grid row.
+    """Rounds rows of weights from last to first, each to its own scale and zero (`[n, out]`, all three).
 
     Rows go in blocks. A block first gathers what all later rows owe it in one matrix product (2 n² out operations in
     all), then is swept row by row. Both loops are lax loops: the program's size does not depend on the matrix.
     """
-    n = len(w)
+    n = len(factor)
     pad = -n % block
-    w, scale, zero = (None if v is None else jnp.pad(v, ((0, pad), (0, 0))) for v in (w, scale, zero))
+    rows = jax.tree.map(lambda v: jnp.pad(v, ((0, pad), (0, 0))), rows)
     factor = jnp.pad(factor, ((0, pad), (0, pad)))  # rows of the filling owe nothing to others
 
     def sweep_block(carry, index):
         errors, codes = carry
         start = index * block
-        cut = lambda v: None if v is None else jax.lax.dynamic_slice_in_dim(v, start, block)  # noqa: E731
+        cut = lambda v: jax.lax.dynamic_slice_in_dim(v, start, block)  # noqa: E731
         debts = cut(factor)
         within = jax.lax.dynamic_slice_in_dim(debts, start, block, axis=1)
-        targets = cut(w) + debts @ errors
-        scales, zeros = cut(scale), cut(zero)
+        weights, scales, zeros = jax.tree.map(cut, rows)
+        targets = weights + debts @ errors
 
         def sweep_row(i, state):
             targets, deltas, codes = state
             row = block - 1 - i
-            at = (scales[row], None if zeros is None else zeros[row])
+            at = jax.tree.map(lambda v: v[row], (scales, zeros))
             code = format.encode(targets[row], *at)
             # The debt is counted from the original weight: wₖ − ŵₖ, not from the compensated target.
-            delta = cut(w)[row] - format.decode(code, *at)
+            delta = weights[row] - format.decode(code, *at)
             return targets + within[:, row, None] * delta, deltas.at[row].set(delta), codes.at[row].set(code)
 
         blank = (targets, jnp.zeros_like(targets), jnp.zeros(targets.shape, jnp.uint8))
@@ -131,6 +125,6 @@ def _sweep(
         errors = jax.lax.dynamic_update_slice_in_dim(errors, deltas, start, 0)
         return (errors, jax.lax.dynamic_update_slice_in_dim(codes, block_codes, start, 0)), None
 
-    blank = (jnp.zeros_like(w), jnp.zeros(w.shape, jnp.uint8))
+    blank = (jnp.zeros_like(rows[0]), jnp.zeros(rows[0].shape, jnp.uint8))
     (_, codes), _ = jax.lax.scan(sweep_block, blank, jnp.arange((n + pad) // block)[::-1])
     return codes[:n]

@@ -7,7 +7,7 @@ over all calibration tokens, from their Gram matrix: trace(Δᵀ H Δ) for Δ = 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ class AWQ:
     """
 
     steps: int = 20
-    range: Range = MinMax()
+    range: Range = field(default_factory=MinMax)
 
     def __call__(
         self,

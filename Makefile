@@ -1,0 +1,37 @@
+# The commands of the README: `make table` and `make test`; both set themselves up.
+# ACCELERATOR picks the jax build: cpu (default), cuda12, cuda13 or tpu.
+ACCELERATOR ?= cpu
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: table test setup lint slow clean
+
+table: setup
+	$(BIN)/python -m experiments.perplexity_table $(ARGS)
+
+test: .venv/test
+	$(BIN)/python -m pytest $(ARGS)
+
+slow: .venv/test
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: .venv/test .venv/lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+setup: .venv/$(ACCELERATOR)
+
+# One stamp an extra: a set-up is repeated only when its requirements change.
+.venv/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "jquant needs Python 3.11 or newer")'
+	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv/%: pyproject.toml constraints.txt | .venv/python
+	$(PIP) --editable '.[$*]'
+	touch $@
+
+clean:
+	rm -rf .venv
