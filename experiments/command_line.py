@@ -19,11 +19,21 @@ Report = Callable[[str, int, int], None]
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs an experiment; what the user can mend ends in one sentence and status 2, Ctrl-C in status 130."""
-    # Hydra prints its own long messages unless told to raise.
+    """Runs an experiment's Hydra entry point under `one_sentence`."""
+    # Hydra prints its own long messages about configs unless told to raise.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    try:
+    with one_sentence():
         main()
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """Ends the process with status 2 and one sentence for what the user can mend, with status 130 on Ctrl-C.
+
+    Hydra announces every exception that leaves a job, so jobs use this inside too.
+    """
+    try:
+        yield
     except (InputError, HydraException, OmegaConfBaseException) as wrong:
         Console(stderr=True).print(f"error: {_sentence(wrong)}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
@@ -48,7 +58,7 @@ def progress_bars(row: str) -> Iterator[Report]:
         TimeRemainingColumn(),
     )
     units = {"load": "tensors", "quantize": "layers", "evaluate": "windows", "generate": "tokens"}
-    with Progress(*columns, console=console, transient=True) as bars:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         tasks = {}
 
         def report(stage: str, done: int, total: int) -> None:

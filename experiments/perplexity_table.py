@@ -20,7 +20,7 @@ from flax import nnx
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import provenance, tables
-from experiments.command_line import Report, console, peak_rss_mb, progress_bars, reset_peak_rss, run
+from experiments.command_line import Report, console, one_sentence, peak_rss_mb, progress_bars, reset_peak_rss, run
 from jquant import InputError, LanguageModel, bits_per_weight, load_text, method
 from jquant.data import check_disjoint, sample_windows, windows
 from jquant.evaluation.generation import generate_ids
@@ -29,7 +29,7 @@ from jquant.io.hub import cache_dir
 from jquant.io.load import load_from_config
 from jquant.methods import Method
 from jquant.models.decoder import Decoder
-from jquant.pipeline import quantize_decoder
+from jquant.pipeline import check_method, quantize_decoder
 from paper_figures import perplexity_bits
 
 FLOAT = "fp32"
@@ -37,19 +37,28 @@ FLOAT = "fp32"
 
 @hydra.main(version_base=None, config_path="../configs", config_name="perplexity_table")
 def main(config: DictConfig) -> None:
+    """Hydra's entry point."""
+    with one_sentence():
+        make_table(OmegaConf.to_container(config, resolve=True))  # pyright: ignore[reportArgumentType]
+
+
+def make_table(settings: dict[str, Any]) -> None:
     """Computes the rows that are missing, writes and prints the table."""
-    settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # pyright: ignore[reportAssignmentType]
     folder = Path(settings["results"]) / str(settings["name"])
     methods = check_methods(settings)
     with progress_bars(settings["model"]["name"]) as report:
         model = load_from_config(settings["model"], progress=report)
+    for chosen in filter(None, methods.values()):
+        check_method(model.decoder, chosen)
     evaluation, calibration = prepare_tokens(model, settings, methods.values())
     rows = compute_rows(model, methods, evaluation, calibration, settings, folder)
     tables.write_table(folder, rows)
     figures = perplexity_bits.draw(rows, folder)
     console.print(tables.terminal_table(rows))
-    console.print(tables.caption(rows[0]), highlight=False)
-    console.print(f"Results: {folder}/table.md, table.csv, table.jsonl. Figure: {', '.join(map(str, figures))}.")
+    console.print(tables.caption(rows[0]), highlight=False, soft_wrap=True)
+    console.print(
+        f"Results: {folder}/table.md, table.csv, table.jsonl. Figure: {', '.join(map(str, figures))}.", soft_wrap=True
+    )
 
 
 def check_methods(settings: dict[str, Any]) -> dict[str, Method | None]:
@@ -98,7 +107,7 @@ def compute_rows(
         origin = describe(name, chosen, model, evaluation, calibration, settings)
         kept = [row for row in earlier if row.get("fingerprint") == origin["fingerprint"]]
         if kept:
-            console.print(f"{tables.one_line(kept[-1])}  (kept from an earlier run)", highlight=False)
+            console.print(f"{tables.one_line(kept[-1])}  (kept)", highlight=False, soft_wrap=True)
             rows.append(kept[-1])
             continue
         reset_peak_rss()
@@ -110,7 +119,7 @@ def compute_rows(
         rows.append({"method": name, **figures, **origin})
         earlier.append(rows[-1])
         tables.write_rows(folder, earlier)
-        console.print(tables.one_line(rows[-1]), highlight=False)
+        console.print(tables.one_line(rows[-1]), highlight=False, soft_wrap=True)
     return rows
 
 

@@ -9,7 +9,7 @@ be short. Formats are values, so equal ones share one jit compilation.
 """
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax import Array
@@ -20,6 +20,7 @@ from jquant.errors import InputError
 Group = int | Literal["channel", "tensor"]
 
 
+@runtime_checkable
 class Format(Protocol):
     """The contract that every rounding and range relies on."""
 

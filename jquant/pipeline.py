@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 
 from jquant.data import sample_windows
 from jquant.errors import InputError
-from jquant.formats import Group
+from jquant.formats import Group, group_rows
 from jquant.io.load import LanguageModel, Progress
 from jquant.methods import Method
 from jquant.methods import method as named_method
@@ -57,10 +57,9 @@ def quantize_decoder(
     Raises:
       InputError: the method needs calibration tokens and there are none; a group larger than a weight.
     """
+    check_method(decoder, method)
     if method.needs_calibration and tokens is None:
         raise InputError("This method looks at activations: give it calibration tokens.")
-    if any(isinstance(leaf, QTensor) for leaf in _flat(decoder.layers).values()):
-        raise InputError("The model is quantized already: quantize the float model.")
     stream = _Stream(decoder, tokens, batch) if method.needs_calibration and tokens is not None else None
     graph, layers = nnx.split(decoder.layers)
     blocks, report = [], {}
@@ -79,6 +78,22 @@ def quantize_decoder(
     outer, params = nnx.split(decoder)
     params["layers"] = jax.tree.map(lambda *a: jnp.stack(a), *blocks)
     return nnx.merge(outer, params), jax.device_get(report)
+
+
+def check_method(decoder: Decoder, method: Method) -> None:
+    """Finds out before any work whether a method suits a decoder.
+
+    Raises:
+      InputError: a weight has fewer rows than the method's groups, or is quantized already.
+    """
+    params = _flat(decoder.layers)
+    for path in (path for site in LLAMA.sites for path in site.weights):
+        if isinstance(params[path], QTensor):
+            raise InputError(f"{path} is quantized already: quantize the float model.")
+        try:
+            group_rows(method.format, params[path].shape[-2])
+        except InputError as wrong:
+            raise InputError(f"{path}: {wrong}") from None
 
 
 def quantize(

@@ -5,7 +5,7 @@ A range is a frozen dataclass called as `range(w, format, gram)`; it returns the
 """
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jquant.errors import InputError
 from jquant.formats import Format, group_rows, grouped
 
 
+@runtime_checkable
 class Range(Protocol):
     """The contract of every range."""
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,7 @@ class LanguageModel:
         return self.decoder.config
 
 
+@runtime_checkable
 class Checkpoint(Protocol):
     """What a file format has to offer."""
 

@@ -1,7 +1,7 @@
 """What a rounding returns beside the codes."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ class SolveInfo:
     dead: Any
 
 
+@runtime_checkable
 class Rounding(Protocol):
     """The contract of every rounding."""
 

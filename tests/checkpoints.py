@@ -1,0 +1,202 @@
+"""Tiny random Llama checkpoints, written by other projects' own code: transformers' `save_pretrained`, gguf's writer."""
+
+import functools
+from contextlib import contextmanager
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import tokenizers
+import torch
+import transformers
+from tokenizers import models, pre_tokenizers, trainers
+
+from jquant.errors import InputError
+
+VOCAB = 320
+BASE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,  # logits of a few units; transformers' default leaves them all but equal
+    "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 1000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def llama(seed: int = 0, **changes) -> transformers.LlamaForCausalLM:
+    """A random float32 Llama, norm gains random too; `changes` replaces entries of BASE."""
+    torch.manual_seed(seed)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**(BASE | changes)))
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model.eval()
+
+
+def save(folder: Path, model: transformers.LlamaForCausalLM, **options) -> Path:
+    """Writes a folder with config.json, safetensors and tokenizer.json; `options` go to `save_pretrained`."""
+    model.save_pretrained(folder, **options)
+    tokenizer().save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@functools.cache
+def tokenizer() -> tokenizers.Tokenizer:
+    """Byte-level BPE with VOCAB tokens: <s> 0, </s> 1, all bytes, and some merges."""
+    trained = tokenizers.Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"], show_progress=False
+    )
+    trained.train_from_iterator([random_text(4000, seed=9)], trainer)
+    assert trained.get_vocab_size() == VOCAB
+    return trained
+
+
+def random_text(words: int, seed: int) -> str:
+    rng = np.random.default_rng(seed)
+    return " ".join("".join(rng.choice(list("abcdefghij"), 4)) for _ in range(words))
+
+
+def logits(model: transformers.LlamaForCausalLM, tokens: np.ndarray) -> np.ndarray:
+    """The oracle's next-token logits, `[b, t, vocab]`."""
+    with torch.no_grad():
+        return model(torch.as_tensor(np.asarray(tokens, np.int64))).logits.numpy()
+
+
+@functools.cache
+def transformers_gguf(path: Path) -> transformers.LlamaForCausalLM:
+    """A GGUF file through transformers, in float32."""
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    ).eval()
+
+
+def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """max |Δ| / max |theirs|."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    assert ours.shape == theirs.shape
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+@contextmanager
+def refused(*parts: str):
+    """The body raises an InputError of one sentence that holds every part."""
+    with pytest.raises(InputError) as caught:
+        yield
+    message = str(caught.value)
+    assert "\n" not in message
+    assert 10 < len(message) < 500
+    for part in parts:
+        assert part in message
+
+
+# ---- GGUF -----------------------------------------------------------------------------------------------------------
+
+
+def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of q or k as llama.cpp stores them (convert_hf_to_gguf.py, `LlamaModel.permute`)."""
+    return weight.reshape(heads, 2, len(weight) // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
+
+
+def gguf_tensors(model: transformers.LlamaForCausalLM) -> dict[str, np.ndarray]:
+    """The model's tensors under llama.cpp's names, float32, rotary rows interleaved."""
+    config, tensors = model.config, {}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, value in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        array = value.numpy()
+        if "q_proj" in name:
+            array = interleaved(array, config.num_attention_heads)
+        if "k_proj" in name:
+            array = interleaved(array, config.num_key_value_heads)
+        tensors[names.get_name(name, try_suffixes=(".weight",))] = array
+    if config.rope_parameters["rope_type"] == "llama3":
+        half = model.config.head_dim // 2
+        plain = config.rope_parameters["rope_theta"] ** (-np.arange(half) / half)
+        tensors["rope_freqs.weight"] = (plain / model.model.rotary_emb.inv_freq.numpy()).astype(np.float32)
+    return tensors
+
+
+def write_gguf(
+    path: Path,
+    model: transformers.LlamaForCausalLM,
+    tensors: dict[str, np.ndarray | tuple[np.ndarray, gguf.GGMLQuantizationType]] | None = None,
+    architecture: str = "llama",
+    without: tuple[str, ...] = (),
+) -> Path:
+    """Writes a GGUF file with tokenizer; raw bytes come as (uint8 array, type), fields in `without` are left out."""
+    config, writer = model.config, gguf.GGUFWriter(path, architecture)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    vocabulary = tokenizer().get_vocab()
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(sorted(vocabulary, key=vocabulary.__getitem__))
+    writer.add_token_types([3, 3] + [1] * (VOCAB - 2))
+    writer.add_token_merges(merges())
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    for field in without:
+        del writer.kv_data[0][field]
+    for name, array in (gguf_tensors(model) if tensors is None else tensors).items():
+        if isinstance(array, tuple):
+            writer.add_tensor(name, np.ascontiguousarray(array[0]), raw_dtype=array[1])
+        else:
+            writer.add_tensor(name, np.ascontiguousarray(array))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def merges() -> list[str]:
+    import json
+
+    return [" ".join(merge) for merge in json.loads(tokenizer().to_str())["model"]["merges"]]
+
+
+def stored(values: np.ndarray, kind: gguf.GGMLQuantizationType, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes of that storage type, and the float32 values that gguf reads from them.
+
+    Where gguf cannot quantize (k-quants), the bytes are random, redrawn until every value is finite.
+    """
+    try:
+        data = gguf.quantize(values, kind).view(np.uint8)
+    except NotImplementedError:
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        rng = np.random.default_rng(seed)
+        data = rng.integers(0, 256, (values.size // block, size), np.uint8)
+        while (bad := ~np.isfinite(gguf.dequantize(data, kind)).all(-1)).any():
+            data[bad] = rng.integers(0, 256, (bad.sum(), size), np.uint8)
+        data = data.reshape(len(values), -1)
+    plain = {gguf.GGMLQuantizationType.F32: np.float32, gguf.GGMLQuantizationType.F16: np.float16}
+    return data, gguf.dequantize(data.view(plain[kind]) if kind in plain else data, kind).reshape(values.shape)

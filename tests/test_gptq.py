@@ -1,0 +1,311 @@
+"""GPTQ against the float64 oracle, against its own definition, and on Gram matrices that break factorisations."""
+
+import re
+from functools import partial
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jquant.errors import InputError
+from jquant.formats import NF4, Codebook, Int, group_rows, unpack
+from jquant.qtensor import dequantize
+from jquant.ranges import MinMax
+from jquant.rounding import GPTQ, Nearest
+
+ROWS, OUT = 40, 16
+NEAR = 1e-3  # of a step: how near to a tie float32 may decide otherwise than float64
+
+
+def problem(
+    seed: int = 0, rows: int = ROWS, out: int = OUT, dead: tuple[int, ...] = ()
+) -> tuple[np.ndarray, np.ndarray]:
+    """A weight and the Gram matrix of correlated inputs of uneven magnitude."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((6 * rows, rows)) @ rng.standard_normal((rows, rows)) / np.sqrt(rows)
+    x *= rng.uniform(0.2, 3, rows)
+    x[:, list(dead)] = 0
+    return (0.05 * rng.standard_normal((rows, out))).astype(np.float32), (x.T @ x / len(x)).astype(np.float32)
+
+
+@partial(jax.jit, static_argnames=("rounding", "format"))
+def solve(rounding, w, gram, format):
+    q, info = rounding(w, *MinMax()(w, format), gram, format)
+    zero = None if q.zero is None else unpack(jnp.swapaxes(q.zero, 0, 1), format.bits, q.scale.shape[1]).T
+    return q, info, unpack(q.codes, format.bits, w.shape[0]), dequantize(q), zero
+
+
+def solved(rounding, w: np.ndarray, gram: np.ndarray, format) -> SimpleNamespace:
+    """Everything about a solution in NumPy: codes as in the format, scale and zero one row per weight."""
+    q, info, codes, values, zero = solve(rounding, jnp.asarray(w), jnp.asarray(gram), format)
+    row = np.minimum(np.arange(len(w)) // group_rows(format, len(w)), len(q.scale) - 1)
+    scale = np.broadcast_to(np.asarray(q.scale, np.float64)[row], w.shape)
+    origin = 2 ** (format.bits - 1) if isinstance(format, Int) and format.symmetric else 0
+    zero = np.full(w.shape, origin) if zero is None else np.broadcast_to(np.asarray(zero, np.float64)[row], w.shape)
+    codes, values = np.asarray(codes).astype(np.int64), np.asarray(values, np.float64)
+    return SimpleNamespace(info=jax.device_get(info), codes=codes, values=values, scale=scale, zero=zero)
+
+
+def order_of(gram: np.ndarray, act_order: bool) -> np.ndarray:
+    """The order of quantization; of equal diagonals (dead channels) the later row goes first."""
+    return np.argsort(np.diag(gram), kind="stable")[::-1] if act_order else np.arange(len(gram))
+
+
+def targets(w: np.ndarray, gram: np.ndarray, values: np.ndarray, damping: float, order: np.ndarray) -> np.ndarray:
+    """What each weight is rounded from, in float64, given every value chosen before it: Babai's nearest plane."""
+    h, w = gram.astype(np.float64), w.astype(np.float64)
+    dead = np.diag(h) == 0
+    w, h = np.where(dead[:, None], 0, w), h + np.diag(dead.astype(float))
+    h += damping * np.diag(h).mean() * np.eye(len(h))
+    back = order[::-1]
+    r = np.linalg.cholesky(h[np.ix_(back, back)]).T
+    found = np.empty_like(w)
+    found[back] = w[back] + np.triu(r / np.diag(r)[:, None], 1) @ (w - values)[back]
+    return found
+
+
+def distance_to_cell(target: np.ndarray, got: SimpleNamespace, format) -> np.ndarray:
+    """How far, in steps, a target lies outside the cell of the code it got; 0 where the code is the nearest one."""
+    if isinstance(format, Int):
+        t, top = target / got.scale + got.zero, 2**format.bits - 1
+        low = np.where(got.codes == 0, -np.inf, got.codes - 0.5)
+        high = np.where(got.codes == top, np.inf, got.codes + 0.5)
+    else:
+        t, levels = target / got.scale, np.array(format.levels)
+        edges = np.concatenate([[-np.inf], (levels[1:] + levels[:-1]) / 2, [np.inf]])
+        low, high = edges[got.codes], edges[got.codes + 1]
+    return np.maximum(0, np.maximum(low - t, t - high))
+
+
+def assert_oracles_codes(got, w, gram, format, damping, order) -> None:
+    """Same codes as both oracles, save chains that begin where the target lies within NEAR of a tie."""
+    first = [len(w) if isinstance(format.group, str) else format.group]
+    groups = np.arange(0, len(w), first[0])
+    grid = [v[groups] for v in (got.scale, got.zero if not format.symmetric else np.zeros_like(got.zero))]
+    offset = 2 ** (format.bits - 1) if format.symmetric else 0
+    size = None if isinstance(format.group, str) else format.group
+    for reference in (oracle.gptq, oracle.babai):
+        codes, values = reference(w, gram, *grid, format.bits, size, format.symmetric, damping, order)
+        differs = (codes + offset != got.codes)[order]
+        columns = np.flatnonzero(differs.any(0))
+        assert len(columns) <= 2, f"{len(columns)} of {w.shape[1]} columns differ from {reference.__name__}"
+        target = targets(w, gram, values, damping, order)[order] / got.scale[order]
+        for column in columns:
+            start = np.argmax(differs[:, column])
+            assert abs(abs(target[start, column] % 1) - 0.5) < NEAR
+        wanted = oracle.output_error(w, values, gram)
+        assert oracle.output_error(w, got.values, gram) == pytest.approx(wanted, rel=1e-3)
+
+
+def check(w, gram, format, act_order=True, block=32, damping=0.01) -> SimpleNamespace:
+    got = solved(GPTQ(damping, act_order, block), w, gram, format)
+    order = order_of(gram, act_order)
+    assert distance_to_cell(targets(w, gram, got.values, damping, order), got, format).max() < NEAR
+    assert float(got.info.error) == pytest.approx(oracle.output_error(w, got.values, gram), rel=1e-4)
+    assert float(got.info.energy) == pytest.approx(oracle.output_error(w, 0 * w, gram), rel=1e-4)
+    assert (float(got.info.damping), int(got.info.attempts)) == (pytest.approx(damping), 1)
+    if isinstance(format, Int):
+        assert_oracles_codes(got, w, gram, format, damping, order)
+    return got
+
+
+# ------------------------------------------------------------------------------------------------ against the oracle
+
+
+@pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act-order"])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_codes_and_error_equal_the_oracles_for_every_width_and_order(bits, symmetric, act_order):
+    for seed in range(3):
+        check(*problem(seed), Int(bits, 16, symmetric), act_order)  # 40 = 2.5 × 16
+
+
+@pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act-order"])
+@pytest.mark.parametrize("format", [Int(3, 8), Int(4, "channel"), Int(4, "tensor"), Int(3, "channel", True)], ids=str)
+def test_codes_and_error_equal_the_oracles_for_every_grouping(format, act_order):
+    check(*problem(7), format, act_order)
+
+
+@pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act-order"])
+@pytest.mark.parametrize("format", [NF4(16), Codebook((-1.0, -0.2, 0.5, 0.8), 8)], ids=["NF4", "no zero"])
+def test_every_code_on_a_codebook_is_the_nearest_to_its_compensated_target(format, act_order):
+    got = check(*problem(1), format, act_order)
+    nearest = solved(Nearest(), *problem(1), format)
+    assert (got.codes != nearest.codes).mean() > 0.05  # compensation does change codes
+    assert got.info.error < nearest.info.error
+
+
+@pytest.mark.parametrize("block", [1, 16, 64])
+@pytest.mark.parametrize("format", [Int(3, 16), NF4(16)], ids=["Int3", "NF4"])
+def test_any_block_size_gives_the_same_codes(block, format):
+    w, gram = problem(2)
+    got = check(w, gram, format, block=block)
+    np.testing.assert_array_equal(got.codes, solved(GPTQ(), w, gram, format).codes)
+
+
+def test_damping_of_any_strength_is_the_oracles():
+    w, gram = problem(3)
+    light, heavy = (check(w, gram, Int(3, 16), damping=damping) for damping in (0.001, 1.0))
+    assert (light.codes != heavy.codes).any()
+    assert light.info.error < heavy.info.error
+
+
+def test_one_row_and_one_column_are_rounded_to_nearest():
+    w, gram = problem(4, rows=1, out=1)
+    np.testing.assert_array_equal(
+        solved(GPTQ(), w, gram, Int(4, 1, True)).codes, solved(Nearest(), w, gram, Int(4, 1, True)).codes
+    )
+
+
+# -------------------------------------------------------------------------------------------------- what must follow
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("format", [Int(4, 16), NF4(16)], ids=["Int4", "NF4"])
+def test_on_a_diagonal_gram_matrix_it_is_round_to_nearest(format, act_order):
+    w, gram = problem(5)
+    gram = np.diag(np.diag(gram))
+    gptq, nearest = (solved(rounding, w, gram, format) for rounding in (GPTQ(act_order=act_order), Nearest()))
+    np.testing.assert_array_equal(gptq.codes, nearest.codes)
+    assert gptq.info.error == pytest.approx(nearest.info.error, rel=1e-6)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_error_on_correlated_inputs_is_below_that_of_round_to_nearest(bits, act_order):
+    for seed in range(3):
+        gptq, nearest = (
+            solved(rounding, *problem(seed), Int(bits, 16, False))
+            for rounding in (GPTQ(act_order=act_order), Nearest())
+        )
+        assert gptq.info.error < 0.8 * nearest.info.error
+
+
+def test_nearest_reports_the_oracles_error_and_the_dead_inputs():
+    w, gram = problem(6, dead=(3, 20))
+    got = solved(Nearest(), w, gram, Int(4, 16))
+    assert float(got.info.error) == pytest.approx(oracle.output_error(w, got.values, gram), rel=1e-4)
+    assert int(got.info.dead) == 2
+    _, info = Nearest()(jnp.asarray(w), *MinMax()(jnp.asarray(w), Int(4, 16)), None, Int(4, 16))
+    assert np.isnan(info.error)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_dead_channels_get_the_code_of_zero_and_are_counted(act_order):
+    w, gram = problem(6, dead=(3, 20, 39))
+    got = check(w, gram, Int(4, 16), act_order)
+    assert int(got.info.dead) == 3
+    assert (got.values[[3, 20, 39]] == 0).all()
+    assert np.abs(w[[3, 20, 39]]).min() < np.abs(w[[3, 20, 39]]).max()  # they were not zero before
+    no_zero = solved(GPTQ(act_order=act_order), w, gram, Codebook((-1.0, -0.2, 0.5, 0.8), 8))
+    assert (no_zero.codes[[3, 20, 39]] == 1).all()
+
+
+def test_without_a_gram_matrix_it_is_refused():
+    w = jnp.asarray(problem()[0])
+    with pytest.raises(InputError, match="Gram"):
+        GPTQ()(w, *MinMax()(w, Int(4, 16)), None, Int(4, 16))
+
+
+# --------------------------------------------------------------------------------- Gram matrices that break things
+
+
+def broken(kind: str) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    if kind == "rank one":
+        v = rng.standard_normal(ROWS)
+        return np.outer(v, v).astype(np.float32)
+    if kind == "condition 1e8":
+        basis = np.linalg.qr(rng.standard_normal((ROWS, ROWS)))[0]
+        return (basis * np.logspace(0, -8, ROWS) @ basis.T).astype(np.float32)
+    if kind == "indefinite":
+        gram = problem()[1]
+        return gram - np.float32(0.05 * np.diag(gram).mean()) * np.eye(ROWS, dtype=np.float32)
+    gram = problem()[1]
+    gram[3, 5] = gram[5, 3] = np.nan
+    return gram
+
+
+@pytest.mark.parametrize("kind", ["rank one", "condition 1e8", "indefinite"])
+def test_a_gram_matrix_that_does_not_factorise_raises_the_damping_and_says_so(kind):
+    w, gram, format = problem()[0], broken(kind), Int(4, 16)
+    got = solved(GPTQ(damping=0.0), w, gram, format)
+    assert int(got.info.attempts) > 1
+    assert 0 < float(got.info.damping) <= 1
+    assert float(got.info.damping) == pytest.approx(1e-6 * 10 ** (int(got.info.attempts) - 2), rel=1e-3)
+    assert np.isfinite(got.values).all()
+    assert float(got.info.error) == pytest.approx(oracle.output_error(w, got.values, gram), rel=1e-3, abs=1e-6)
+    if kind != "indefinite":
+        assert oracle.output_error(w, got.values, gram) < oracle.output_error(
+            w, solved(Nearest(), w, gram, format).values, gram
+        )
+
+
+@pytest.mark.parametrize("kind", ["rank one", "condition 1e8"])
+def test_the_default_damping_factorises_a_degenerate_gram_matrix_at_once(kind):
+    check(problem()[0], broken(kind), Int(4, 16))
+
+
+def test_a_zero_gram_matrix_leaves_every_channel_dead():
+    w = problem()[0]
+    got = solved(GPTQ(), w, np.zeros((ROWS, ROWS), np.float32), Int(4, 16))
+    assert (got.values == 0).all()
+    assert (int(got.info.dead), float(got.info.error)) == (ROWS, 0.0)
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.01])
+def test_a_gram_matrix_with_nan_falls_back_to_nearest_codes_and_shows_in_the_info(damping):
+    w, gram = problem()[0], broken("nan")
+    got = solved(GPTQ(damping=damping), w, gram, Int(4, 16))
+    assert int(got.info.attempts) > 1
+    assert np.isnan(got.info.error)
+    np.testing.assert_array_equal(got.codes, solved(Nearest(), w, gram, Int(4, 16)).codes)
+
+
+# ---------------------------------------------------------------------------------------------- the compiled program
+
+
+def run(w, scale, zero, gram):
+    return GPTQ()(w, scale, zero, gram, Int(4, 32))
+
+
+def test_the_program_does_not_grow_with_the_matrix():
+    sizes = set()
+    for rows in (64, 128, 512):
+        shapes = [jax.ShapeDtypeStruct((rows, 16), jnp.float32), jax.ShapeDtypeStruct((rows // 32, 16), jnp.float16)]
+        shapes += [jax.ShapeDtypeStruct((rows // 32, 16), jnp.uint8), jax.ShapeDtypeStruct((rows, rows), jnp.float32)]
+        sizes.add(len(jax.jit(run).lower(*shapes).as_text().splitlines()))
+    assert len(sizes) == 1, sizes
+
+
+def test_its_matrix_products_are_asked_for_at_the_highest_precision():
+    """A GPU or TPU would else multiply float32 in fewer bits, and the compensated targets and the error with it."""
+    w, gram = map(jnp.asarray, problem(rows=64))
+    text = jax.jit(run).lower(w, *MinMax()(w, Int(4, 32)), gram).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert products
+    assert all(re.search(r"precision = \[HIGHEST, HIGHEST\]", line) for line in products), products
+
+
+def test_sharded_over_out_it_runs_without_communication_and_gives_the_codes_of_one_device():
+    w, gram = map(jnp.asarray, problem(8, rows=72, out=64))
+    scale, zero = MinMax()(w, Int(4, 32))
+    wanted, info = jax.jit(run)(w, scale, zero, gram)
+    mesh = jax.make_mesh((8,), ("out",))
+    split, whole = NamedSharding(mesh, P(None, "out")), NamedSharding(mesh, P())
+    args = [*(jax.device_put(v, split) for v in (w, scale, zero)), jax.device_put(gram, whole)]
+    quantized = jax.jit(lambda *args: run(*args)[0]).lower(*args).compile()
+    collective = r"all-reduce|all-gather|collective-permute|all-to-all|reduce-scatter"
+    assert not re.findall(collective, quantized.as_text())
+    got = quantized(*args)
+    assert got.codes.sharding.shard_shape(got.codes.shape) == (36, 8)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(a, b)
+    # The error is a sum over all of `out`, so the whole solution may talk, once for each number it reports.
+    _, spread = jax.jit(run)(*args)
+    assert float(spread.error) == pytest.approx(float(info.error), rel=1e-5)

@@ -1,0 +1,128 @@
+"""Statistics are monoids and equal their float64 definitions, whatever the activations' dtype."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jquant.stats import AbsMean, Gram
+
+TOKENS, FEATURES = 12, 5
+KINDS = [Gram, AbsMean]
+gram_observe = jax.jit(Gram.observe)
+observe = jax.jit(lambda stats, x, weight: stats.observe(x, weight))
+
+
+def inputs(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def assert_same(a, b, rtol: float = 0) -> None:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol * np.abs(y).max())
+
+
+def exact(kind: type, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    x, weight = x.astype(np.float64), weight.astype(np.float64)
+    return (x * weight[:, None]).T @ x if kind is Gram else weight @ np.abs(x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=25, deadline=None)
+@given(cuts=st.sets(st.integers(1, TOKENS - 1), max_size=3), seed=st.integers(0, 99), weighted=st.booleans())
+def test_observing_in_pieces_and_merging_in_any_grouping_is_observing_at_once(kind, cuts, seed, weighted):
+    """Small integers add exactly in float32, so the order of the sums must not show at all."""
+    rng = np.random.default_rng(seed)
+    x = rng.integers(-8, 9, (TOKENS, FEATURES)).astype(np.float32)
+    weight = rng.integers(0, 5, TOKENS).astype(np.float32) if weighted else np.ones(TOKENS, np.float32)
+    bounds = [0, *sorted(cuts), TOKENS]
+    parts, running = [], kind.init(FEATURES)
+    for start, stop in zip(bounds, bounds[1:], strict=False):
+        piece = (jnp.asarray(x[start:stop]), jnp.asarray(weight[start:stop]) if weighted else None)
+        parts.append(observe(kind.init(FEATURES), *piece))
+        running = observe(running, *piece)
+    whole = jax.tree.map(jnp.asarray, kind(jnp.asarray(exact(kind, x, weight)), jnp.asarray(weight.sum())))
+    left = kind.init(FEATURES)
+    for part in parts:
+        left = left.merge(part)
+    right = kind.init(FEATURES)
+    for part in reversed(parts):
+        right = part.merge(right)
+    for got in (running, left, right):
+        assert_same(got, whole)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_statistics_equal_float64_numpy_over_any_leading_axes(kind, weighted):
+    x = inputs(4, 50, FEATURES)
+    weight = np.random.default_rng(1).uniform(0, 3, (4, 50)).astype(np.float32)
+    got = kind.init(FEATURES).observe(jnp.asarray(x), jnp.asarray(weight) if weighted else None)
+    used = weight.reshape(-1) if weighted else np.ones(200)
+    wanted = exact(kind, x.reshape(-1, FEATURES), used)
+    np.testing.assert_allclose(got.total, wanted, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(got.mean, wanted / used.sum(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_weight_of_two_counts_a_token_twice_and_a_weight_of_zero_not_at_all(kind):
+    x = inputs(3, FEATURES)
+    got = kind.init(FEATURES).observe(jnp.asarray(x), jnp.asarray([2.0, 0.0, 1.0]))
+    assert_same(got, kind.init(FEATURES).observe(jnp.asarray(x[[0, 0, 2]])), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_inputs_accumulate_in_float32(kind, dtype):
+    """In bfloat16 a sum of 4096 ones would stop at 256."""
+    x = jnp.asarray(inputs(4096, FEATURES), dtype)
+    got = kind.init(FEATURES)
+    for piece in jnp.split(x, 8):
+        got = observe(got, piece, jnp.ones(len(piece), dtype))
+    assert {leaf.dtype for leaf in jax.tree.leaves(got)} == {jnp.dtype("float32")}
+    wanted = exact(kind, np.asarray(x, np.float64), np.ones(len(x)))
+    np.testing.assert_allclose(got.total, wanted, atol=1e-6 * np.abs(wanted).max(), rtol=1e-5)
+    assert jax.tree.leaves(got)[1] == 4096
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_are_asked_for_at_the_highest_precision(kind):
+    """A GPU or TPU would else multiply float32 in fewer bits; the CPU does not show it."""
+    text = observe.lower(kind.init(FEATURES), jnp.ones((3, FEATURES)), jnp.ones(3)).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert all(re.search(r"precision = \[HIGHEST, HIGHEST\]", line) for line in products), products
+    assert products or kind is AbsMean  # AbsMean may as well sum without a matrix product
+
+
+def test_a_gram_matrix_is_symmetric_and_positive_semi_definite_for_bfloat16_inputs_and_few_tokens():
+    x = jnp.asarray(inputs(20, 48) + 3, jnp.bfloat16)
+    total = np.asarray(gram_observe(Gram.init(48), x).total, np.float64)
+    np.testing.assert_allclose(total, total.T, rtol=1e-6)
+    values = np.linalg.eigvalsh((total + total.T) / 2)
+    assert values[0] >= -1e-6 * values[-1]
+    assert (values[:28] <= 1e-6 * values[-1]).all()
+    assert values[-1] > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_devices_combine_by_a_sum_over_the_leaves(kind):
+    x = inputs(8, 6, FEATURES)
+    mesh = jax.make_mesh((8,), ("data",))
+    spec = jax.sharding.PartitionSpec("data")
+
+    def on_one_device(piece):
+        return jax.lax.psum(kind.init(FEATURES).observe(piece), "data")
+
+    run = jax.shard_map(on_one_device, mesh=mesh, in_specs=spec, out_specs=jax.sharding.PartitionSpec())
+    spread = jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
+    assert_same(jax.jit(run)(spread), kind.init(FEATURES).observe(jnp.asarray(x)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_mean_of_nothing_is_zero(kind):
+    assert (np.asarray(kind.init(FEATURES).mean) == 0).all()
