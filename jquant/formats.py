@@ -86,6 +86,7 @@ class Int:
 
     def grid(self, low: Array, high: Array) -> tuple[Array, Array | None]:
         """See `Format.grid`."""
+        low, high = low.astype(jnp.float32), high.astype(jnp.float32)
         if self.symmetric:
             return _store(jnp.maximum(-low, high) / (self._offset - 1), self.scale_dtype), None
         low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
@@ -137,7 +138,8 @@ class Codebook:
 
     def grid(self, low: Array, high: Array) -> tuple[Array, Array | None]:
         """See `Format.grid`."""
-        return _store(jnp.maximum(-low, high) / max(map(abs, self.levels)), self.scale_dtype), None
+        absmax = jnp.maximum(-low, high).astype(jnp.float32)
+        return _store(absmax / max(map(abs, self.levels)), self.scale_dtype), None
 
     def encode(self, w: Array, scale: Array, zero: Array | None) -> Array:
         """See `Format.encode`; a weight halfway between two levels takes the lower, as in bitsandbytes."""
@@ -234,7 +236,7 @@ def _ratio(w: Array, scale: Array) -> Array:
 def _store(scale: Array, dtype: str) -> Array:
     """Rounds a scale to its stored dtype; one that is not zero never becomes 0 or infinite."""
     limits = jnp.finfo(dtype)
-    stored = jnp.clip(scale.astype(jnp.float32), float(limits.tiny), float(limits.max)).astype(dtype)
+    stored = jnp.clip(scale.astype(jnp.float32), float(limits.smallest_subnormal), float(limits.max)).astype(dtype)
     return jnp.where(scale == 0, jnp.zeros_like(stored), stored)
 
 

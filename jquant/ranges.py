@@ -66,12 +66,14 @@ class Search:
         rows = group_rows(format, w.shape[-2])
         groups = grouped(w, rows)
         low, high = _ends(groups, format)
+        # A codebook without a zero would count the filling of a short group as error.
+        real = grouped(jnp.ones((w.shape[-2], 1)), rows)
         weight = None if gram is None or self.metric == "mse" else _weight(gram, rows, self.metric)
 
         def attempt(shrink: Array) -> tuple[Array, Array, Array | None]:
             scale, zero = format.grid(low * shrink, high * shrink)
             at = jax.tree.map(lambda v: v[:, None], (scale, zero))
-            loss = _loss(format.decode(format.encode(groups, *at), *at) - groups, weight)
+            loss = _loss((format.decode(format.encode(groups, *at), *at) - groups) * real, weight)
             return jnp.sum(loss, keepdims=True) if format.group == "tensor" else loss, scale, zero
 
         def step(best, shrink: Array):
@@ -106,4 +108,4 @@ def _loss(delta: Float[Array, "groups rows out"], weight: Array | None) -> Float
         return jnp.sum(delta**2, -2)
     if weight.shape[-1] == 1:
         return jnp.sum(weight * delta**2, -2)
-    return jnp.sum(delta * jnp.einsum("gij,gjo->gio", weight, delta), -2)
+    return jnp.sum(delta * jnp.einsum("gij,gjo->gio", weight, delta, precision="highest"), -2)

@@ -71,7 +71,7 @@ class AbsMean:
         """Adds tokens; `weight` says how much each one counts (1 by default)."""
         x = jnp.abs(x.reshape(-1, x.shape[-1]).astype(jnp.float32))
         w = jnp.ones(x.shape[0], jnp.float32) if weight is None else weight.reshape(-1).astype(jnp.float32)
-        return AbsMean(self.total + w @ x, self.count + jnp.sum(w))
+        return AbsMean(self.total + jnp.matmul(w, x, precision="highest"), self.count + jnp.sum(w))
 
     def merge(self, other: "AbsMean") -> "AbsMean":
         """Both together."""

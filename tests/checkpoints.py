@@ -1,8 +1,10 @@
-"""Tiny random Llama checkpoints, written by other projects' own code: transformers' `save_pretrained`, gguf's writer."""
+"""Tiny random Llama checkpoints, written by other projects' code: transformers' `save_pretrained`, gguf's writer."""
 
 import functools
+import json
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import gguf
 import numpy as np
@@ -84,10 +86,13 @@ def logits(model: transformers.LlamaForCausalLM, tokens: np.ndarray) -> np.ndarr
 
 @functools.cache
 def transformers_gguf(path: Path) -> transformers.LlamaForCausalLM:
-    """A GGUF file through transformers, in float32."""
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
-    ).eval()
+    """A GGUF file through transformers, in float32.
+
+    transformers asks that accelerate be installed, which it needs to spread a model over devices and not here.
+    """
+    with mock.patch("transformers.modeling_utils.is_accelerate_available", return_value=True):
+        model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype="float32")
+    return model.eval()
 
 
 def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
@@ -179,8 +184,6 @@ def write_gguf(
 
 
 def merges() -> list[str]:
-    import json
-
     return [" ".join(merge) for merge in json.loads(tokenizer().to_str())["model"]["merges"]]
 
 
@@ -195,8 +198,9 @@ def stored(values: np.ndarray, kind: gguf.GGMLQuantizationType, seed: int) -> tu
         block, size = gguf.GGML_QUANT_SIZES[kind]
         rng = np.random.default_rng(seed)
         data = rng.integers(0, 256, (values.size // block, size), np.uint8)
-        while (bad := ~np.isfinite(gguf.dequantize(data, kind)).all(-1)).any():
-            data[bad] = rng.integers(0, 256, (bad.sum(), size), np.uint8)
+        with np.errstate(invalid="ignore"):
+            while (bad := ~np.isfinite(gguf.dequantize(data, kind)).all(-1)).any():
+                data[bad] = rng.integers(0, 256, (bad.sum(), size), np.uint8)
         data = data.reshape(len(values), -1)
     plain = {gguf.GGMLQuantizationType.F32: np.float32, gguf.GGMLQuantizationType.F16: np.float16}
     return data, gguf.dequantize(data.view(plain[kind]) if kind in plain else data, kind).reshape(values.shape)

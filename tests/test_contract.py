@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jquant.errors import InputError
@@ -26,7 +26,7 @@ def make(name: str) -> Method:
 
 
 def whole(w, gram, abs_mean, method: Method):
-    """Transform, range and rounding of one matrix, as the pipeline composes them: (QTensor, SolveInfo, channel scale)."""
+    """Transform, range and rounding of one matrix, as the pipeline composes them, and the channel scale."""
     traces.append(method)
     s = jnp.ones_like(abs_mean)
     if method.transform is not None:
@@ -119,7 +119,7 @@ def test_vmap_over_stacked_weights_is_a_loop_over_them(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_sharded_over_out_it_gives_the_codes_of_one_device(name):
     w, gram, abs_mean = problem(2)
-    mesh = jax.make_mesh((8,), ("out",))
+    mesh = jax.make_mesh((8,), ("out",), axis_types=(AxisType.Auto,))
     put = lambda v, *spec: jax.device_put(v, NamedSharding(mesh, P(*spec)))  # noqa: E731
     q, info, _ = solve(put(w, None, "out"), put(gram), put(abs_mean), make(name))
     wanted, info_wanted, _ = solve(w, gram, abs_mean, make(name))
@@ -179,7 +179,7 @@ def test_a_float64_weight_gets_the_codes_of_its_float32_values(name):
     w, gram, abs_mean = problem(6)
     wanted = solve(w, gram, abs_mean, make(name))[0]
     with jax.enable_x64(True):
-        q = solve(*(jnp.asarray(np.asarray(v, np.float64)) for v in (w, gram, abs_mean)), make(name))[0]
+        q = solve(jnp.asarray(np.asarray(w, np.float64)), gram, abs_mean, make(name))[0]
     assert_same_codes(q, wanted)
 
 

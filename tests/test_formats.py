@@ -147,9 +147,11 @@ def test_exact_ties_go_to_the_even_multiple_of_the_scale_whatever_the_zero_point
     np.testing.assert_array_equal(np.asarray(dequantize(q)), values)
 
 
-weights = hnp.arrays(
-    np.float32, (11, 3), elements=st.floats(-(2.0**10), 2.0**10, width=32, allow_subnormal=False)
-).flatmap(lambda w: st.sampled_from([1.0, 2.0**-12]).map(lambda factor: w * np.float32(factor)))
+# Nothing below 2^-40: float32 flushes the scale of such weights to 0; they are tested on their own below.
+entries = st.floats(-(2.0**10), 2.0**10, width=32).map(lambda x: x if abs(x) > 2.0**-40 else 0.0)
+weights = st.builds(
+    np.multiply, hnp.arrays(np.float32, (11, 3), elements=entries), st.sampled_from(np.float32([1, 2e-4]))
+)
 PROPERTY_FORMATS = [Int(3, 4), Int(4, 4, True), Int(8, "tensor"), NF4(4)]
 
 
@@ -351,7 +353,7 @@ def test_from_codes_keeps_every_code_scale_and_zero():
     rng = np.random.default_rng(3)
     codes, zero = rng.integers(0, 8, (21, 5)).astype(np.uint8), rng.integers(0, 8, (3, 5)).astype(np.uint8)
     scale = rng.uniform(0.5, 2, (3, 5)).astype(np.float16)
-    q = from_codes(jnp.asarray(codes), jnp.asarray(scale), jnp.asarray(zero), Int(3, 8))
+    q = jax.jit(from_codes, static_argnums=3)(*map(jnp.asarray, (codes, scale, zero)), Int(3, 8))
     row = np.arange(21) // 8
     np.testing.assert_array_equal(dequantize(q), (codes.astype(np.float32) - zero[row]) * scale[row].astype(np.float32))
 

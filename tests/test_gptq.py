@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jquant.errors import InputError
@@ -191,8 +191,9 @@ def test_nearest_reports_the_oracles_error_and_the_dead_inputs():
     got = solved(Nearest(), w, gram, Int(4, 16))
     assert float(got.info.error) == pytest.approx(oracle.output_error(w, got.values, gram), rel=1e-4)
     assert int(got.info.dead) == 2
-    _, info = Nearest()(jnp.asarray(w), *MinMax()(jnp.asarray(w), Int(4, 16)), None, Int(4, 16))
+    blind, info, *_ = solve(Nearest(), jnp.asarray(w), None, Int(4, 16))
     assert np.isnan(info.error)
+    np.testing.assert_array_equal(dequantize(blind), got.values)
 
 
 @pytest.mark.parametrize("act_order", [False, True])
@@ -235,15 +236,18 @@ def broken(kind: str) -> np.ndarray:
 def test_a_gram_matrix_that_does_not_factorise_raises_the_damping_and_says_so(kind):
     w, gram, format = problem()[0], broken(kind), Int(4, 16)
     got = solved(GPTQ(damping=0.0), w, gram, format)
-    assert int(got.info.attempts) > 1
-    assert 0 < float(got.info.damping) <= 1
-    assert float(got.info.damping) == pytest.approx(1e-6 * 10 ** (int(got.info.attempts) - 2), rel=1e-3)
+    attempts, damping = int(got.info.attempts), float(got.info.damping)
+    if kind == "condition 1e8":  # float32 may or may not see that it is positive
+        assert attempts <= 3
+    else:
+        assert attempts > 1
+    assert damping == (pytest.approx(1e-6 * 10 ** (attempts - 2), rel=1e-3) if attempts > 1 else 0)
+    assert damping <= 1
     assert np.isfinite(got.values).all()
-    assert float(got.info.error) == pytest.approx(oracle.output_error(w, got.values, gram), rel=1e-3, abs=1e-6)
+    error = oracle.output_error(w, got.values, gram)
+    assert float(got.info.error) == pytest.approx(error, rel=1e-3, abs=1e-6)
     if kind != "indefinite":
-        assert oracle.output_error(w, got.values, gram) < oracle.output_error(
-            w, solved(Nearest(), w, gram, format).values, gram
-        )
+        assert error < oracle.output_error(w, solved(Nearest(), w, gram, format).values, gram)
 
 
 @pytest.mark.parametrize("kind", ["rank one", "condition 1e8"])
@@ -296,7 +300,7 @@ def test_sharded_over_out_it_runs_without_communication_and_gives_the_codes_of_o
     w, gram = map(jnp.asarray, problem(8, rows=72, out=64))
     scale, zero = MinMax()(w, Int(4, 32))
     wanted, info = jax.jit(run)(w, scale, zero, gram)
-    mesh = jax.make_mesh((8,), ("out",))
+    mesh = jax.make_mesh((8,), ("out",), axis_types=(AxisType.Auto,))
     split, whole = NamedSharding(mesh, P(None, "out")), NamedSharding(mesh, P())
     args = [*(jax.device_put(v, split) for v in (w, scale, zero)), jax.device_put(gram, whole)]
     quantized = jax.jit(lambda *args: run(*args)[0]).lower(*args).compile()

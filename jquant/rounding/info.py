@@ -50,4 +50,4 @@ class Rounding(Protocol):
 
 def output_energy(delta: Float[Array, "in out"], gram: Float[Array, "in in"] | None) -> Float[Array, ""]:
     """trace(Δᵀ H Δ); NaN where no Gram matrix was observed."""
-    return jnp.float32(jnp.nan) if gram is None else jnp.sum(delta * (gram @ delta))
+    return jnp.float32(jnp.nan) if gram is None else jnp.sum(delta * jnp.matmul(gram, delta, precision="highest"))
