@@ -20,6 +20,8 @@ def load_text(source: str | Path) -> str:
       InputError: neither a file nor a name; an unreadable or empty file; a hub that can't be reached.
     """
     path = Path(source).expanduser()
+    if len(str(source)) > 1000:  # longer than any path
+        raise InputError(f"{str(source)[:40]!r}… is a text, not the name or path of one.")
     if path.is_file():
         return _not_empty(_read(path), source)
     if isinstance(source, Path) or path.suffix or len(path.parts) > 1:
@@ -84,6 +86,8 @@ def windows(
     Raises:
       InputError: fewer tokens than a window, or than `count` windows.
     """
+    if count is not None and count < 1:
+        raise InputError(f"{count} windows can't be cut; ask for 1 or more, or for none in particular.")
     text = context - (bos is not None)
     whole = len(ids) // text if text > 0 else 0
     if whole < (count or 1):

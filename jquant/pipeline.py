@@ -204,7 +204,8 @@ def _quantize_block(
     params: Params, stats: Mapping[str, SiteStats], method: Method, sites: tuple[Site, ...], config: DecoderConfig
 ) -> tuple[Params, dict[str, SolveInfo]]:
     """Transforms every site, then rounds every weight: a site's transform may rewrite an earlier site's weight."""
-    params, infos, grams = dict(params), {}, {}
+    dtypes = {path: leaf.dtype for path, leaf in params.items()}
+    params, infos, grams = {path: leaf.astype(jnp.float32) for path, leaf in params.items()}, {}, {}
     for site in sites:
         weightings = dict(site.token_weights) if method.token_weights else {}
         for path in site.weights:
@@ -213,10 +214,10 @@ def _quantize_block(
         for site in sites:
             _transform(params, grams, stats[site.tap]["abs_mean"].mean, site, method, config)
     for path, gram in grams.items():
-        w = params[path].astype(jnp.float32)
-        scale, zero = method.range(w, method.format, gram)
-        params[path], infos[path] = method.rounding(w, scale, zero, gram, method.format)
-    return params, infos
+        scale, zero = method.range(params[path], method.format, gram)
+        params[path], infos[path] = method.rounding(params[path], scale, zero, gram, method.format)
+    stay = {path: leaf.astype(dtypes[path]) for path, leaf in params.items() if path not in infos}
+    return params | stay, infos
 
 
 def _transform(
@@ -231,7 +232,7 @@ def _transform(
         channels, width = jnp.asarray(shared), max(shared) + 1
     sharers = jnp.zeros(width).at[channels].add(1)
     pooled = jnp.zeros(width).at[channels].add(abs_mean) / sharers
-    weights = [params[path].astype(jnp.float32) for path in site.weights]
+    weights = [params[path] for path in site.weights]
     site_grams = [grams[path] for path in site.weights]
     scale = method.transform(weights, site_grams, pooled[channels], method.format)
     for path, w, gram in zip(site.weights, weights, site_grams, strict=True):

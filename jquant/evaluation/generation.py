@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from functools import partial
 from operator import itemgetter
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -83,8 +84,12 @@ def unstack(decoder: Decoder) -> tuple[Block, ...]:
     Decoding is bound by the weights' bytes, and slicing a layer out of the stack inside a scan copies each once more.
     """
     graph, stack = nnx.split(decoder.layers)
-    layers = jax.jit(lambda stack: [jax.tree.map(itemgetter(i), stack) for i in range(decoder.config.layers)])(stack)
-    return tuple(nnx.merge(graph, layer) for layer in layers)
+    return tuple(nnx.merge(graph, layer) for layer in _split(stack, decoder.config.layers))
+
+
+@partial(jax.jit, static_argnames="count")
+def _split(stack: Any, count: int) -> list[Any]:
+    return [jax.tree.map(itemgetter(i), stack) for i in range(count)]
 
 
 @partial(jax.jit, donate_argnames="cache")

@@ -9,6 +9,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jquant.data import windows as cut_windows
+from jquant.errors import InputError
 from jquant.io.load import LanguageModel, Progress
 from jquant.models.decoder import Decoder
 
@@ -88,8 +89,13 @@ def perplexity(
       progress: called with ("evaluate", windows done, windows in all).
 
     Raises:
-      InputError: the text is shorter than a window, or than `windows` of them.
+      InputError: the text is shorter than a window, or than `windows` of them; a context below 2; `bos` where the
+        tokenizer has none.
     """
+    if context < 2:
+        raise InputError(f"A context of {context} leaves no prediction to score; it takes 2 tokens or more.")
+    if bos and model.tokenizer.bos_id is None:
+        raise InputError(f"The tokenizer of {model.name} has no BOS token: leave bos out.")
     tokens = cut_windows(model.tokenizer.encode(text), context, windows, model.tokenizer.bos_id if bos else None)
     scores = score(model.decoder, tokens, progress=progress)
     return Perplexity(scores.perplexity, scores.stderr, len(tokens), context, scores.nll.size, bos)

@@ -11,6 +11,7 @@ from jquant.errors import InputError
 from jquant.models.config import DecoderConfig, config_from_gguf
 
 _ROTARY = (".attn_q.weight", ".attn_k.weight")
+_ROPE = "rope_freqs.weight"
 
 
 class GGUFCheckpoint:
@@ -34,10 +35,11 @@ class GGUFCheckpoint:
         except (OSError, ValueError, IndexError, KeyError, EOFError) as broken:
             raise InputError(f"{path} is not a whole GGUF file ({broken}).") from None
         self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
-        divisors = tuple(map(float, self.read("rope_freqs.weight"))) if "rope_freqs.weight" in self._tensors else None
-        self.config: DecoderConfig = config_from_gguf(
-            self.fields(), "output.weight" not in self._tensors, divisors, str(path)
-        )
+        divisors = tuple(map(float, self.read(_ROPE))) if _ROPE in self._tensors else None
+        tied = "output.weight" not in self._tensors
+        self.config: DecoderConfig = config_from_gguf(self.fields(), tied, divisors, str(path))
+        if divisors and len(divisors) != self.config.head_dim // 2:
+            raise InputError(f"{path}: {_ROPE} has {len(divisors)} values, not {self.config.head_dim // 2}.")
         kinds = [t.tensor_type.name for t in self._reader.tensors if ".ffn_" in t.name and len(t.shape) == 2]
         self.description = f"gguf {max(set(kinds), key=kinds.count)}" if kinds else "gguf"
 
@@ -68,4 +70,6 @@ class GGUFCheckpoint:
             return values
         # llama.cpp interleaves each head's rotary pairs: rows (2i, 2i + 1) there are (i, i + d/2) here.
         head = self.config.head_dim
+        if len(values) % head:
+            raise InputError(f"{self.path}: {name} has {len(values)} rows, which are no whole heads of {head}.")
         return values.reshape(-1, head // 2, 2, values.shape[-1]).swapaxes(1, 2).reshape(values.shape)

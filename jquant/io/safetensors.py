@@ -33,7 +33,10 @@ class SafetensorsCheckpoint:
         self.config: DecoderConfig = config_from_hf(_json(folder / "config.json"), str(folder / "config.json"))
         index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
         if index.exists():
-            shards = sorted({self._inside(name) for name in _json(index).get("weight_map", {}).values()})
+            names = _json(index).get("weight_map")
+            if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+                raise InputError(f"{index} lacks a weight_map from tensor names to file names.")
+            shards = sorted({self._inside(name) for name in names.values()})
         elif single.exists():
             shards = [single]
         else:
@@ -68,11 +71,14 @@ class SafetensorsCheckpoint:
 
 def _json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} is missing.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as broken:
         raise InputError(f"{path} is not JSON ({broken}).") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is not a JSON object.")
+    return content
 
 
 def _open(path: Path):

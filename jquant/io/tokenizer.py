@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 import tokenizers
@@ -67,11 +67,11 @@ class Tokenizer:
             raise InputError("the text holds an unpaired surrogate; read its file with encoding='utf-8'") from error
         return np.array(encoding.ids, dtype=np.int32)
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """Return the text of `ids`, special tokens by name; bytes that are no UTF-8 become U+FFFD."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
-    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+    def stream(self, ids: Iterable[SupportsIndex]) -> Iterator[str]:
         """Yield the text of `ids` while they arrive, never a part of a character; the pieces join to `decode(ids)`."""
         decoder, seen, printed = decoders.DecodeStream(skip_special_tokens=False), [], 0
         for token in ids:
