@@ -40,13 +40,16 @@ class MinMax:
 
 @dataclass(frozen=True)
 class Search:
-    """The min-max range shrunk by the factor that leaves the least rounding error, group by group.
+    """The min-max range clipped where that leaves the least rounding error, group by group.
+
+    Both ends shrink together by a common factor first; where the format has a zero point, and so the ends are free of
+    each other, the upper one is then searched alone, and the lower one.
 
     Attributes:
       metric: what is minimised, for Δ = Q(w) − w within one group: "mse" Σ Δ², "diagonal" Σ Hᵢᵢ Δᵢ² with H the Gram
         matrix, "gram" Δᵀ H_gg Δ with the group's block of it, the true change of the layer's output if the other groups
         stayed exact (AWQ's clipping objective, arXiv 2306.00978 §3.2, with H in place of stored samples).
-      steps: candidates, evenly spaced from 1 down to `smallest`.
+      steps: factors tried, evenly spaced from 1 down to `smallest`.
       smallest: the strongest clipping tried.
 
     Raises:
@@ -70,21 +73,27 @@ class Search:
         real = grouped(jnp.ones((w.shape[-2], 1)), rows)
         weight = None if gram is None or self.metric == "mse" else _weight(gram, rows, self.metric)
 
-        def attempt(shrink: Array) -> tuple[Array, Array, Array | None]:
-            scale, zero = format.grid(low * shrink, high * shrink)
+        def attempt(low: Array, high: Array):
+            scale, zero = format.grid(low, high)
             at = jax.tree.map(lambda v: v[:, None], (scale, zero))
             loss = _loss((format.decode(format.encode(groups, *at), *at) - groups) * real, weight)
-            return jnp.sum(loss, keepdims=True) if format.group == "tensor" else loss, scale, zero
+            return jnp.sum(loss, keepdims=True) if format.group == "tensor" else loss, (low, high), (scale, zero)
 
-        def step(best, shrink: Array):
-            new = attempt(shrink)
-            better = new[0] < best[0]
-            return jax.tree.map(lambda a, b: jnp.where(better, a, b), new, best), None
+        def sweep(best, move_low: bool, move_high: bool):
+            _, (kept_low, kept_high), _ = best
 
-        # A scan holds one candidate at a time: memory does not grow with `steps`.
-        candidates = jnp.linspace(1.0, self.smallest, self.steps)
-        (_, scale, zero), _ = jax.lax.scan(step, attempt(candidates[0]), candidates[1:])
-        return scale, zero
+            def step(best, shrink: Array):
+                new = attempt(low * shrink if move_low else kept_low, high * shrink if move_high else kept_high)
+                better = new[0] < best[0]
+                return jax.tree.map(lambda a, b: jnp.where(better, a, b), new, best), None
+
+            # A scan holds one candidate at a time: memory does not grow with `steps`.
+            return jax.lax.scan(step, best, jnp.linspace(1.0, self.smallest, self.steps))[0]
+
+        best = sweep(attempt(low, high), True, True)
+        if format.has_zero:
+            best = sweep(sweep(best, False, True), True, False)
+        return best[2]
 
 
 def _ends(groups: Float[Array, "groups rows out"], format: Format) -> tuple[Array, Array]:
