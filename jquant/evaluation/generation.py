@@ -73,9 +73,10 @@ def generate_ids(
     logits, cache = step(structure, leaves, jnp.asarray(prompt)[None], cache)
     for index in range(tokens):
         token = _pick(logits, key, index, temperature, top_k)
-        yield int(token[0])
         if index + 1 < tokens:
+            # Dispatched before the token is read, so that Python's share overlaps with the next step.
             logits, cache = step(structure, leaves, token[:, None], cache)
+        yield int(token[0])
 
 
 def unstack(decoder: Decoder) -> tuple[Block, ...]:

@@ -195,9 +195,19 @@ def causal_attention(
 def attend(
     q: Float[Array, "b h t d"], k: Float[Array, "b kv s d"], v: Float[Array, "b kv s d"], start: Int[Array, ""] | int
 ) -> Float[Array, "b h t d"]:
-    """Attention of queries at positions start, start + 1, … to a cache of `s` slots, the later ones still empty."""
+    """Attention of queries at positions start, start + 1, … to a cache of `s` slots, the later ones still empty.
+
+    A single query multiplies and sums instead of calling batched matrix products, whose set-up per head costs a CPU a
+    quarter of the default model's whole decoding step.
+    """
     visible = jnp.arange(k.shape[2]) <= start + jnp.arange(q.shape[2])[:, None]
-    return _softmax_attention(q, k, v, visible)[0]
+    if q.shape[2] > 1:
+        return _softmax_attention(q, k, v, visible)[0]
+    b, _, _, d = q.shape
+    query = (q * d**-0.5).astype(jnp.float32).reshape(b, k.shape[1], -1, 1, d)
+    scores = jnp.where(visible[0], jnp.sum(query * k[:, :, None], -1), -jnp.inf)
+    weights = jax.nn.softmax(scores, -1)
+    return jnp.sum(weights[..., None] * v[:, :, None], -2).reshape(q.shape).astype(q.dtype)
 
 
 def _softmax_attention(q: Array, k: Array, v: Array, visible: Array) -> tuple[Array, Array]:
