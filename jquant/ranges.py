@@ -67,7 +67,7 @@ class Search:
         if self.metric != "mse" and gram is None:
             raise InputError(f"The range search by {self.metric} needs calibration text.")
         rows = group_rows(format, w.shape[-2])
-        groups = grouped(w, rows)
+        groups = grouped(w.astype(jnp.float32), rows)
         low, high = _ends(groups, format)
         # A codebook without a zero would count the filling of a short group as error.
         real = grouped(jnp.ones((w.shape[-2], 1)), rows)
