@@ -24,11 +24,11 @@ def draw(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
             axes.axhline(row["perplexity"], color="0.5", linewidth=1, linestyle="--", zorder=0)
             axes.annotate(
                 f"{tables.label(row)} {row['perplexity']:.2f}",
-                (1, row["perplexity"]),
+                (0, row["perplexity"]),
                 xycoords=("axes fraction", "data"),
-                xytext=(-4, 4),
+                xytext=(6, 4),
                 textcoords="offset points",
-                ha="right",
+                ha="left",
                 color="0.35",
             )
     points = [row for row in rows if row["method"] != "fp32"]
