@@ -88,7 +88,7 @@ class Search:
                 return jax.tree.map(lambda a, b: jnp.where(better, a, b), new, best), None
 
             # A scan holds one candidate at a time: memory does not grow with `steps`.
-            return jax.lax.scan(step, best, jnp.linspace(1.0, self.smallest, self.steps))[0]
+            return jax.lax.scan(step, best, jnp.linspace(1.0, self.smallest, self.steps, dtype=jnp.float32))[0]
 
         best = sweep(attempt(low, high), True, True)
         if format.has_zero:
