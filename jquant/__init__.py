@@ -7,16 +7,18 @@
 A method is a point in transform ∘ range ∘ rounding ∘ format; `METHODS` names some, `Method(...)` writes any other.
 """
 
+from jquant.activations import Activation
 from jquant.data import load_text
 from jquant.errors import InputError
 from jquant.evaluation.generation import generate
 from jquant.evaluation.perplexity import perplexity
-from jquant.formats import NF4, Codebook, Int
+from jquant.formats import FP4, FP8_E4M3, FP8_E5M2, GGUF, MXFP4, NF3, NF4, NVFP4, Codebook, Float, Int, double_quantized
 from jquant.io.load import LanguageModel, load_model
+from jquant.matmul import matmul
 from jquant.methods import METHODS, Method, method
 from jquant.pipeline import quantize, quantize_decoder
-from jquant.qtensor import QTensor, bits_per_weight, dequantize, matmul
-from jquant.ranges import MinMax, Search
+from jquant.qtensor import QTensor, bits_per_weight, dequantize
+from jquant.ranges import LlamaCpp, MinMax, Percentile, Search
 from jquant.rounding import GPTQ, Nearest
 from jquant.transforms import AWQ
 
@@ -24,20 +26,32 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AWQ",
+    "FP4",
+    "FP8_E4M3",
+    "FP8_E5M2",
+    "GGUF",
     "GPTQ",
     "METHODS",
+    "MXFP4",
+    "NF3",
     "NF4",
+    "NVFP4",
+    "Activation",
     "Codebook",
+    "Float",
     "InputError",
     "Int",
     "LanguageModel",
+    "LlamaCpp",
     "Method",
     "MinMax",
     "Nearest",
+    "Percentile",
     "QTensor",
     "Search",
     "bits_per_weight",
     "dequantize",
+    "double_quantized",
     "generate",
     "load_model",
     "load_text",

@@ -1,16 +1,36 @@
 """The table of named methods: each a point in format × range × rounding × transform.
 
 A new method is a row here. `method("gptq", bits=3)` fills in what a row leaves open; anything else is written out:
-`Method(Codebook(my_levels), rounding=GPTQ())` is GPTQ on one's own codebook.
+`Method(Codebook(my_levels), rounding=GPTQ())` is GPTQ on one's own codebook. A plan gives different weights different
+methods: `[(r"attention\\.v", "q6_k"), (r"mlp", method("gptq", bits=3))]`.
 """
 
 import difflib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from jquant.activations import Activation
 from jquant.errors import InputError
-from jquant.formats import NF4, Format, Group, Int
-from jquant.ranges import MinMax, Range, Search
+from jquant.formats import (
+    FP4,
+    FP8_E4M3,
+    FP8_E5M2,
+    GGUF,
+    MXFP4,
+    MXFP6_E2M3,
+    MXFP6_E3M2,
+    MXFP8_E4M3,
+    MXFP8_E5M2,
+    NF3,
+    NF4,
+    NVFP4,
+    Format,
+    Group,
+    Int,
+    double_quantized,
+)
+from jquant.ranges import LlamaCpp, MinMax, Percentile, Range, Search
 from jquant.rounding import GPTQ, Nearest, Rounding
 from jquant.transforms import AWQ
 
@@ -26,6 +46,7 @@ class Method:
       transform: exact rewrite before rounding, or None.
       token_weights: whether the Gram matrices of k and v weight each token by the attention it receives
         (`models/families.py` says which); without it an attention sink ruins v, see the README.
+      activation: how the inputs that meet the weight are quantized, or None.
     """
 
     format: Format
@@ -33,31 +54,74 @@ class Method:
     rounding: Rounding = field(default_factory=Nearest)
     transform: AWQ | None = None
     token_weights: bool = True
+    activation: Activation | None = None
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What calibration must bring: a subset of {"gram", "abs_mean", "abs_max", "loss"}."""
+        static = self.activation is not None and self.activation.static
+        own = {"gram", "abs_mean"} if self.transform else set()
+        return self.range.needs | self.rounding.needs | own | ({"abs_max"} if static else set())
 
     @property
     def needs_calibration(self) -> bool:
         """Whether any axis looks at activations."""
-        return (
-            self.transform is not None
-            or not isinstance(self.rounding, Nearest)
-            or (isinstance(self.range, Search) and self.range.metric != "mse")
-        )
+        return bool(self.needs)
 
+
+def _fixed(format: Format, **choices) -> Callable[[int, Group, bool], Method]:
+    """A row that leaves nothing open."""
+    return lambda bits, group, symmetric: Method(format, **choices)
+
+
+_INT8 = Int(8, "channel", symmetric=True)
 
 METHODS: dict[str, Callable[[int, Group, bool], Method]] = {
-    "int8": lambda bits, group, symmetric: Method(Int(8, "channel", symmetric=True)),
-    "nf4": lambda bits, group, symmetric: Method(NF4(64)),
+    "int8": _fixed(_INT8),
+    "nf4": _fixed(NF4()),
     "rtn": lambda bits, group, symmetric: Method(Int(bits, group, symmetric)),
     "gptq": lambda bits, group, symmetric: Method(Int(bits, group, symmetric), Search("diagonal"), GPTQ()),
     "gptq_plain": lambda bits, group, symmetric: Method(
         Int(bits, group, symmetric), MinMax(), GPTQ(act_order=False), token_weights=False
     ),
     "awq": lambda bits, group, symmetric: Method(Int(bits, group, symmetric), Search("gram"), transform=AWQ()),
+    # Ranges.
+    "rtn_percentile": lambda bits, group, symmetric: Method(Int(bits, group, symmetric), Percentile()),
+    "rtn_mse": lambda bits, group, symmetric: Method(Int(bits, group, symmetric), Search("mse")),
+    "rtn_diagonal": lambda bits, group, symmetric: Method(Int(bits, group, symmetric), Search("diagonal")),
+    "rtn_gram": lambda bits, group, symmetric: Method(Int(bits, group, symmetric), Search("gram")),
+    "rtn_loss": lambda bits, group, symmetric: Method(Int(bits, group, symmetric), Search("loss")),
+    # Integers with a float zero.
+    "rtn_float_zero": lambda bits, group, symmetric: Method(Int(bits, group, zero="float")),
+    # Codebooks.
+    "nf4_double": _fixed(NF4(64, double_quantized())),
+    "nf3": _fixed(NF3()),
+    "fp4": _fixed(FP4()),
+    # Floats and block floats.
+    "fp8_e4m3": _fixed(FP8_E4M3()),
+    "fp8_e4m3_tensor": _fixed(FP8_E4M3("tensor")),
+    "fp8_e4m3_1x128": _fixed(FP8_E4M3(128)),
+    "fp8_e4m3_128x128": _fixed(FP8_E4M3((128, 128))),
+    "fp8_e5m2": _fixed(FP8_E5M2()),
+    "mxfp8_e4m3": _fixed(MXFP8_E4M3),
+    "mxfp8_e5m2": _fixed(MXFP8_E5M2),
+    "mxfp6_e2m3": _fixed(MXFP6_E2M3),
+    "mxfp6_e3m2": _fixed(MXFP6_E3M2),
+    "mxfp4": _fixed(MXFP4),
+    "nvfp4": _fixed(NVFP4),
+    # llama.cpp's types with its own search.
+    **{name.lower(): _fixed(format, range=LlamaCpp()) for name, format in GGUF.items()},
+    # Weights and activations.
+    "llm_int8": _fixed(_INT8, activation=Activation(outliers=6.0)),
+    "w8a8": _fixed(_INT8, activation=Activation()),
+    "w8a8_static": _fixed(_INT8, activation=Activation(Int(8, "tensor", symmetric=True, scale="float32"), static=True)),
 }
+
+Plan = Sequence[tuple[str, "str | Method | None"]]
 
 
 def method(name: str, bits: int = 4, group: Group = 64, symmetric: bool = False) -> Method:
-    """The named method at the given width; rows that fix a width of their own (int8, nf4) ignore it.
+    """The named method at the given width; rows that fix a width of their own (int8, nf4, q4_k …) ignore it.
 
     Raises:
       InputError: no such method, with the names there are.
@@ -66,3 +130,30 @@ def method(name: str, bits: int = 4, group: Group = 64, symmetric: bool = False)
         known = difflib.get_close_matches(name, METHODS, n=len(METHODS), cutoff=0.0)
         raise InputError(f"There is no method {name!r}; known: {', '.join(known)}.")
     return METHODS[name](bits, group, symmetric)
+
+
+def assign(plan: "Method | Plan", weights: Iterable[str]) -> dict[str, Method | None]:
+    """The method of each weight; None where it stays float.
+
+    Args:
+      plan: one method for all, or rules (regex, method), of which the first that is found in a weight's name decides. A
+        method may be a name, or None to leave weights alone; those that no rule finds are left alone.
+      weights: their names, e.g. "layers.3.attention.v.kernel".
+
+    Raises:
+      InputError: a rule that is no regex, names no method, or decides for no weight.
+    """
+    if isinstance(plan, Method):
+        return dict.fromkeys(weights, plan)
+    chosen: dict[str, Method | None] = {}
+    names = left = list(weights)
+    for pattern, name in plan:
+        try:
+            found = [weight for weight in left if re.search(pattern, weight)]
+        except re.error as wrong:
+            raise InputError(f"The plan's rule {pattern!r} is not a regular expression: {wrong}.") from None
+        if not found:
+            raise InputError(f"The plan's rule {pattern!r} decides for no weight; they are called like {names[0]}.")
+        chosen |= dict.fromkeys(found, method(name) if isinstance(name, str) else name)
+        left = [weight for weight in left if weight not in chosen]
+    return chosen | dict.fromkeys(left, None)

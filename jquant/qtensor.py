@@ -1,7 +1,7 @@
 """QTensor: packed codes, scales and zeros as one pytree that maps, shards, checkpoints and scans like an array."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, UInt8
 
-from jquant.formats import Format, expand_groups, group_rows, grouped, pack, unpack
+from jquant.activations import Activation
+from jquant.formats import Codebook, Format, block_shape, expand, grouped, pack, unpack
 
 
 @jax.tree_util.register_dataclass
@@ -19,10 +20,14 @@ class QTensor:
 
     Attributes:
       codes: uint8 `[*l, bytes, out]`, packed along `in`: 8 codes take `format.bits` bytes (`formats.pack`).
-      scale: `[*l, groups, out]` in `format.scale_dtype`; `[*l, 1, 1]` per tensor.
-      zero: None, or the groups' integer zeros packed along `out`: uint8 `[*l, groups, bytes]`.
+      scale: one per block of `format.group`, `[*l, groups, columns]`: an array in the dtype `format.scale`, or a
+        QTensor where that is a format.
+      zero: None; or the blocks' integer zeros packed along their columns, uint8 `[*l, groups, bytes]`; or float zeros,
+        stored as the scales are.
       format: what the codes stand for (static).
       in_features: rows before packing (static).
+      activation: how the inputs that meet this weight are quantized; None for not at all (static).
+      input_scale: the inputs' calibrated scale, float32 `[*l, 1, 1]`, where that is static.
     """
 
     # Fields are Any because pytree transformations put other things than arrays here (shapes, shardings, None).
@@ -31,6 +36,8 @@ class QTensor:
     zero: Any
     format: Format = field(metadata={"static": True})
     in_features: int = field(metadata={"static": True})
+    activation: Activation | None = field(default=None, metadata={"static": True})
+    input_scale: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -43,69 +50,104 @@ class QTensor:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
 
-def from_codes(
-    codes: UInt8[Array, "*l in out"], scale: Float[Array, "*l g s"], zero: UInt8[Array, "*l g s"] | None, format: Format
-) -> QTensor:
-    """Packs one code per weight, with the scale and integer zero of each group."""
-    packed_zero = None if zero is None else _swap(pack(_swap(zero), format.bits))
-    return QTensor(pack(codes, format.bits), scale, packed_zero, format, codes.shape[-2])
+Stored = Array | QTensor | None
 
 
-def quantize(w: Float[Array, "*l in out"], scale: Array, zero: Array | None, format: Format) -> QTensor:
+def from_codes(codes: UInt8[Array, "*l in out"], scale: Stored, zero: Stored, format: Format) -> QTensor:
+    """Packs one code per weight, and stores the scale and zero of each block as the format says."""
+    return QTensor(pack(codes, format.bits), _store(scale, format), _store(zero, format), format, codes.shape[-2])
+
+
+def quantize(w: Float[Array, "*l in out"], scale: Stored, zero: Stored, format: Format) -> QTensor:
     """Rounds every weight to its nearest code on the given grid."""
-    rows = group_rows(format, w.shape[-2])
-    at = jax.tree.map(lambda v: expand_groups(v, rows, w.shape[-2]), (scale, zero))
-    return from_codes(format.encode(w, *at), scale, zero, format)
+    stored, at = settle(scale, zero, format, w.shape)
+    return from_codes(format.encode(w, *at), *stored, format)
+
+
+def settle(
+    scale: Stored, zero: Stored, format: Format, shape: tuple[int, ...]
+) -> tuple[tuple[Stored, Stored], tuple[Array, Array | None]]:
+    """A range's grid as it will be stored, and as codes are chosen on it: per weight of `shape`, or broadcastable.
+
+    Codes are chosen on quantized scales as stored, and on others as the range gave them: a format whose codes must know
+    the rounding of its scales' dtype rounds them in `Format.grid` already; ggml's do not.
+    """
+    if isinstance(format.scale, str):
+        stored = (scale, zero)
+    else:
+        stored = tuple(v if is_integer(v) else _store(v, format) for v in (scale, zero))
+    block = block_shape(format, shape)
+    columns = -(-shape[-1] // block[1])
+    at = jax.tree.map(lambda v: expand(v, block, shape), tuple(_load(v, columns) for v in stored))
+    return (stored[0], stored[1]), at
 
 
 def dequantize(q: QTensor, dtype: Any = jnp.float32) -> Float[Array, "*l in out"]:
     """The weight that the codes stand for."""
-    rows = group_rows(q.format, q.in_features)
-    at = jax.tree.map(lambda v: expand_groups(v, rows, q.in_features), (q.scale, _zeros(q)))
+    block = block_shape(q.format, q.shape)
+    at = jax.tree.map(lambda v: expand(v, block, q.shape), stored_grid(q))
     return q.format.decode(unpack(q.codes, q.format.bits, q.in_features), *at).astype(dtype)
 
 
-def matmul(x: Float[Array, "*b in"], w: Array | QTensor) -> Float[Array, "*b out"]:
-    """x @ w in x's dtype, for a plain or a quantized matrix `[in, out]`.
-
-    A single row, as in decoding, never sees the dequantized matrix: unpacking, multiplying and summing fuse into one
-    loop over the packed bytes. More rows share one dequantized matrix.
-    """
-    if not isinstance(w, QTensor):
-        return x @ w
-    if x.size == x.shape[-1]:
-        return _matvec(x.reshape(-1), w).reshape(*x.shape[:-1], -1)
-    return x @ dequantize(w, x.dtype)
-
-
-def _matvec(x: Float[Array, " in"], w: QTensor) -> Float[Array, " out"]:
-    """Σ_g scale_g Σ_{i in g} x_i level(code_i): values are linear in the scale, so each group is scaled once.
-
-    A group is summed in pieces of at most 64 rows: XLA's CPU loop walks down a column, and the cache lines of 64 rows
-    stay in the first-level cache (12 times faster than a whole column of 576).
-    """
-    rows = group_rows(w.format, w.in_features)
-    piece = math.gcd(rows, 64)
-    pieces = lambda v: grouped(v, rows).reshape(-1, piece, v.shape[-1])  # noqa: E731
-    scale, zero = jax.tree.map(lambda v: jnp.repeat(v, rows // piece, -2), (w.scale.astype(jnp.float32), _zeros(w)))
-    codes = pieces(unpack(w.codes, w.format.bits, w.in_features))
-    levels = w.format.decode(codes, jnp.ones((1, 1, 1)), None if zero is None else zero[:, None])
-    return jnp.sum(jnp.sum(pieces(x[:, None].astype(jnp.float32)) * levels, -2) * scale, -2).astype(x.dtype)
+def stored_grid(q: QTensor) -> tuple[Array, Array | None]:
+    """Scales and zeros per block, `[*l, groups, columns]`: in the stored dtype, integer zeros unpacked."""
+    columns = -(-q.shape[-1] // block_shape(q.format, q.shape)[1])
+    if is_integer(q.zero):
+        return _load(q.scale, columns), _swap(unpack(_swap(q.zero), q.format.bits, columns))
+    return _load(q.scale, columns), _load(q.zero, columns)
 
 
 def bits_per_weight(tree: Any) -> float:
     """Stored bits (codes, scales, zeros, remainders) per weight over every array and QTensor of a pytree."""
     leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, QTensor))
-    return 8 * sum(leaf.nbytes for leaf in leaves) / sum(_size(leaf) for leaf in leaves)
+    return 8 * sum(leaf.nbytes for leaf in leaves) / sum(math.prod(leaf.shape) for leaf in leaves)
 
 
-def _zeros(q: QTensor) -> Array | None:
-    """The integer zeros, `[*l, groups, out]`."""
-    return None if q.zero is None else _swap(unpack(_swap(q.zero), q.format.bits, q.scale.shape[-1]))
+def _store(values: Stored, format: Format) -> Stored:
+    """Scales or zeros as the format keeps them: packed integers, a dtype, or a QTensor."""
+    if values is None or isinstance(values, QTensor):
+        return values
+    if is_integer(values):
+        return _swap(pack(_swap(values), format.bits))
+    if isinstance(format.scale, str):
+        return values.astype(format.scale)
+    return _quantize_scales(values, format.scale)
 
 
-def _size(leaf: Array | QTensor) -> int:
-    return math.prod(leaf.shape)
+def _quantize_scales(values: Float[Array, "*l groups columns"], format: Format) -> QTensor:
+    """Quantizes scales by their own absmax grid, each to its nearest code; a group may be cut short to fit."""
+    zero = None
+    if _is_centred(format):
+        values = _swap(values).reshape(*values.shape[:-2], -1, 1)
+        zero = jnp.mean(values, (-2, -1), keepdims=True)
+        values = values - zero
+    if isinstance(format.group, int):
+        format = replace(format, group=min(format.group, values.shape[-2]))  # pyright: ignore[reportArgumentType, reportCallIssue]
+    members = grouped(values, block_shape(format, values.shape))
+    grid = format.grid(jnp.min(members, -2), jnp.max(members, -2))
+    stored, at = settle(*grid, format, values.shape)
+    codes = format.encode(values, *at)
+    if zero is None:
+        return from_codes(codes, *stored, format)
+    return replace(from_codes(codes, *stored, format), zero=zero)
+
+
+def _load(values: Any, columns: int) -> Any:
+    if not isinstance(values, QTensor):
+        return values
+    loaded = dequantize(values)
+    if _is_centred(values.format):
+        return _swap(loaded.reshape(*loaded.shape[:-2], columns, -1))
+    return loaded
+
+
+def _is_centred(format: Format) -> bool:
+    return isinstance(format, Codebook) and format.centred
+
+
+def is_integer(values: Any) -> bool:
+    """Whether these zeros are integer codes rather than floats."""
+    return not isinstance(values, QTensor) and values is not None and values.dtype == jnp.uint8
 
 
 def _swap(a: Array) -> Array:

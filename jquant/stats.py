@@ -81,3 +81,29 @@ class AbsMean:
     def mean(self) -> Float[Array, " in"]:
         """The weighted mean of |x|."""
         return self.total / jnp.maximum(self.count, 1e-30)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class AbsMax:
+    """max |x| over tokens and features: what a static activation scale is made of.
+
+    Attributes:
+      largest: float32 scalar.
+    """
+
+    largest: Any
+
+    @staticmethod
+    def init(in_features: int) -> "AbsMax":
+        """Nothing seen yet."""
+        return AbsMax(jnp.float32(0))
+
+    def observe(self, x: Float[Array, "*b in"], weight: Float[Array, "*b"] | None = None) -> "AbsMax":
+        """Adds tokens; a token of any positive weight counts."""
+        size = jnp.abs(x.astype(jnp.float32))
+        return AbsMax(jnp.maximum(self.largest, jnp.max(size if weight is None else size * (weight > 0)[..., None])))
+
+    def merge(self, other: "AbsMax") -> "AbsMax":
+        """Both together."""
+        return jax.tree.map(jnp.maximum, self, other)

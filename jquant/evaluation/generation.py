@@ -84,8 +84,11 @@ def unstack(decoder: Decoder) -> tuple[Block, ...]:
 
     Decoding is bound by the weights' bytes, and slicing a layer out of the stack inside a scan copies each once more.
     """
-    graph, stack = nnx.split(decoder.layers)
-    return tuple(nnx.merge(graph, layer) for layer in _split(stack, decoder.config.layers))
+    layers = []
+    for segment in decoder.segments:
+        graph, stack = nnx.split(segment)
+        layers += [nnx.merge(graph, layer) for layer in _split(stack, jax.tree.leaves(stack)[0].shape[0])]
+    return tuple(layers)
 
 
 @partial(jax.jit, static_argnames="count")

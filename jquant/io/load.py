@@ -120,10 +120,12 @@ def read_params(
     `expected` has the same structure, with shapes.
     """
     names = getattr(family, checkpoint.format)
-    flat = {".".join(map(str, path)): leaf.shape for path, leaf in flatten_mapping(expected).items()}
-    total = sum(shape[0] if "{}" in names[path] else 1 for path, shape in flat.items())
+    flat = {path: leaf.shape for path, leaf in flatten_mapping(expected).items()}
+    named = {path: ".".join(map(str, path)).replace("segments.0", "layers") for path in flat}
+    total = sum(shape[0] if "{}" in names[named[path]] else 1 for path, shape in flat.items())
     params, done = {}, 0
-    for path, shape in flat.items():
+    for place, shape in flat.items():
+        path = named[place]
         stacked = np.empty(shape, dtype)
         for index in range(shape[0]) if "{}" in names[path] else [...]:
             stacked[index] = _read(checkpoint, names[path].format(index), path, stacked[index].shape)
@@ -131,7 +133,7 @@ def read_params(
             if progress:
                 progress("load", done, total)
         # The host copy is never written again, so the CPU backend may alias it.
-        params[tuple(path.split("."))] = jax.device_put(stacked)
+        params[place] = jax.device_put(stacked)
     return unflatten_mapping(params)
 
 

@@ -1,10 +1,14 @@
 """One Flax NNX decoder for the Llama family.
 
-Layers are stacked on axis 0 and run under `lax.scan`, so compile time does not grow with depth. A kernel is an array
-`[in, out]` or a `QTensor`; the modules cannot tell. `Block` also returns its taps: the distinct inputs that its
+Layers are stacked on axis 0 and run under `lax.scan`, so compile time does not grow with depth; where their formats
+differ they form consecutive segments, each stacked and scanned. A kernel is an array `[in, out]` or a `QTensor`; the
+modules cannot tell. `Block` also returns its taps: the distinct inputs that its
 projections read, which is all that calibration needs. Under jit, taps nobody uses cost nothing.
 """
 
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import jax
@@ -13,8 +17,8 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
+from jquant.matmul import matmul
 from jquant.models.config import DecoderConfig
-from jquant.qtensor import matmul
 
 Taps = dict[str, Array]
 
@@ -127,7 +131,7 @@ class Decoder(nnx.Module):
         self.config = config
         self.embedding = nnx.Param(0.02 * rngs.params.normal((config.vocab_size, config.hidden)))
         stack = nnx.vmap(lambda rngs: Block(config, rngs))
-        self.layers = nnx.split_rngs(splits=config.layers)(stack)(rngs)
+        self.segments = nnx.List([nnx.split_rngs(splits=config.layers)(stack)(rngs)])
         self.norm = RMSNorm(config.hidden, config.norm_eps)
         self.head = None if config.tied else Linear(config.hidden, config.vocab_size, rngs)
 
@@ -142,17 +146,43 @@ class Decoder(nnx.Module):
     def hidden(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         """States after the last norm, from which `logits` reads: 80 times smaller than the logits they stand for."""
         rotary = rotary_table(self.config, jnp.arange(tokens.shape[1]))
-        graph, layers = nnx.split(self.layers)
+        x = self.embed(tokens)
+        for segment in self.segments:
+            graph, layers = nnx.split(segment)
 
-        def layer(x: Array, params: Any) -> tuple[Array, None]:
-            return nnx.merge(graph, params)(x, rotary)[0], None
+            def layer(x: Array, params: Any, graph: Any = graph) -> tuple[Array, None]:
+                return nnx.merge(graph, params)(x, rotary)[0], None
 
-        x, _ = jax.lax.scan(layer, self.embed(tokens), layers)
+            x, _ = jax.lax.scan(layer, x, layers)
         return self.norm(x)
 
     def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b vocab"]:
         """Projects final states onto the vocabulary."""
         return hidden @ self.embedding.get_value().T if self.head is None else self.head(hidden)
+
+
+def blocks(decoder: Decoder) -> Iterator[Block]:
+    """The decoder's layers one after another, each a copy cut from its stack."""
+    for segment in decoder.segments:
+        graph, stack = nnx.split(segment)
+        for index in range(jax.tree.leaves(stack)[0].shape[0]):
+            yield nnx.merge(graph, jax.tree.map(itemgetter(index), stack))
+
+
+def with_blocks(decoder: Decoder, layers: Sequence[Block]) -> Decoder:
+    """The decoder with other layers; consecutive ones whose kernels have the same formats make one segment."""
+
+    def kind(layer: Block) -> tuple[Any, ...]:
+        leaves, structure = jax.tree.flatten(nnx.state(layer))
+        return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
+
+    segments = []
+    for _, run in groupby(layers, key=kind):
+        graphs, states = zip(*map(nnx.split, run), strict=True)
+        segments.append(nnx.merge(graphs[0], jax.tree.map(lambda *a: jnp.stack(a), *states)))
+    new = nnx.merge(*nnx.split(decoder))
+    new.segments = nnx.List(segments)
+    return new
 
 
 def rotary_table(config: DecoderConfig, positions: Int[Array, " t"]) -> Float[Array, "t half 2"]:

@@ -17,8 +17,8 @@ from jax import Array
 from jaxtyping import Float, Int, UInt8
 
 from jquant.errors import InputError
-from jquant.formats import Format, expand_groups, group_rows
-from jquant.qtensor import QTensor, dequantize, from_codes
+from jquant.formats import Format
+from jquant.qtensor import QTensor, Stored, dequantize, from_codes, settle
 from jquant.rounding.info import SolveInfo, output_energy
 
 
@@ -41,11 +41,13 @@ class GPTQ:
     act_order: bool = True
     block: int = 32
 
+    needs = frozenset({"gram"})
+
     def __call__(
         self,
         w: Float[Array, "in out"],
-        scale: Array,
-        zero: Array | None,
+        scale: Stored,
+        zero: Stored,
         gram: Float[Array, "in in"] | None,
         format: Format,
     ) -> tuple[QTensor, SolveInfo]:
@@ -57,11 +59,11 @@ class GPTQ:
         order = jnp.argsort(diagonal, stable=True) if self.act_order else jnp.arange(w.shape[0])[::-1]
         factor, damping, attempts = _factorize(gram + jnp.diag(dead.astype(gram.dtype)), order, self.damping)
 
-        per_row = lambda v: jnp.broadcast_to(expand_groups(v, group_rows(format, len(w)), len(w)), w.shape)  # noqa: E731
+        stored, at = settle(scale, zero, format, w.shape)
         target = jnp.where(dead[:, None], 0, w).astype(jnp.float32)
-        rows = jax.tree.map(lambda v: v[order], (target, *jax.tree.map(per_row, (scale, zero))))
+        rows = jax.tree.map(lambda v: jnp.broadcast_to(v, w.shape)[order], (target, *at))
         codes = _sweep(rows, factor, format, self.block)
-        q = from_codes(jnp.zeros_like(codes).at[order].set(codes), scale, zero, format)
+        q = from_codes(jnp.zeros_like(codes).at[order].set(codes), *stored, format)
         error = output_energy(w - dequantize(q), gram)
         return q, SolveInfo(error, output_energy(w, gram), damping, attempts, jnp.sum(dead))
 

@@ -9,7 +9,7 @@ from jax import Array
 from jaxtyping import Float
 
 from jquant.formats import Format
-from jquant.qtensor import QTensor
+from jquant.qtensor import QTensor, Stored
 
 
 @jax.tree_util.register_dataclass
@@ -36,11 +36,16 @@ class SolveInfo:
 class Rounding(Protocol):
     """The contract of every rounding."""
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """What it must be given beside weight and grid: a subset of {"gram"}."""
+        ...
+
     def __call__(
         self,
         w: Float[Array, "in out"],
-        scale: Array,
-        zero: Array | None,
+        scale: Stored,
+        zero: Stored,
         gram: Float[Array, "in in"] | None,
         format: Format,
     ) -> tuple[QTensor, SolveInfo]:

@@ -7,7 +7,7 @@ from jax import Array
 from jaxtyping import Float
 
 from jquant.formats import Format
-from jquant.qtensor import QTensor, dequantize, quantize
+from jquant.qtensor import QTensor, Stored, dequantize, quantize
 from jquant.rounding.info import SolveInfo, output_energy
 
 
@@ -15,11 +15,13 @@ from jquant.rounding.info import SolveInfo, output_energy
 class Nearest:
     """Each weight takes its nearest code; the Gram matrix serves only to report the error."""
 
+    needs = frozenset()
+
     def __call__(
         self,
         w: Float[Array, "in out"],
-        scale: Array,
-        zero: Array | None,
+        scale: Stored,
+        zero: Stored,
         gram: Float[Array, "in in"] | None,
         format: Format,
     ) -> tuple[QTensor, SolveInfo]:

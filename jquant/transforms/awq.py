@@ -38,7 +38,7 @@ class AWQ:
         weights: Sequence[Float[Array, "in _"]],
         grams: Sequence[Float[Array, "in in"]],
         abs_mean: Float[Array, " in"],
-        format: Format,
+        formats: Sequence[Format],
     ) -> Float[Array, " in"]:
         """The scale s by which input channels are multiplied (and their producer divided), `[in]`, positive.
 
@@ -46,7 +46,7 @@ class AWQ:
           weights: the matrices that read the input.
           grams: the Gram matrix of each one's input (they may weight tokens differently).
           abs_mean: mean |x| of each input channel, already averaged over channels that must share a scale.
-          format: what the weights will be rounded to.
+          formats: what each weight will be rounded to.
         """
 
         def scale_at(alpha: Array) -> Array:
@@ -55,7 +55,7 @@ class AWQ:
 
         def error_at(s: Array) -> Array:
             total = jnp.float32(0)
-            for w, gram in zip(weights, grams, strict=True):
+            for w, gram, format in zip(weights, grams, formats, strict=True):
                 scaled = w * s[:, None]
                 grid = self.range(scaled, format, gram / (s[:, None] * s))
                 total += output_energy(dequantize(quantize(scaled, *grid, format)) / s[:, None] - w, gram)

@@ -1,0 +1,84 @@
+"""What a code means: frozen, hashable specifications that map weights to integer codes and back.
+
+A format knows four things and nothing else: which values its codes stand for (`encode`, `decode`), how the end points
+of a group become a scale and zero (`grid`), which weights share them (`group`), and how codes and scales are stored
+(`bits`, `scale`: a dtype, or another format). Who chooses the end points is a range (`ranges/`); who chooses the codes
+is a rounding (`rounding/`).
+
+Weights are `[*l, in, out]` throughout. Groups run along `in`: row i belongs to group i // group, and the last group may
+be short. Formats are values, so equal ones share one jit compilation.
+"""
+
+from jquant.formats.base import Block, Format, Group, block_shape, expand, grouped, real_members
+from jquant.formats.codebook import (
+    FP4,
+    IQ4_NL_LEVELS,
+    NF3,
+    NF4,
+    NF4_LEVELS,
+    Codebook,
+    double_quantized,
+    dynamic_levels,
+    normal_float_levels,
+)
+from jquant.formats.floating import (
+    FP8_E4M3,
+    FP8_E5M2,
+    MXFP4,
+    MXFP6_E2M3,
+    MXFP6_E3M2,
+    MXFP8_E4M3,
+    MXFP8_E5M2,
+    NVFP4,
+    Float,
+)
+from jquant.formats.integer import Int, UInt
+from jquant.formats.packing import pack, unpack
+
+# llama.cpp's block types (ggml-common.h). A super-block of 256 weights is a group of 8 or 16 quantized scales.
+GGUF: dict[str, Format] = {
+    "Q4_0": Int(4, 32, symmetric=True, ties="up"),
+    "Q4_1": Int(4, 32, zero="float", ties="up"),
+    "Q5_0": Int(5, 32, symmetric=True, ties="up"),
+    "Q5_1": Int(5, 32, zero="float", ties="up"),
+    "Q8_0": Int(8, 32, symmetric=True, ties="away"),
+    "Q2_K": Int(2, 16, zero="float", scale=UInt(4, 16)),
+    "Q3_K": Int(3, 16, symmetric=True, scale=Int(6, 16, symmetric=True)),
+    "Q4_K": Int(4, 32, zero="float", scale=UInt(6, 8)),
+    "Q5_K": Int(5, 32, zero="float", scale=UInt(6, 8)),
+    "Q6_K": Int(6, 16, symmetric=True, scale=Int(8, 16, symmetric=True)),
+    "IQ4_NL": Codebook(IQ4_NL_LEVELS, 32, "float16"),
+}
+
+__all__ = [
+    "FP4",
+    "FP8_E4M3",
+    "FP8_E5M2",
+    "GGUF",
+    "IQ4_NL_LEVELS",
+    "MXFP4",
+    "MXFP6_E2M3",
+    "MXFP6_E3M2",
+    "MXFP8_E4M3",
+    "MXFP8_E5M2",
+    "NF3",
+    "NF4",
+    "NF4_LEVELS",
+    "NVFP4",
+    "Block",
+    "Codebook",
+    "Float",
+    "Format",
+    "Group",
+    "Int",
+    "UInt",
+    "block_shape",
+    "double_quantized",
+    "dynamic_levels",
+    "expand",
+    "grouped",
+    "normal_float_levels",
+    "pack",
+    "real_members",
+    "unpack",
+]

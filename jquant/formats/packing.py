@@ -1,0 +1,36 @@
+"""Codes of 1 to 8 bits as a little-endian bit stream: the bytes in memory are the bytes of the format."""
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import UInt8
+
+
+def pack(codes: UInt8[Array, "*l n out"], bits: int) -> UInt8[Array, "*l bytes out"]:
+    """Packs along axis −2 as a little-endian bit stream: 8 codes take exactly `bits` bytes, a rest is filled up."""
+    n = codes.shape[-2]
+    fill = [(0, 0)] * (codes.ndim - 2) + [(0, -n % 8), (0, 0)]
+    lanes = jnp.pad(codes, fill).reshape(*codes.shape[:-2], -1, 8, codes.shape[-1]).astype(jnp.uint16)
+    packed = []
+    for byte in range(bits):
+        value = jnp.zeros_like(lanes[..., 0, :])
+        for lane in range(8):
+            shift = lane * bits - byte * 8
+            if -bits < shift < 8:
+                value |= (lanes[..., lane, :] << shift) if shift >= 0 else (lanes[..., lane, :] >> -shift)
+        packed.append(value.astype(jnp.uint8))
+    return jnp.stack(packed, -2).reshape(*codes.shape[:-2], -1, codes.shape[-1])
+
+
+def unpack(packed: UInt8[Array, "*l bytes out"], bits: int, n: int) -> UInt8[Array, "*l n out"]:
+    """Inverse of `pack`; `n` is the number of codes along axis −2."""
+    if bits == 8:
+        return packed[..., :n, :]
+    chunk = packed.reshape(*packed.shape[:-2], -1, bits, packed.shape[-1])
+    lanes = []
+    for lane in range(8):
+        byte, shift = divmod(lane * bits, 8)
+        value = chunk[..., byte, :] >> shift
+        if shift + bits > 8:
+            value |= chunk[..., byte + 1, :] << (8 - shift)
+        lanes.append(value & (2**bits - 1))
+    return jnp.stack(lanes, -2).reshape(*packed.shape[:-2], -1, packed.shape[-1])[..., :n, :]

@@ -1,0 +1,114 @@
+"""The range that is searched for."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from jquant.errors import InputError
+from jquant.formats import Block, Format, grouped
+from jquant.ranges.base import LossModel, ends, split
+
+
+@dataclass(frozen=True)
+class Search:
+    """The min-max range clipped where that leaves the least error, group by group.
+
+    Both ends shrink together by a common factor first; where the format has a zero, and so the ends are free of each
+    other, the upper one is then searched alone, and the lower one.
+
+    Attributes:
+      metric: what is minimised, for Δ = Q(w) − w within one group:
+        "mse" Σ Δ²;
+        "diagonal" Σ Hᵢᵢ Δᵢ² with H the Gram matrix;
+        "gram" Δᵀ H_gg Δ with the group's block of it, the true change of the layer's output if the other groups stayed
+        exact (AWQ's clipping objective, arXiv 2306.00978 §3.2, with H in place of stored samples);
+        "loss" Σ g Δ + ½ Σ F Δ², the calibration cross-entropy's own second-order model (`LossModel`). It costs one
+        backward pass over the calibration text and two more copies of the weights in float32.
+      steps: factors tried, evenly spaced from 1 down to `smallest`.
+      smallest: the strongest clipping tried.
+
+    Raises:
+      InputError: `metric` needs statistics and there are none.
+    """
+
+    metric: Literal["mse", "diagonal", "gram", "loss"] = "mse"
+    steps: int = 21
+    smallest: float = 0.6
+
+    def __post_init__(self) -> None:
+        if self.metric not in ("mse", "diagonal", "gram", "loss"):
+            raise InputError(f'Search takes metric="mse", "diagonal", "gram" or "loss", not {self.metric!r}.')
+        if self.steps < 1 or not 0 < self.smallest <= 1:
+            raise InputError(f"Search takes at least 1 step and a factor in (0, 1], not {self.steps}, {self.smallest}.")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """See `Range`."""
+        return frozenset({"mse": (), "diagonal": ("gram",), "gram": ("gram",), "loss": ("loss",)}[self.metric])
+
+    def __call__(
+        self,
+        w: Float[Array, "in out"],
+        format: Format,
+        gram: Float[Array, "in in"] | None = None,
+        loss: LossModel | None = None,
+    ) -> tuple[Array, Array | None]:
+        """See `Range`."""
+        if (gram is None and "gram" in self.needs) or (loss is None and "loss" in self.needs):
+            raise InputError(f"The range search by {self.metric} needs calibration text.")
+        groups, real, block = split(w, format)
+        low, high = ends(groups)
+        weigh = _metric(self.metric, block, gram, loss)
+
+        def attempt(low: Array, high: Array):
+            grid = format.grid(low, high)
+            at = jax.tree.map(lambda v: v[:, None], grid)
+            # A codebook without a zero would count the filling of a short group as error.
+            delta = (format.decode(format.encode(groups, *at), *at) - groups) * real
+            return weigh(delta), (low, high), grid
+
+        def sweep(best, move_low: bool, move_high: bool):
+            _, (kept_low, kept_high), _ = best
+
+            def step(best, shrink: Array):
+                new = attempt(low * shrink if move_low else kept_low, high * shrink if move_high else kept_high)
+                better = new[0] < best[0]
+                return jax.tree.map(lambda a, b: jnp.where(better, a, b), new, best), None
+
+            # A scan holds one candidate at a time: memory does not grow with `steps`.
+            return jax.lax.scan(step, best, jnp.linspace(1.0, self.smallest, self.steps, dtype=jnp.float32))[0]
+
+        best = sweep(attempt(low, high), True, True)
+        if format.has_zero:
+            best = sweep(sweep(best, False, True), True, False)
+        return best[2]
+
+
+def _metric(metric: str, block: Block, gram: Array | None, loss: LossModel | None):
+    """The error of each block, `[groups, columns]`, as a function of its members' Δ `[groups, members, columns]`."""
+    rows, columns = block
+    if metric == "loss":
+        assert loss is not None
+        gradient, curvature = grouped(loss.gradient, block), grouped(loss.curvature, block)
+        return lambda delta: jnp.sum((gradient + curvature * delta / 2) * delta, -2)
+    if metric == "mse":
+        return lambda delta: jnp.sum(delta**2, -2)
+    assert gram is not None
+    if metric == "diagonal":
+        weight = jnp.repeat(grouped(jnp.diagonal(gram)[:, None], (rows, 1)), columns, -2)
+        return lambda delta: jnp.sum(weight * delta**2, -2)
+    groups = -(-gram.shape[0] // rows)
+    pad = groups * rows - gram.shape[0]
+    tiles = jnp.pad(gram, ((0, pad), (0, pad))).reshape(groups, rows, groups, rows)
+    tiles = tiles[jnp.arange(groups), :, jnp.arange(groups), :]
+
+    def energy(delta: Array) -> Array:
+        delta = delta.reshape(groups, rows, -1)  # a block's columns side by side
+        each = jnp.sum(delta * jnp.einsum("gij,gjo->gio", tiles, delta, precision="highest"), -2)
+        return jnp.sum(each.reshape(groups, columns, -1), -2)
+
+    return energy
