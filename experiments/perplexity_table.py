@@ -2,6 +2,8 @@
 
     python -m experiments.perplexity_table
     python -m experiments.perplexity_table name=mine methods=[fp32,rtn,gptq] bits=3 evaluation.data=my.txt
+    python -m experiments.perplexity_table --config-name formats      # every format, rounded to nearest
+    python -m experiments.perplexity_table --config-name ranges       # every range, at 4 and 3 bits
 
 All settings: configs/perplexity_table.yaml. Results land in results/<name>/: table.md, table.csv, table.jsonl (one row
 an object, with its whole configuration) and the figure. Rows that are already there, from the same settings, code,
@@ -21,15 +23,16 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments import provenance, tables
 from experiments.command_line import Report, console, one_sentence, peak_rss_mb, progress_bars, reset_peak_rss, run
-from jquant import InputError, LanguageModel, bits_per_weight, load_text, method
+from experiments.compositions import find_method, needs_calibration
+from jquant import InputError, LanguageModel, bits_per_weight, load_text
 from jquant.data import check_disjoint, sample_windows
 from jquant.evaluation.generation import generate_ids
 from jquant.evaluation.perplexity import Reference, Scores, evaluation_windows, score
 from jquant.io.hub import cache_dir
 from jquant.io.load import load_from_config
-from jquant.methods import Method
+from jquant.methods import Method, Plan
 from jquant.models.decoder import Decoder
-from jquant.pipeline import check_method, quantize_decoder
+from jquant.pipeline import check_plan, quantize_decoder
 from paper_figures import perplexity_bits
 
 FLOAT = "fp32"
@@ -49,7 +52,7 @@ def make_table(settings: dict[str, Any]) -> None:
     with progress_bars(settings["model"]["name"]) as report:
         model = load_from_config(settings["model"], progress=report)
     for chosen in filter(None, methods.values()):
-        check_method(model.decoder, chosen)
+        check_plan(model.decoder, chosen)
     evaluation, calibration = prepare_tokens(model, settings, methods.values())
     rows = compute_rows(model, methods, evaluation, calibration, settings, folder)
     tables.write_table(folder, rows)
@@ -61,7 +64,7 @@ def make_table(settings: dict[str, Any]) -> None:
     )
 
 
-def check_methods(settings: dict[str, Any]) -> dict[str, Method | None]:
+def check_methods(settings: dict[str, Any]) -> dict[str, Method | Plan | None]:
     """The asked-for methods by name; None is the float model.
 
     Raises:
@@ -70,11 +73,11 @@ def check_methods(settings: dict[str, Any]) -> dict[str, Method | None]:
     if not settings["methods"]:
         raise InputError("methods=[] leaves nothing to compute.")
     shape = (settings["bits"], settings["group"], settings["symmetric"])
-    return {name: None if name == FLOAT else method(name, *shape) for name in settings["methods"]}
+    return {name: None if name == FLOAT else find_method(name, *shape) for name in settings["methods"]}
 
 
 def prepare_tokens(
-    model: LanguageModel, settings: dict[str, Any], methods: Iterable[Method | None]
+    model: LanguageModel, settings: dict[str, Any], methods: Iterable[Method | Plan | None]
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Evaluation windows, and calibration windows if a method needs them.
 
@@ -84,7 +87,7 @@ def prepare_tokens(
     wanted, sampling = settings["evaluation"], settings["calibration"]
     text = load_text(wanted["data"])
     evaluation = evaluation_windows(model, text, wanted["context"], wanted["windows"], wanted["bos"])
-    if not any(chosen and chosen.needs_calibration for chosen in methods):
+    if not any(chosen and needs_calibration(chosen) for chosen in methods):
         return evaluation, None
     ids = model.tokenizer.encode(load_text(sampling["data"]))
     check_disjoint(evaluation[:, 1:] if wanted["bos"] else evaluation, ids)
@@ -93,7 +96,7 @@ def prepare_tokens(
 
 def compute_rows(
     model: LanguageModel,
-    methods: dict[str, Method | None],
+    methods: dict[str, Method | Plan | None],
     evaluation: np.ndarray,
     calibration: np.ndarray | None,
     settings: dict[str, Any],
@@ -124,7 +127,7 @@ def compute_rows(
 
 def measure(
     model: LanguageModel,
-    chosen: Method | None,
+    chosen: Method | Plan | None,
     evaluation: np.ndarray,
     calibration: np.ndarray | None,
     reference: Reference,
@@ -139,7 +142,7 @@ def measure(
         decoder, _ = quantize_decoder(model.decoder, chosen, calibration, progress=report)
         seconds = time.perf_counter() - begin
         scores = score(decoder, evaluation, reference=reference, progress=report)
-    projections = nnx.state(decoder.layers, lambda path, _: path[-1] == "kernel")
+    projections = nnx.state(decoder.segments, lambda path, _: path[-1] == "kernel")
     return {
         "perplexity": scores.perplexity,
         "perplexity_stderr": scores.stderr,
@@ -154,8 +157,12 @@ def measure(
     }
 
 
-def tokens_per_second(model: LanguageModel, decoder: Decoder, generation: dict[str, Any], report: Report) -> float:
+def tokens_per_second(
+    model: LanguageModel, decoder: Decoder, generation: dict[str, Any], report: Report
+) -> float | None:
     """Greedy decoding speed, batch 1, after the first token: compilation and prompt are not counted."""
+    if not generation["tokens"]:
+        return None
     prompt = model.tokenizer.encode(generation["prompt"])
     ids = generate_ids(decoder, prompt, tokens=generation["tokens"] + 2)
     for _ in range(2):  # the prompt's step and the first single-token step compile
@@ -168,14 +175,14 @@ def tokens_per_second(model: LanguageModel, decoder: Decoder, generation: dict[s
 
 def describe(
     name: str,
-    chosen: Method | None,
+    chosen: Method | Plan | None,
     model: LanguageModel,
     evaluation: np.ndarray,
     calibration: np.ndarray | None,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
     """Everything a row's figures depend on, and a fingerprint of it."""
-    uses = calibration if chosen is not None and chosen.needs_calibration else None
+    uses = calibration if chosen is not None and needs_calibration(chosen) else None
     config = {key: value for key, value in settings.items() if key not in ("methods", "name", "results")}
     config["evaluation"] = config["evaluation"] | {"windows": len(evaluation)}
     protocol = {

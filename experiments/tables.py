@@ -12,6 +12,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from experiments.compositions import takes_bits
 from jquant.errors import InputError
 
 Row = dict[str, Any]
@@ -25,7 +26,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "top-1\n%": lambda row: f"{100 * row['top1_agreement']:.1f}",
     "bits/\nweight": lambda row: f"{row['bits_per_weight']:.3f}",
     "MB": lambda row: f"{row['weight_mb']:.0f}",
-    "tok/s": lambda row: f"{row['tokens_per_second']:.1f}",
+    "tok/s": lambda row: "" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:.1f}",
     "quant\ns": lambda row: f"{row['quantize_seconds']:.1f}",
     "peak\nMB": lambda row: f"{row['peak_rss_mb']:.0f}",
 }
@@ -36,7 +37,7 @@ def label(row: Row) -> str:
     name = row["method"]
     if name == "fp32":
         return {"float32": "FP32", "bfloat16": "BF16", "float16": "FP16"}.get(row["protocol"]["dtype"], "float")
-    return name.upper() if name in ("int8", "nf4") else f"{name.upper()}-{row['config']['bits']}"
+    return f"{name.upper()}-{row['config']['bits']}" if takes_bits(name) else name.upper()
 
 
 def published(row: Row) -> str:

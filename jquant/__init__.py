@@ -18,7 +18,7 @@ from jquant.matmul import matmul
 from jquant.methods import METHODS, Method, method
 from jquant.pipeline import quantize, quantize_decoder
 from jquant.qtensor import QTensor, bits_per_weight, dequantize
-from jquant.ranges import LlamaCpp, MinMax, Percentile, Search
+from jquant.ranges import LlamaCpp, LossSearch, MinMax, Percentile, Search
 from jquant.rounding import GPTQ, Nearest
 from jquant.transforms import AWQ
 
@@ -43,6 +43,7 @@ __all__ = [
     "Int",
     "LanguageModel",
     "LlamaCpp",
+    "LossSearch",
     "Method",
     "MinMax",
     "Nearest",

@@ -30,7 +30,7 @@ from jquant.formats import (
     Int,
     double_quantized,
 )
-from jquant.ranges import LlamaCpp, MinMax, Percentile, Range, Search
+from jquant.ranges import LlamaCpp, LossSearch, MinMax, Percentile, Range, Search
 from jquant.rounding import GPTQ, Nearest, Rounding
 from jquant.transforms import AWQ
 
@@ -58,7 +58,7 @@ class Method:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What calibration must bring: a subset of {"gram", "abs_mean", "abs_max", "loss"}."""
+        """What calibration must bring: a subset of {"gram", "abs_mean", "abs_max", "clips"}."""
         static = self.activation is not None and self.activation.static
         own = {"gram", "abs_mean"} if self.transform else set()
         return self.range.needs | self.rounding.needs | own | ({"abs_max"} if static else set())
@@ -90,8 +90,9 @@ METHODS: dict[str, Callable[[int, Group, bool], Method]] = {
     "rtn_mse": lambda bits, group, symmetric: Method(Int(bits, group, symmetric), Search("mse")),
     "rtn_diagonal": lambda bits, group, symmetric: Method(Int(bits, group, symmetric), Search("diagonal")),
     "rtn_gram": lambda bits, group, symmetric: Method(Int(bits, group, symmetric), Search("gram")),
-    "rtn_loss": lambda bits, group, symmetric: Method(Int(bits, group, symmetric), Search("loss")),
-    # Integers with a float zero.
+    "rtn_loss": lambda bits, group, symmetric: Method(Int(bits, group, symmetric), LossSearch()),
+    # Other integer grids.
+    "rtn_symmetric": lambda bits, group, symmetric: Method(Int(bits, group, symmetric=True)),
     "rtn_float_zero": lambda bits, group, symmetric: Method(Int(bits, group, zero="float")),
     # Codebooks.
     "nf4_double": _fixed(NF4(64, double_quantized())),

@@ -1,14 +1,14 @@
 """Quantizes a decoder block by block: observe, transform, round, move on with the quantized block's outputs.
 
-Each block sees the inputs that the quantized blocks before it produce, so later blocks make up for earlier errors.
-Only one block's statistics are ever alive.
+By default each block sees the inputs that the quantized blocks before it produce, so that later blocks make up for
+earlier errors. Only one block's statistics are ever alive.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from operator import itemgetter
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +22,13 @@ from jquant.data import sample_windows
 from jquant.errors import InputError
 from jquant.formats import Group, block_shape
 from jquant.io.load import LanguageModel, Progress
-from jquant.loss import loss_models
+from jquant.loss import learn_clips
 from jquant.methods import Method, Plan, assign
 from jquant.methods import method as named_method
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Block, Decoder, Taps, blocks, rotary_table, with_blocks
 from jquant.models.families import LLAMA, Site, shared_channels
 from jquant.qtensor import QTensor
-from jquant.ranges import LossModel
 from jquant.rounding import SolveInfo
 from jquant.stats import AbsMax, AbsMean, Gram
 
@@ -44,6 +43,7 @@ def quantize_decoder(
     tokens: Int[np.ndarray, "n context"] | None = None,
     *,
     batch: int = 8,
+    inputs: Literal["quantized", "float"] = "quantized",
     progress: Progress | None = None,
 ) -> tuple[Decoder, dict[tuple[int, str], SolveInfo]]:
     """Quantizes the projections of the blocks; embedding, norms and head stay as they are.
@@ -53,6 +53,7 @@ def quantize_decoder(
       method: a point in the space of methods, or a plan that gives weights different ones (`methods.assign`).
       tokens: calibration windows; not needed by methods that look at weights alone.
       batch: windows per forward pass.
+      inputs: whether a block is fitted to what the quantized blocks before it produce, or to what float ones do.
       progress: called with ("quantize", blocks done, blocks in all).
 
     Returns:
@@ -66,15 +67,18 @@ def quantize_decoder(
     if any(needs) and tokens is None:
         raise InputError("This method looks at activations: give it calibration tokens.")
     stream = _Stream(decoder, tokens, batch) if any(needs) and tokens is not None else None
-    losses = _losses(decoder, tokens, needs)
+    clips = learn_clips(decoder, choices, tokens) if tokens is not None and any("clips" in n for n in needs) else {}
     done, report = [], {}
     for index, block in enumerate(blocks(decoder)):
         stats = stream.observe(block, _needed_stats(choices[index], decoder.config)) if stream and needs[index] else {}
         params, infos = _quantize_block(
-            _flat(block), stats, losses.get(index, {}), choices[index], LLAMA.sites, decoder.config
+            _flat(block), stats, clips.get(index, {}), choices[index], LLAMA.sites, decoder.config
         )
+        goes_on = stream is not None and any(needs[index + 1 :])
+        if goes_on and inputs == "float":
+            stream.advance(block)
         nnx.update(block, unflatten_mapping({tuple(path.split(".")): leaf for path, leaf in params.items()}))
-        if stream and any(needs[index + 1 :]):
+        if goes_on and inputs == "quantized":
             stream.advance(block)
         done.append(block)
         report |= {(index, path): info for path, info in infos.items()}
@@ -205,7 +209,7 @@ def _needed_stats(choices: Choices, config: DecoderConfig) -> dict[str, SiteStat
             _gram_name(site, path, chosen) if need == "gram" else need
             for path, chosen in choices
             if path in site.weights
-            for need in chosen.needs - {"loss"}
+            for need in chosen.needs - {"clips"}
         }
         width = widths.get(site.tap, config.hidden)
         stats[site.tap] = {name: kinds.get(name, Gram).init(width) for name in sorted(wanted)}
@@ -232,25 +236,11 @@ def _token_weight(taps: Taps, name: str) -> Array | None:
     return None if name in ("gram", "abs_mean", "abs_max") else taps[name]
 
 
-def _losses(
-    decoder: Decoder, tokens: np.ndarray | None, needs: list[frozenset[str]]
-) -> dict[int, dict[str, LossModel]]:
-    """The loss around each kernel of the layers that ask for it."""
-    if tokens is None or not any("loss" in need for need in needs):
-        return {}
-    models = loss_models(decoder, tokens)
-    return {
-        index: {path: jax.tree.map(lambda a: a[index], one) for path, one in models.items()}  # noqa: B023
-        for index, need in enumerate(needs)
-        if "loss" in need
-    }
-
-
 @partial(jax.jit, static_argnames=("choices", "sites", "config"))
 def _quantize_block(
     params: Params,
     stats: Mapping[str, SiteStats],
-    losses: Mapping[str, LossModel],
+    clips: Mapping[str, Array],
     choices: Choices,
     sites: tuple[Site, ...],
     config: DecoderConfig,
@@ -258,7 +248,7 @@ def _quantize_block(
     """Transforms every site, then rounds every weight: a site's transform may rewrite an earlier site's weight."""
     dtypes = {path: leaf.dtype for path, leaf in params.items()}
     params, infos = {path: leaf.astype(jnp.float32) for path, leaf in params.items()}, {}
-    methods, losses, grams, abs_max = dict(choices), dict(losses), {}, {}
+    methods, grams, abs_max = dict(choices), {}, {}
     for site in sites:
         for path in site.weights:
             seen = stats.get(site.tap, {})
@@ -269,9 +259,9 @@ def _quantize_block(
     for site in sites:
         chosen = next((methods[path] for path in site.weights if path in methods), None)
         if chosen is not None and chosen.transform is not None:
-            _transform(params, grams, losses, stats[site.tap]["abs_mean"], site, methods, config)
+            _transform(params, grams, stats[site.tap]["abs_mean"], site, methods, config)
     for path, chosen in methods.items():
-        grid = chosen.range(params[path], chosen.format, grams[path], losses.get(path))
+        grid = chosen.range(params[path], chosen.format, grams[path], clips.get(path))
         q, infos[path] = chosen.rounding(params[path], *grid, grams[path], chosen.format)
         if chosen.activation is not None:
             q = replace(q, activation=chosen.activation)
@@ -286,7 +276,6 @@ def _quantize_block(
 def _transform(
     params: Params,
     grams: dict[str, Any],
-    losses: dict[str, LossModel],
     abs_mean: Any,
     site: Site,
     methods: Mapping[str, Method],
@@ -310,20 +299,12 @@ def _transform(
         [methods[path].format for path in rounded],
     )
     for path in site.weights:  # those that stay float are scaled along
-        _scale_loss(losses, path, scale[:, None])
         params[path] = params[path] * scale[:, None]
         if path in grams:
             grams[path] = grams[path] / (scale[:, None] * scale)
     # Channels that share a producer share the scale, so any of them tells it.
     produced = jnp.zeros(width).at[channels].set(scale)
-    _scale_loss(losses, site.producer, 1 / produced)
     params[site.producer] = params[site.producer] / produced
-
-
-def _scale_loss(losses: dict[str, LossModel], path: str, by: Array) -> None:
-    """The loss around a weight that has been multiplied by `by`."""
-    if path in losses:
-        losses[path] = LossModel(losses[path].gradient / by, losses[path].curvature / by**2)
 
 
 def _shapes(decoder: Decoder) -> Iterator[Params]:

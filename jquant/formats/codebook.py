@@ -2,10 +2,11 @@
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise, zip_longest
+from itertools import zip_longest
 from statistics import NormalDist
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jquant.errors import InputError
@@ -70,7 +71,10 @@ class Codebook:
     def decode(self, codes: Array, scale: Array, zero: Array | None) -> Array:
         """See `Format.decode`."""
         values = self._look_up(codes) * as_stored(scale, self.scale)
-        return values if zero is None else values + zero
+        if zero is None:
+            return values
+        # The bound keeps compilers from fusing product and sum, which would round once; bitsandbytes rounds twice.
+        return jnp.minimum(values, jnp.finfo(jnp.float32).max) + zero
 
     def _look_up(self, codes: Array) -> Array:
         if self.bits > 4:
@@ -117,19 +121,21 @@ def normal_float_levels(bits: int, tail: float = 0.9677083) -> tuple[float, ...]
     return (*(-v / below[0] for v in below), 0.0, *(v / above[0] for v in reversed(above)))
 
 
-def dynamic_levels(exponent_bits: int = 7, bits: int = 8) -> tuple[float, ...]:
-    """The signed dynamic data type of bitsandbytes (arXiv 2110.02861, §2.1): 256 levels, among them 0 and 1.
+def dynamic_levels() -> tuple[float, ...]:
+    """The signed 8-bit dynamic data type of bitsandbytes (arXiv 2110.02861, §2.1): 256 levels, among them 0 and 1.
 
-    Decades from 10^(1−exponent_bits) to 1; each spends the bits its exponent leaves on a linear fraction in [0.1, 1],
-    of which the midpoints between neighbours are the levels.
+    Decades from 10⁻⁶ to 1, the n-th of them with 2ⁿ levels on either side of zero: the midpoints between neighbours of
+    an even division of [0.1, 1]. In float32 throughout, and divided as `torch.linspace` does it on a CPU, from both
+    ends with fused multiply-adds: the levels are those of bitsandbytes' `create_dynamic_map` to the last bit.
     """
     positive = []
-    for exponent in range(exponent_bits):
-        count = 2 ** (exponent + bits - 1 - exponent_bits) + 1
-        edges = [0.1 + 0.9 * i / (count - 1) for i in range(count)]
-        decade = 10.0 ** (exponent + 1 - exponent_bits)
-        positive += [decade * (a + b) / 2 for a, b in pairwise(edges)]
-    return tuple(sorted([*(-level for level in positive), 0.0, *positive, 1.0]))
+    for n in range(7):
+        low, high, count = np.float32(0.1), np.float32(1), 2**n
+        step, i = np.float64((high - low) / np.float32(count)), np.arange(count + 1)
+        edges = np.where(2 * i < count, low + step * i, high - step * (count - i)).astype(np.float32)
+        positive.append(np.float32(10.0 ** (n - 6)) * (edges[1:] + edges[:-1]) / 2)
+    sides = np.concatenate(positive)
+    return tuple(np.sort([*-sides, 0, *sides, 1]).tolist())
 
 
 def NF4(group: Group = 64, scale: str | Format = "float32") -> Codebook:

@@ -1,9 +1,7 @@
 """What every range offers."""
 
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
@@ -12,27 +10,13 @@ from jquant.formats import Block, Format, block_shape, grouped, real_members
 from jquant.qtensor import QTensor
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class LossModel:
-    """The calibration loss around the float weight, to second order: L(w + Δ) ≈ L(w) + Σ gᵢ Δᵢ + ½ Σ Fᵢ Δᵢ².
-
-    Attributes:
-      gradient: g, the mean gradient of the loss, float32 `[in, out]`.
-      curvature: F, the mean squared gradient (the empirical Fisher information's diagonal), float32 `[in, out]`.
-    """
-
-    gradient: Any
-    curvature: Any
-
-
 @runtime_checkable
 class Range(Protocol):
     """The contract of every range."""
 
     @property
     def needs(self) -> frozenset[str]:
-        """What it must be given beside the weight: a subset of {"gram", "loss"}."""
+        """What it must be given beside the weight: a subset of {"gram", "clips"}."""
         ...
 
     def __call__(
@@ -40,9 +24,12 @@ class Range(Protocol):
         w: Float[Array, "in out"],
         format: Format,
         gram: Float[Array, "in in"] | None = None,
-        loss: LossModel | None = None,
+        clips: Float[Array, "groups columns"] | None = None,
     ) -> tuple[Array | QTensor, Array | QTensor | None]:
-        """Scale and zero of each block, `[groups, columns]`: as `Format.grid` gives them, or quantized already."""
+        """Scale and zero of each block, `[groups, columns]`: as `Format.grid` gives them, or quantized already.
+
+        `clips` are factors on the min-max or other range, learned on the whole model's loss (`LossSearch`).
+        """
         ...
 
 

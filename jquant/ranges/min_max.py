@@ -8,7 +8,7 @@ from jaxtyping import Float
 
 from jquant.errors import InputError
 from jquant.formats import Format
-from jquant.ranges.base import LossModel, ends, split
+from jquant.ranges.base import ends, split
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class MinMax:
         w: Float[Array, "in out"],
         format: Format,
         gram: Float[Array, "in in"] | None = None,
-        loss: LossModel | None = None,
+        clips: Float[Array, "groups columns"] | None = None,
     ) -> tuple[Array, Array | None]:
         """See `Range`."""
         return format.grid(*ends(split(w, format)[0]))
@@ -51,7 +51,7 @@ class Percentile:
         w: Float[Array, "in out"],
         format: Format,
         gram: Float[Array, "in in"] | None = None,
-        loss: LossModel | None = None,
+        clips: Float[Array, "groups columns"] | None = None,
     ) -> tuple[Array, Array | None]:
         """See `Range`."""
         groups, real, _ = split(w, format)

@@ -1,5 +1,6 @@
 """The range that is searched for."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +11,7 @@ from jaxtyping import Float
 
 from jquant.errors import InputError
 from jquant.formats import Block, Format, grouped
-from jquant.ranges.base import LossModel, ends, split
+from jquant.ranges.base import ends, split
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,7 @@ class Search:
         "mse" Σ Δ²;
         "diagonal" Σ Hᵢᵢ Δᵢ² with H the Gram matrix;
         "gram" Δᵀ H_gg Δ with the group's block of it, the true change of the layer's output if the other groups stayed
-        exact (AWQ's clipping objective, arXiv 2306.00978 §3.2, with H in place of stored samples);
-        "loss" Σ g Δ + ½ Σ F Δ², the calibration cross-entropy's own second-order model (`LossModel`). It costs one
-        backward pass over the calibration text and two more copies of the weights in float32.
+        exact (AWQ's clipping objective, arXiv 2306.00978 §3.2, with H in place of stored samples).
       steps: factors tried, evenly spaced from 1 down to `smallest`.
       smallest: the strongest clipping tried.
 
@@ -35,34 +34,34 @@ class Search:
       InputError: `metric` needs statistics and there are none.
     """
 
-    metric: Literal["mse", "diagonal", "gram", "loss"] = "mse"
+    metric: Literal["mse", "diagonal", "gram"] = "mse"
     steps: int = 21
     smallest: float = 0.6
 
     def __post_init__(self) -> None:
-        if self.metric not in ("mse", "diagonal", "gram", "loss"):
-            raise InputError(f'Search takes metric="mse", "diagonal", "gram" or "loss", not {self.metric!r}.')
+        if self.metric not in ("mse", "diagonal", "gram"):
+            raise InputError(f'Search takes metric="mse", "diagonal" or "gram", not {self.metric!r}.')
         if self.steps < 1 or not 0 < self.smallest <= 1:
             raise InputError(f"Search takes at least 1 step and a factor in (0, 1], not {self.steps}, {self.smallest}.")
 
     @property
     def needs(self) -> frozenset[str]:
         """See `Range`."""
-        return frozenset({"mse": (), "diagonal": ("gram",), "gram": ("gram",), "loss": ("loss",)}[self.metric])
+        return frozenset() if self.metric == "mse" else frozenset({"gram"})
 
     def __call__(
         self,
         w: Float[Array, "in out"],
         format: Format,
         gram: Float[Array, "in in"] | None = None,
-        loss: LossModel | None = None,
+        clips: Float[Array, "groups columns"] | None = None,
     ) -> tuple[Array, Array | None]:
         """See `Range`."""
-        if (gram is None and "gram" in self.needs) or (loss is None and "loss" in self.needs):
+        if gram is None and self.needs:
             raise InputError(f"The range search by {self.metric} needs calibration text.")
         groups, real, block = split(w, format)
         low, high = ends(groups)
-        weigh = _metric(self.metric, block, gram, loss)
+        weigh = _metric(self.metric, block, gram)
 
         def attempt(low: Array, high: Array):
             grid = format.grid(low, high)
@@ -88,13 +87,9 @@ class Search:
         return best[2]
 
 
-def _metric(metric: str, block: Block, gram: Array | None, loss: LossModel | None):
+def _metric(metric: str, block: Block, gram: Array | None) -> Callable[[Array], Array]:
     """The error of each block, `[groups, columns]`, as a function of its members' Δ `[groups, members, columns]`."""
     rows, columns = block
-    if metric == "loss":
-        assert loss is not None
-        gradient, curvature = grouped(loss.gradient, block), grouped(loss.curvature, block)
-        return lambda delta: jnp.sum((gradient + curvature * delta / 2) * delta, -2)
     if metric == "mse":
         return lambda delta: jnp.sum(delta**2, -2)
     assert gram is not None
