@@ -57,7 +57,7 @@ def progress_bars(row: str) -> Iterator[Report]:
         TextColumn("{task.fields[unit]}, left"),
         TimeRemainingColumn(),
     )
-    units = {"load": "tensors", "quantize": "layers", "evaluate": "windows", "generate": "tokens"}
+    units = {"load": "tensors", "quantize": "layers", "evaluate": "windows", "generate": "tokens", "observe": "layers"}
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         tasks = {}
 

@@ -46,13 +46,13 @@ def published(row: Row) -> str:
     return f"{figures[row['method']]:.2f}" if row["method"] in figures else ""
 
 
-def read_rows(folder: Path) -> list[Row]:
+def read_rows(folder: Path, name: str = "table.jsonl") -> list[Row]:
     """The rows an earlier run left in a results folder.
 
     Raises:
       InputError: the file is not one JSON object a line.
     """
-    path = folder / "table.jsonl"
+    path = folder / name
     if not path.exists():
         return []
     try:
@@ -61,9 +61,9 @@ def read_rows(folder: Path) -> list[Row]:
         raise InputError(f"{path} is damaged ({broken}); move it away or choose another name=.") from None
 
 
-def write_rows(folder: Path, rows: Sequence[Row]) -> None:
-    """Writes every row to table.jsonl, whole or not at all."""
-    _write(folder / "table.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def write_rows(folder: Path, rows: Sequence[Row], name: str = "table.jsonl") -> None:
+    """Writes every row, one JSON object a line, whole or not at all."""
+    write_text(folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def write_table(folder: Path, rows: Sequence[Row]) -> None:
@@ -72,13 +72,13 @@ def write_table(folder: Path, rows: Sequence[Row]) -> None:
     heading = [column.replace("\n", " ") for column in heading]
     lines = [heading, ["---", *["---:"] * (len(heading) - 1)], *cells]
     markdown = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    _write(folder / "table.md", f"{markdown}\n{caption(rows[0])}\n")
+    write_text(folder / "table.md", f"{markdown}\n{caption(rows[0])}\n")
     plain = io.StringIO()
     fields = [key for key, value in rows[0].items() if isinstance(value, str | int | float) and key != "composition"]
     writer = csv.DictWriter(plain, [*fields, *rows[0]["protocol"]], extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(row | row["protocol"] for row in rows)
-    _write(folder / "table.csv", plain.getvalue())
+    write_text(folder / "table.csv", plain.getvalue())
 
 
 def terminal_table(rows: Sequence[Row]) -> Table:
@@ -122,7 +122,7 @@ def _cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     return list(columns), [[fill(row) for fill in columns.values()] for row in rows]
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all, also when interrupted or out of space."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from jquant.activations import Activation
 from jquant.data import load_text
 from jquant.errors import InputError
 from jquant.evaluation.generation import generate
+from jquant.evaluation.outliers import outliers
 from jquant.evaluation.perplexity import perplexity
 from jquant.formats import FP4, FP8_E4M3, FP8_E5M2, GGUF, MXFP4, NF3, NF4, NVFP4, Codebook, Float, Int, double_quantized
 from jquant.io.load import LanguageModel, load_model
@@ -58,6 +59,7 @@ __all__ = [
     "load_text",
     "matmul",
     "method",
+    "outliers",
     "perplexity",
     "quantize",
     "quantize_decoder",

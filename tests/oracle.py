@@ -103,16 +103,16 @@ def int_round(
 
 
 def pack_bits(codes: Int[np.ndarray, " n"], bits: int) -> UInt8[np.ndarray, " bytes"]:
-    """Pack unsigned codes into a little-endian bit stream of bits * ceil(n / 8) bytes (convention, no paper).
+    """Pack unsigned codes into a little-endian bit stream of ceil(n * bits / 8) bytes (convention, no paper).
 
     Bit b of code i is bit (i * bits + b) of the stream, and stream bit k is bit k % 8 of byte k // 8. The stream is
-    padded with zero codes to a whole number of 8 codes. Raises ValueError for a code outside [0, 2^bits - 1]: signed
+    padded with zeros to whole bytes. Raises ValueError for a code outside [0, 2^bits - 1]: signed
     codes must be offset first.
     """
     codes = np.asarray(codes, np.int64)
     if codes.size and (codes.min() < 0 or codes.max() >= 2**bits):
         raise ValueError(f"codes must lie in [0, {2**bits - 1}]")
-    stream = np.zeros(-(-codes.size // 8) * 8 * bits, np.int64)
+    stream = np.zeros(-(-codes.size * bits // 8) * 8, np.int64)
     for b in range(bits):
         stream[b : codes.size * bits : bits] = (codes >> b) & 1
     packed = np.zeros(stream.size // 8, np.int64)

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from jquant.errors import InputError
-from jquant.formats import NF4, NF4_LEVELS, Codebook, Int, expand_groups, group_rows, pack, unpack
-from jquant.qtensor import QTensor, bits_per_weight, dequantize, from_codes, matmul, quantize
+from jquant.formats import NF4, NF4_LEVELS, Codebook, Int, block_shape, expand, pack, unpack
+from jquant.matmul import matmul
+from jquant.qtensor import QTensor, bits_per_weight, dequantize, from_codes, quantize
 from jquant.ranges import MinMax
 
 SHAPES = {64: 576, 16: 40, "channel": 40, "tensor": 40}  # group -> rows; 40 = 2.5 × 16 ends in a short group
@@ -60,7 +61,7 @@ def grid_of(q: QTensor) -> tuple[np.ndarray, np.ndarray]:
 
 def spread(values: np.ndarray, q: QTensor) -> np.ndarray:
     """Per-group values repeated to one row per weight."""
-    rows = group_rows(q.format, q.in_features)
+    rows = block_shape(q.format, q.shape)[0]
     return values[np.minimum(np.arange(q.in_features) // rows, len(values) - 1)]
 
 
@@ -72,7 +73,7 @@ def spread(values: np.ndarray, q: QTensor) -> np.ndarray:
 def test_packing_round_trips_for_every_width_length_and_leading_axis(data, bits, shape):
     codes = data.draw(hnp.arrays(np.uint8, shape, elements=st.integers(0, 2**bits - 1)))
     packed = pack_bits(jnp.asarray(codes), bits)
-    assert packed.shape == (*shape[:-2], -(-shape[-2] // 8) * bits, shape[-1])
+    assert packed.shape == (*shape[:-2], -(-shape[-2] * bits // 8), shape[-1])
     np.testing.assert_array_equal(unpack_bits(packed, bits, shape[-2]), codes)
 
 
@@ -229,10 +230,10 @@ def test_the_grid_of_a_half_precision_weight_is_that_of_its_float32_values(forma
 
 def layout(rows: int, out: int, format: Int | Codebook) -> int:
     """Bytes of codes, scales and zeros, from the documented layout."""
-    scales = 1 if format.group == "tensor" else -(-rows // group_rows(format, rows)) * out
-    zeros = (scales // out if scales > 1 else 1) * -(-(out if scales > 1 else 1) // 8) * format.bits
-    wide = {"float16": 2, "float32": 4}[format.scale_dtype]
-    return -(-rows // 8) * format.bits * out + scales * wide + (zeros if format.has_zero else 0)
+    scales = 1 if format.group == "tensor" else -(-rows // block_shape(format, (rows, out))[0]) * out
+    zeros = (scales // out if scales > 1 else 1) * -(-(out if scales > 1 else 1) * format.bits // 8)
+    wide = {"float16": 2, "float32": 4}[format.scale]
+    return -(-rows * format.bits // 8) * out + scales * wide + (zeros if format.has_zero else 0)
 
 
 @pytest.mark.parametrize(
@@ -358,9 +359,9 @@ def test_from_codes_keeps_every_code_scale_and_zero():
     np.testing.assert_array_equal(dequantize(q), (codes.astype(np.float32) - zero[row]) * scale[row].astype(np.float32))
 
 
-def test_expand_groups_gives_each_row_its_group():
+def test_expand_gives_each_row_its_group():
     values = np.arange(6, dtype=np.float32).reshape(3, 2)
-    np.testing.assert_array_equal(expand_groups(jnp.asarray(values), 4, 10), values[np.arange(10) // 4])
+    np.testing.assert_array_equal(expand(jnp.asarray(values), (4, 1), (10, 2)), values[np.arange(10) // 4])
 
 
 # --------------------------------------------------------------------------------------------------- bad input
@@ -387,7 +388,7 @@ def test_a_bad_group_is_refused_by_its_name(make, group):
 def test_a_group_larger_than_the_matrix_is_refused_with_both_sizes(format):
     with pytest.raises(InputError, match=rf"{format.group}.*40"):
         MinMax()(jnp.asarray(normal(40, 3)), format)
-    assert group_rows(format, format.group) == format.group
+    assert block_shape(format, (format.group, 3)) == (format.group, 1)
 
 
 @pytest.mark.parametrize("levels", [(0.0, -1.0), (0.0, 0.5, 0.5), (1.0,), (), tuple(map(float, range(257)))])

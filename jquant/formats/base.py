@@ -85,7 +85,7 @@ def grouped(w: Shaped[Array, "*l in out"], block: Block) -> Shaped[Array, "*l gr
 
 def real_members(shape: tuple[int, ...], block: Block) -> Float[Array, "groups members columns"]:
     """1 for the members that `grouped` took from the weight, 0 for its filling; broadcasts over columns."""
-    return grouped(jnp.ones(shape[-2:] if block[1] > 1 else (shape[-2], 1)), block)
+    return grouped(jnp.ones(shape[-2:] if block[1] > 1 else (shape[-2], 1), jnp.float32), block)
 
 
 def expand(values: Shaped[Array, "*l groups columns"], block: Block, shape: tuple[int, ...]) -> Array:
@@ -136,7 +136,9 @@ def times_inverse(w: Array, scale: Array) -> Array:
     It differs from `ratio` in the last place, which decides where a weight lies next to a midpoint.
     """
     scale = scale.astype(jnp.float32)
-    return w.astype(jnp.float32) * jnp.where(scale == 0, 0, 1 / jnp.where(scale == 0, 1, scale))
+    product = w.astype(jnp.float32) * jnp.where(scale == 0, 0, 1 / jnp.where(scale == 0, 1, scale))
+    # Finite values never reach the bound, but XLA can't know, and so rounds the product before anything is added to it.
+    return jnp.minimum(product, float(jnp.finfo(jnp.float32).max))
 
 
 def round_scale(scale: Array, dtype: str) -> Array:

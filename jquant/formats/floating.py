@@ -74,13 +74,12 @@ class Float:
     def encode(self, w: Array, scale: Array, zero: Array | None) -> Array:
         """See `Format.encode`."""
         value = ratio(w, scale)
-        size = jnp.abs(value)
+        size = jnp.minimum(jnp.abs(value), self.largest)
         # An element's magnitude code counts its binade's steps: consecutive codes, also across binades.
         binade = jnp.maximum(_exponent(size) - self.mantissa - self._ulp, 0)
         steps = jnp.round(size * _power_of_two(-(binade + self._ulp))).astype(jnp.int32)
-        code = jnp.minimum((binade << self.mantissa) + steps, _LARGEST[self.exponent, self.mantissa])
         sign = jnp.signbit(value).astype(jnp.int32)
-        return (code | sign << (self.bits - 1)).astype(jnp.uint8)
+        return ((binade << self.mantissa) + steps | sign << (self.bits - 1)).astype(jnp.uint8)
 
     def decode(self, codes: Array, scale: Array, zero: Array | None) -> Array:
         """See `Format.decode`."""

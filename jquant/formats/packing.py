@@ -6,8 +6,10 @@ from jaxtyping import UInt8
 
 
 def pack(codes: UInt8[Array, "*l n out"], bits: int) -> UInt8[Array, "*l bytes out"]:
-    """Packs along axis −2 as a little-endian bit stream: 8 codes take exactly `bits` bytes, a rest is filled up."""
+    """Packs along axis −2 as a little-endian bit stream of ⌈n · bits / 8⌉ bytes: 8 codes take `bits` of them."""
     n = codes.shape[-2]
+    if bits == 8:
+        return codes
     fill = [(0, 0)] * (codes.ndim - 2) + [(0, -n % 8), (0, 0)]
     lanes = jnp.pad(codes, fill).reshape(*codes.shape[:-2], -1, 8, codes.shape[-1]).astype(jnp.uint16)
     packed = []
@@ -18,13 +20,15 @@ def pack(codes: UInt8[Array, "*l n out"], bits: int) -> UInt8[Array, "*l bytes o
             if -bits < shift < 8:
                 value |= (lanes[..., lane, :] << shift) if shift >= 0 else (lanes[..., lane, :] >> -shift)
         packed.append(value.astype(jnp.uint8))
-    return jnp.stack(packed, -2).reshape(*codes.shape[:-2], -1, codes.shape[-1])
+    stream = jnp.stack(packed, -2).reshape(*codes.shape[:-2], -1, codes.shape[-1])
+    return stream[..., : -(-n * bits // 8), :]
 
 
 def unpack(packed: UInt8[Array, "*l bytes out"], bits: int, n: int) -> UInt8[Array, "*l n out"]:
     """Inverse of `pack`; `n` is the number of codes along axis −2."""
     if bits == 8:
         return packed[..., :n, :]
+    packed = jnp.pad(packed, [(0, 0)] * (packed.ndim - 2) + [(0, -packed.shape[-2] % bits), (0, 0)])
     chunk = packed.reshape(*packed.shape[:-2], -1, bits, packed.shape[-1])
     lanes = []
     for lane in range(8):

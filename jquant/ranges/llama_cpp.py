@@ -3,11 +3,11 @@
 Each of them tries a few grids per block, fits scale (and minimum) to the codes that each grid gives by weighted least
 squares, and keeps the best. On a CPU the arithmetic is that of a plain C build, float by float, so that the bytes are
 the same: sums run member by member in order, a product is rounded before it is added (`_once`), and a quotient is not
-turned into a product with a reciprocal (`_over`). Elsewhere the last place may differ, and with it a code in some
-thousands.
+turned into a product with a reciprocal (`_over`). Elsewhere the last place may differ, and with it the choice between
+grids that are all but equally good.
 
 Inside this file a block's members lie on axis 0: `[members, groups, out]`. Both loops, over grids and over members, are
-scans: neither memory nor the program grows with them.
+scans: the program does not grow with them, and memory by one number per block and grid at most.
 """
 
 from collections.abc import Callable
@@ -22,8 +22,8 @@ from jax import Array, lax
 from jaxtyping import Float
 
 from jquant.errors import InputError
-from jquant.formats import GGUF, Format, block_shape, expand
-from jquant.qtensor import QTensor, dequantize, from_codes
+from jquant.formats import GGUF, Format, block_shape
+from jquant.qtensor import QTensor, from_codes, settle
 
 Members = Float[Array, "members groups out"]
 Groups = Float[Array, "groups out"]
@@ -68,14 +68,12 @@ class LlamaCpp:
     def quantize(self, w: Float[Array, "in out"], format: Format, gram: Float[Array, "in in"] | None = None) -> QTensor:
         """llama.cpp's quantizer: the same bytes, codes without meaning included."""
         scale, zero, own = self._search(w, format, gram)
-        nested, block = isinstance(scale, QTensor), block_shape(format, w.shape)
-        plain = tuple(dequantize(v) if isinstance(v, QTensor) else v for v in (scale, zero))
-        at: Any = jax.tree.map(lambda v: expand(v, block, w.shape), plain)
-        codes = format.encode(w.astype(jnp.float32), at[0], at[1])
+        stored, at = settle(scale, zero, format, w.shape)
+        codes = format.encode(w.astype(jnp.float32), *at)
         if own is not None:
             own = _rows(own, w.shape[0]).astype(jnp.uint8)
-            codes = jnp.where(at[0] == 0, own, codes) if nested else own
-        return from_codes(codes, scale, zero, format)
+            codes = jnp.where(at[0] == 0, own, codes) if isinstance(scale, QTensor) else own
+        return from_codes(codes, *stored, format)
 
     def _search(self, w: Array, format: Any, gram: Array | None) -> tuple[Any, Any, Members | None]:
         """Scale and zero as `__call__` returns them, and the codes of the winning grid where llama.cpp uses them."""
@@ -86,7 +84,7 @@ class LlamaCpp:
             raise InputError(f"Importance weights for {kind} need calibration text.")
         w = w.astype(jnp.float32)
         diagonal = jnp.diagonal(gram).astype(jnp.float32) if self.importance and gram is not None else None
-        x, weights = _members(w, format.group), _weights(w, kind, diagonal)
+        x, weights = _members(w, block_shape(format, w.shape)[0]), _weights(w, kind, diagonal)
         if kind.endswith("_K"):
             return _super_block(x, weights, kind, self.importance)
         if kind == "IQ4_NL":
@@ -138,7 +136,7 @@ def _weights(w: Float[Array, "in out"], kind: str, importance: Float[Array, " in
     """What each member's squared error counts; 0 for the filling of a short last block."""
     rows: Any = GGUF[kind].group
     x = _members(w, rows)
-    real = _members(jnp.ones((len(w), 1)), rows, fill=0)
+    real = _members(jnp.ones((len(w), 1), jnp.float32), rows, repeat_last=False)
     if importance is not None:
         weights = _members(importance[:, None], rows)
         if kind != "Q6_K":
@@ -157,7 +155,7 @@ def _weights(w: Float[Array, "in out"], kind: str, importance: Float[Array, " in
 
 
 def _mean_square(w: Float[Array, "in out"], rows: int) -> Float[Array, "spans out"]:
-    members = _members(w, rows, fill=0)
+    members = _members(w, rows, repeat_last=False)
     (total,) = _totals(lambda x: (x * x,), members)
     counts = np.minimum(rows, len(w) - rows * np.arange(members.shape[1]))[:, None]
     return _over(total, counts.astype(np.float32))
@@ -367,13 +365,13 @@ def _store_signed(values: Groups, weights: Groups | None, format: Any) -> QTenso
 def _supers(values: Float[Array, "rows out"], format: Any) -> tuple[Any, Members]:
     """The format, its group cut to a matrix that is shorter, and the values' super-blocks."""
     format = replace(format, group=min(format.group, len(values)))
-    return format, _members(values, format.group, fill=0)
+    return format, _members(values, format.group, repeat_last=False)
 
 
-def _members(w: Float[Array, "in out"], rows: int, fill: int | None = None) -> Members:
-    """Splits `in` into groups, members first; a short last group repeats its last row, or is filled up."""
-    pad = ((0, -len(w) % rows), (0, 0))
-    w = jnp.pad(w, pad, mode="edge") if fill is None else jnp.pad(w, pad, constant_values=fill)
+def _members(w: Float[Array, "in out"], rows: int, repeat_last: bool = True) -> Members:
+    """Splits `in` into groups, members first; a short last group is filled up with its last row, or with zeros."""
+    filling = w[-1:] if repeat_last else jnp.zeros_like(w[-1:])
+    w = jnp.concatenate([w, jnp.repeat(filling, -len(w) % rows, 0)])
     return jnp.moveaxis(w.reshape(-1, rows, w.shape[1]), 1, 0)
 
 

@@ -1,0 +1,167 @@
+"""Outliers of a model's activations: how large, in which channels and tokens, and what they cost a quantizer.
+
+    python -m experiments.outliers
+    python -m experiments.outliers name=mine model=local model.path=/my/model evaluation.data=my.txt
+
+All settings: configs/outliers.yaml; definitions: jquant/evaluation/outliers.py. Results land in results/<name>/:
+outliers.jsonl (one row a layer and input) and the figures. Rows that are already there, from the same settings, code,
+packages and machine, are not computed again.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+import jax
+import numpy as np
+from flax import nnx
+from omegaconf import DictConfig, OmegaConf
+from rich import box
+from rich.table import Table
+
+import paper_figures.outliers
+from experiments import provenance, tables
+from experiments.command_line import console, one_sentence, progress_bars, run
+from jquant import LanguageModel, load_text
+from jquant.evaluation.outliers import INPUTS, Outliers, check_options, observe
+from jquant.evaluation.perplexity import evaluation_windows
+from jquant.io.hub import cache_dir
+from jquant.io.load import load_from_config
+
+Row = dict[str, Any]
+
+
+@hydra.main(version_base=None, config_path="../configs", config_name="outliers")
+def main(config: DictConfig) -> None:
+    """Hydra's entry point."""
+    with one_sentence():
+        find_outliers(OmegaConf.to_container(config, resolve=True))  # pyright: ignore[reportArgumentType]
+
+
+def find_outliers(settings: dict[str, Any]) -> None:
+    """Computes the rows unless they are there, prints them in short and draws the figures."""
+    path = Path(settings["results"]) / str(settings["name"]) / "outliers.jsonl"
+    kept = paper_figures.outliers.read_rows(path) if path.exists() else []
+    grid, wanted = {key: settings[key] for key in ("threshold", "bits", "group")}, settings["evaluation"]
+    with progress_bars(settings["model"]["name"]) as report:
+        model = load_from_config(settings["model"], progress=report)
+        check_options(model.decoder, **grid)
+        text = load_text(wanted["data"])
+        tokens = evaluation_windows(model, text, wanted["context"], wanted["windows"], wanted["bos"])
+        origin = describe(model, tokens, settings)
+        rows = [row for row in kept if row.get("fingerprint") == origin["fingerprint"]]
+        if not rows:
+            seen = observe(model.decoder, tokens, **grid, progress=report)
+            rows = [row | origin for row in rows_of(Outliers(*seen, tokens, **grid, bos=wanted["bos"]), model)]
+            tables.write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+    figures = paper_figures.outliers.draw(rows, path.parent)
+    console.print(terminal_table(rows))
+    console.print(caption(rows[0]), highlight=False, soft_wrap=True)
+    console.print(f"Results: {path}. Figures: {', '.join(map(str, figures))}.", soft_wrap=True)
+
+
+def rows_of(found: Outliers, model: LanguageModel) -> list[Row]:
+    """`Outliers.rows` with what the figures draw: channel maxima, histogram, attention received; rounded.
+
+    `largest_tokens` becomes [window, position, largest |x|, the token's text].
+    """
+    rows = found.rows()
+    for row in rows:
+        one = found[row["layer"], row["input"]]
+        row["largest_tokens"] = [
+            [w, p, float(one.token_max[w, p]), model.tokenizer.decode([int(found.tokens[w, p])])]
+            for w, p in row["largest_tokens"]
+        ]
+        edges, counts = one.histogram_by(2)
+        row["channel_max"], row["histogram_edges"] = _rounded(one.channel_max, 3), _rounded(edges, 4)
+        row["histogram_counts"] = counts.tolist()
+        if row["input"] == "attention_input":
+            row["attention_received"] = _rounded(found.attention_received[row["layer"]].mean(0), 4)
+    return rows
+
+
+def _rounded(values: np.ndarray, digits: int) -> list[float]:
+    return [float(f"{value:.{digits}g}") for value in values]
+
+
+def describe(model: LanguageModel, tokens: np.ndarray, settings: dict[str, Any]) -> dict[str, Any]:
+    """Everything the rows depend on, and a fingerprint of it."""
+    config = {key: value for key, value in settings.items() if key not in ("name", "results")}
+    wanted = settings["evaluation"]
+    protocol = {
+        "model": str(config["model"].get("path") or config["model"]["name"]),
+        "weights_stored_as": model.stored_as,
+        "dtype": str(model.decoder.embedding.get_value().dtype),
+        "data": str(wanted["data"]),
+        "windows": len(tokens),
+        "context": tokens.shape[1],
+        "stride": tokens.shape[1],
+        "bos": wanted["bos"],
+        "tokens": tokens.size,
+        "tokens_sha256": provenance.digest(tokens),
+        "weights_sha256": provenance.digest(*jax.tree.leaves(nnx.state(model.decoder))),
+    }
+    origin = {"protocol": protocol, "config": config, **provenance.versions()}
+    return origin | {"fingerprint": provenance.fingerprint(origin)}
+
+
+def terminal_table(rows: list[Row]) -> Table:
+    """One line an input: each figure's largest over the layers, the layer in brackets; the mean share of levels."""
+    # Bare enough for a terminal of 80 columns.
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
+    headings = (
+        "max /\nmedian",
+        "max\n|x|",
+        "sink's\nenergy %",
+        "outlier\nfeatures",
+        "massive\ntokens",
+        "waste %\nx, w",
+    )
+    table.add_column("input", no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name in INPUTS:
+        own = [row for row in rows if row["input"] == name]
+        table.add_row(
+            name,
+            _largest(own, lambda row: row["ratio"] or 0),
+            _largest(own, lambda row: row["max"]).split()[0],
+            _largest(own, lambda row: 100 * row["sink_energy"]),
+            _largest(own, lambda row: len(row["outlier_features"])),
+            _largest(own, lambda row: row["massive_tokens"]),
+            ", ".join(filter(None, (_mean(own, "activation_waste"), _mean(own, "weight_waste")))),
+        )
+    return table
+
+
+def _largest(rows: list[Row], figure: Callable[[Row], float]) -> str:
+    top = max(rows, key=figure)
+    value = figure(top)
+    return f"{value:,.0f} ({top['layer']})" if value >= 1000 else f"{value:.3g} ({top['layer']})" if value else "0"
+
+
+def _mean(rows: list[Row], key: str) -> str:
+    known = [row[key] for row in rows if row[key] is not None]
+    return f"{100 * np.mean(known):.0f}" if known else ""
+
+
+def caption(row: Row) -> str:
+    """The protocol and the definitions, in a few sentences."""
+    told, config = row["protocol"], row["config"]
+    return (
+        f"Largest over the layers, the layer in brackets. {told['model']} (weights stored as "
+        f"{told['weights_stored_as']}, computed in {told['dtype']}) on {told['data']}: {told['windows']} windows of "
+        f"{told['context']} tokens, {'with' if told['bos'] else 'no'} BOS. Sink: the first token of a window and its "
+        f"unbroken repeats; energy: Σ x², the Gram matrix's trace. Outlier features: |x| ≥ {config['threshold']:g} in "
+        f"6 % of the tokens or more. Massive: |x| > 100 and > 1,000 × median. Waste: the share of a symmetric "
+        f"{config['bits']}-bit grid's levels that the largest of {config['group']} neighbours puts out of the others' "
+        f"reach, in activations (x) and in the weights that read them (w), mean over the layers. {row['device']}."
+    )
+
+
+if __name__ == "__main__":
+    # Compiled programs are kept between runs: a second run of the same shapes starts at once.
+    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
+    run(main)
