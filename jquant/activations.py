@@ -1,11 +1,12 @@
 """How the inputs of a quantized weight are quantized: W8A8 and LLM.int8()."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 
 from jquant.errors import InputError
 from jquant.formats import Format, Int, block_shape, expand, grouped
@@ -47,21 +48,44 @@ def quantize_inputs(
     Raises:
       InputError: the activation is static and there is no scale.
     """
-    x, format = x.astype(jnp.float32), activation.format
-    if activation.static and scale is None:
-        raise InputError("A static activation scale needs calibration text.")
-    columns = x.T
-    block = block_shape(format, columns.shape)
-    if activation.static:
-        grid = (scale, None)
-    else:
-        # As in bitsandbytes, an outlier does not widen its token's scale, the rest of its feature does.
-        inliers = columns if activation.outliers is None else jnp.where(_beyond(columns, activation), 0, columns)
-        members = grouped(inliers, block)
-        grid = format.grid(jnp.min(members, -2), jnp.max(members, -2))
-    at = jax.tree.map(lambda v: expand(v, block, columns.shape), grid)
-    rounded = format.decode(format.encode(columns, *at), *at).T
+    codes, grid = input_codes(x, activation, scale)
+    rounded = activation.format.decode(codes, *_per_input(grid, activation.format, x))
     return rounded if activation.outliers is None else jnp.where(outlier_features(x, activation), 0, rounded)
+
+
+def input_codes(
+    x: Float[Array, "tokens in"], activation: Activation, scale: Float[Array, "1 1"] | None = None
+) -> tuple[UInt8[Array, "tokens in"], tuple[Array, Array | None]]:
+    """Codes of x, those of features that hold outliers standing for 0, and the scales and zeros of the blocks of xᵀ.
+
+    Symmetric integers with scales from the inputs themselves are round(x · (1 / absmax · largest code)), computed in
+    this order: the codes are those of bitsandbytes' `int8_vectorwise_quant`, ties included. Arguments and errors are
+    those of `quantize_inputs`.
+    """
+    x, format = x.astype(jnp.float32), activation.format
+    inliers = x
+    if activation.outliers is not None:
+        # As in bitsandbytes, an outlier does not widen its token's scale, the rest of its feature does.
+        inliers = jnp.where(_beyond(x, activation), 0, x)
+        x = jnp.where(outlier_features(x, activation), 0, x)
+    if activation.static:
+        if scale is None:
+            raise InputError("A static activation scale needs calibration text.")
+        return format.encode(x, *_per_input((scale, None), format, x)), (scale, None)
+    members = grouped(inliers.T, block_shape(format, inliers.T.shape))
+    low, high = jnp.min(members, -2), jnp.max(members, -2)
+    grid = format.grid(low, high)
+    if isinstance(format, Int) and format.symmetric:
+        # The bound stands for the reciprocal of a token of zeros.
+        inverse = jnp.minimum(1 / jnp.maximum(-low, high), 2.0**120) * (2 ** (format.bits - 1) - 1)
+        return format.encode(x * _per_input(inverse, format, x), jnp.float32(1), None), grid
+    return format.encode(x, *_per_input(grid, format, x)), grid
+
+
+def _per_input(grid: Any, format: Format, x: Float[Array, "tokens in"]) -> Any:
+    """What the blocks of xᵀ hold, repeated so that it broadcasts against x."""
+    block = block_shape(format, x.T.shape)
+    return jax.tree.map(lambda v: expand(v, block, x.T.shape).T, grid)
 
 
 def outlier_features(x: Float[Array, "tokens in"], activation: Activation) -> Bool[Array, " in"]:
@@ -70,4 +94,4 @@ def outlier_features(x: Float[Array, "tokens in"], activation: Activation) -> Bo
 
 
 def _beyond(x: Array, activation: Activation) -> Array:
-    return jnp.abs(x) >= activation.outliers
+    return jnp.abs(x) >= (jnp.inf if activation.outliers is None else activation.outliers)

@@ -1,6 +1,7 @@
 """What the calibration cross-entropy says about a plan's ranges, by gradients through the whole decoder."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 from jax import Array
 from jaxtyping import Float, Int
 
+from jquant.errors import InputError
 from jquant.methods import Method
 from jquant.models.decoder import Decoder
 from jquant.ranges import LossSearch
@@ -28,70 +30,103 @@ def learn_clips(
     """Factors on the scales of every weight whose range is a `LossSearch`, learned together (see there for the cost).
 
     Args:
-      decoder: float.
+      decoder: float, all of it (which `check_plan` makes sure of).
       layers: the methods of each layer's weights, as `pipeline.check_plan` gives them.
       tokens: calibration windows.
 
     Returns:
       layer -> path within it -> factors. Weights of other ranges stay float while these are learned.
+
+    Raises:
+      InputError: the plan's searches do not agree on how to learn; a search's start quantizes the scales itself.
     """
-    chosen = _stacks(decoder, layers)
-    if not chosen:
+    parts = _parts(layers)
+    if not parts:
         return {}
-    search = next(iter(chosen))[1].range
-    assert isinstance(search, LossSearch)
+    search = _shared_search(parts)
     graph, kernels, rest = nnx.split(decoder, _is_projection, ...)
     stacks = flatten_mapping(nnx.to_pure_dict(kernels))
-    grids = {key: _grids(stacks[key[0]][jnp.asarray(at)], key[1]) for key, at in chosen.items()}
-    logs = {key: jnp.zeros(grid[0].shape, jnp.float32) for key, grid in grids.items()}
+    grids = [_grids(stacks[part.place][jnp.asarray(part.layers)], part.method) for part in parts]
+    logs = [jnp.zeros(scale.shape, jnp.float32) for scale, _ in grids]
     state = optax.adam(search.rate).init(logs)
-    at = {key: jnp.asarray(index) for key, index in chosen.items()}
     for number in range(search.steps):
         batch = np.take(tokens, range(number * search.windows, (number + 1) * search.windows), 0, mode="wrap")
-        logs, state = _step(graph, stacks, rest, at, grids, logs, state, batch, search.rate)
-    return {
-        layer: {path: jnp.exp(logs[key][index.index(layer)]) for key, index in chosen.items() if layer in index
-                for path in [_path(key[0])]}
-        for layer in range(len(layers))
-    }  # fmt: skip
+        logs, state = _step(graph, parts, search.rate, stacks, rest, grids, logs, state, batch)
+    learned: dict[int, dict[str, Array]] = {layer: {} for layer in range(len(layers))}
+    for part, log in zip(parts, logs, strict=True):
+        for index, layer in enumerate(part.layers):
+            learned[layer][part.path] = jnp.exp(log[index])
+    return learned
 
 
-def _stacks(decoder: Decoder, layers: Sequence[Choices]) -> dict[tuple[tuple[Any, ...], Method], tuple[int, ...]]:
-    """(Stacked kernel, method) -> the layers that round it so, by their place in the stack."""
-    chosen: dict[tuple[tuple[Any, ...], Method], tuple[int, ...]] = {}
+@dataclass(frozen=True)
+class _Part:
+    """The layers of one stacked kernel that one method rounds."""
+
+    path: str
+    method: Method
+    layers: tuple[int, ...]
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """The stack's among the decoder's parameters."""
+        return ("segments", 0, *self.path.split("."))
+
+
+def _parts(layers: Sequence[Choices]) -> tuple[_Part, ...]:
+    found: dict[tuple[str, Method], tuple[int, ...]] = {}
     for layer, choices in enumerate(layers):
         for path, method in choices:
             if isinstance(method.range, LossSearch):
-                key = (("segments", 0, *path.split(".")), method)
-                chosen[key] = (*chosen.get(key, ()), layer)
-    return chosen
+                found[path, method] = (*found.get((path, method), ()), layer)
+    return tuple(_Part(*key, which) for key, which in found.items())
+
+
+def _shared_search(parts: Sequence[_Part]) -> LossSearch:
+    """The range that says how to learn; what the parts start from may differ."""
+    ranges = [part.method.range for part in parts if isinstance(part.method.range, LossSearch)]
+    if len({(one.steps, one.windows, one.rate) for one in ranges}) > 1:
+        raise InputError("A plan's LossSearch ranges are learned together: give them the same steps, windows and rate.")
+    return ranges[0]
 
 
 @partial(jax.jit, static_argnames="method")
 def _grids(stack: Float[Array, "*l in out"], method: Method) -> tuple[Array, Array | None]:
     assert isinstance(method.range, LossSearch)
-    start = method.range.start
-    return jax.lax.map(lambda w: start(w.astype(jnp.float32), method.format), stack)
+    initial = method.range.initial
+    return jax.lax.map(lambda w: initial(w.astype(jnp.float32), method.format), stack)
 
 
-@partial(jax.jit, static_argnames=("graph", "rate"), donate_argnames=("logs", "state"))
+@partial(jax.jit, static_argnames=("graph", "parts", "rate"), donate_argnames=("logs", "state"))
 def _step(
-    graph: Any, stacks: Kernels, rest: Any, at: Any, grids: Any, logs: Any, state: Any, tokens: Array, rate: float
-) -> tuple[Any, Any]:
+    graph: Any,
+    parts: tuple[_Part, ...],
+    rate: float,
+    stacks: Kernels,
+    rest: Any,
+    grids: list[Any],
+    logs: list[Array],
+    state: Any,
+    tokens: Int[Array, "b t"],
+) -> tuple[list[Array], Any]:
     """One of Adam's steps on the logarithms of the factors."""
-    now = {key: clipped(grids[key], jnp.exp(log)) for key, log in logs.items()}
-    values = dict(stacks)
-    for (place, method), index in at.items():
-        each = lambda pair, method=method: rounded(*pair, method.format)  # noqa: E731
-        new = jax.lax.map(each, (stacks[place][index], now[place, method]))
-        values[place] = values[place].at[index].set(new.astype(values[place].dtype))
+    now = [clipped(grid, jnp.exp(log)) for grid, log in zip(grids, logs, strict=True)]
+    values, slopes = dict(stacks), []
+    for part, grid in zip(parts, now, strict=True):
+        at, format = jnp.asarray(part.layers), part.method.format
+        new = _map(partial(rounded, format=format), stacks[part.place][at], grid)
+        values[part.place] = values[part.place].at[at].set(new.astype(values[part.place].dtype))
     gradients = jax.grad(lambda kernels: _cross_entropy(graph, kernels, rest, tokens))(values)
-    slopes = {}
-    for (place, method), index in at.items():
-        each = lambda trio, method=method: clip_gradient(trio[0], trio[1], method.format, trio[2])  # noqa: E731
-        slopes[place, method] = jax.lax.map(each, (stacks[place][index], now[place, method], gradients[place][index]))
+    for part, grid in zip(parts, now, strict=True):
+        at, slope = jnp.asarray(part.layers), partial(clip_gradient, format=part.method.format)
+        slopes.append(_map(slope, stacks[part.place][at], grid, gradients[part.place][at]))
     updates, state = optax.adam(rate).update(slopes, state)
-    return optax.apply_updates(logs, updates), state
+    return optax.apply_updates(logs, updates), state  # pyright: ignore[reportReturnType]
+
+
+def _map(function: Callable[..., Array], *stacks: Any) -> Array:
+    """Layer by layer, so that one layer's temporaries are alive at a time."""
+    return jax.lax.map(lambda layer: function(*layer), stacks)
 
 
 def _cross_entropy(graph: Any, kernels: Kernels, rest: Any, tokens: Int[Array, "b t"]) -> Array:
@@ -102,7 +137,3 @@ def _cross_entropy(graph: Any, kernels: Kernels, rest: Any, tokens: Int[Array, "
 
 def _is_projection(path: tuple[Any, ...], _: Any) -> bool:
     return path[0] == "segments" and path[-1] == "kernel"
-
-
-def _path(place: tuple[Any, ...]) -> str:
-    return ".".join(place[2:])

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jquant.activations import outlier_features, quantize_inputs
-from jquant.formats import block_shape, expand, grouped, unpack
+from jquant.activations import input_codes, outlier_features, quantize_inputs
+from jquant.formats import Format, Int, block_shape, expand, grouped, unpack
 from jquant.qtensor import QTensor, dequantize, is_integer, stored_grid
 
 # Most weights that a product of several rows dequantizes at a time: 4 MB of float32, about a core's share of cache.
@@ -36,12 +36,36 @@ def _quantized_inputs(x: Float[Array, "*b in"], w: QTensor) -> Float[Array, "*b 
     """The product with inputs rounded to `w.activation`; features with outliers keep theirs, in 16 bits."""
     assert w.activation is not None
     flat, weight = x.reshape(-1, x.shape[-1]), replace(w, activation=None, input_scale=None)
-    y = matmul(quantize_inputs(flat, w.activation, w.input_scale), weight)
+    if _one_integer_scale(w.format) and _one_integer_scale(w.activation.format):
+        y = _integer_product(flat, w)
+    else:
+        y = matmul(quantize_inputs(flat, w.activation, w.input_scale), weight)
     if w.activation.outliers is not None:
         half = x.dtype if x.dtype.itemsize == 2 else jnp.float16
-        kept = jnp.where(outlier_features(flat, w.activation), flat, 0).astype(half)
-        y += matmul(kept.astype(jnp.float32), weight)
+        outlying = outlier_features(flat, w.activation)
+        kept = jnp.where(outlying, flat, 0).astype(half).astype(jnp.float32)
+        # Most inputs hold none.
+        y += jax.lax.cond(jnp.any(outlying), lambda: matmul(kept, weight), lambda: jnp.zeros_like(y))
     return y.reshape(*x.shape[:-1], -1).astype(x.dtype)
+
+
+def _one_integer_scale(format: Format) -> bool:
+    """Whether integers are summed before they are scaled: no zero, one scale a column or tensor."""
+    return isinstance(format, Int) and format.symmetric and format.group in ("channel", "tensor")
+
+
+def _integer_product(x: Float[Array, "tokens in"], w: QTensor) -> Float[Array, "tokens out"]:
+    """Σᵢ codes of x · codes of w in int8 × int8 → int32, exact up to 131,071 inputs, then scaled in float32."""
+    assert w.activation is not None
+    codes, (scale, _) = input_codes(x, w.activation, w.input_scale)
+    signed = lambda codes, bits: (codes.astype(jnp.int32) - 2 ** (bits - 1)).astype(jnp.int8)  # noqa: E731
+    sums = jax.lax.dot_general(
+        signed(codes, w.activation.format.bits),
+        signed(unpack(w.codes, w.format.bits, w.in_features), w.format.bits),
+        (((1,), (0,)), ((), ())),
+        preferred_element_type=jnp.int32,
+    )
+    return sums.astype(jnp.float32) * scale.T.astype(jnp.float32) * stored_grid(w)[0].astype(jnp.float32)
 
 
 def _panels(x: Float[Array, "*b in"], w: QTensor) -> Float[Array, "*b out"]:

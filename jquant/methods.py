@@ -75,6 +75,7 @@ def _fixed(format: Format, **choices) -> Callable[[int, Group, bool], Method]:
 
 
 _INT8 = Int(8, "channel", symmetric=True)
+_INT8_INT8 = Int(8, "channel", symmetric=True, scale="float32")  # scales as bitsandbytes keeps them
 
 METHODS: dict[str, Callable[[int, Group, bool], Method]] = {
     "int8": _fixed(_INT8),
@@ -113,9 +114,9 @@ METHODS: dict[str, Callable[[int, Group, bool], Method]] = {
     # llama.cpp's types with its own search.
     **{name.lower(): _fixed(format, range=LlamaCpp()) for name, format in GGUF.items()},
     # Weights and activations.
-    "llm_int8": _fixed(_INT8, activation=Activation(outliers=6.0)),
-    "w8a8": _fixed(_INT8, activation=Activation()),
-    "w8a8_static": _fixed(_INT8, activation=Activation(Int(8, "tensor", symmetric=True, scale="float32"), static=True)),
+    "llm_int8": _fixed(_INT8_INT8, activation=Activation(outliers=6.0)),
+    "w8a8": _fixed(_INT8_INT8, activation=Activation()),
+    "w8a8_static": _fixed(_INT8_INT8, activation=Activation(Int(8, "tensor", symmetric=True, scale="float32"), static=True)),
 }
 
 Plan = Sequence[tuple[str, "str | Method | None"]]

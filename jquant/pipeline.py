@@ -92,8 +92,9 @@ def check_plan(decoder: Decoder, method: Method | Plan) -> list[Choices]:
     """Finds out before any work whether a plan suits a decoder; the methods of each layer's weights.
 
     Raises:
-      InputError: a rule that names no weight or no method; a weight smaller than its method's groups, or quantized
-        already; projections that read one input and do not share a transform.
+      InputError: a rule that names no weight or no method; a weight smaller than its method's groups, or with NaN or
+        infinite values; a decoder that is quantized already; projections that read one input and do not share a
+        transform.
     """
     paths = [path for site in LLAMA.sites for path in site.weights]
     chosen = assign(method, [f"layers.{i}.{path}" for i in range(decoder.config.layers) for path in paths])
@@ -101,10 +102,10 @@ def check_plan(decoder: Decoder, method: Method | Plan) -> list[Choices]:
     for index, params in enumerate(_shapes(decoder)):
         for path in paths:
             one = chosen[f"layers.{index}.{path}"]
+            if isinstance(params[path], QTensor):
+                raise InputError(f"layers.{index}.{path} is quantized already: quantize the float model.")
             if one is None:
                 continue
-            if isinstance(params[path], QTensor):
-                raise InputError(f"{path} is quantized already: quantize the float model.")
             try:
                 block_shape(one.format, params[path].shape)
             except InputError as wrong:
@@ -114,6 +115,7 @@ def check_plan(decoder: Decoder, method: Method | Plan) -> list[Choices]:
             if len({m.transform for path, m in layers[-1] if path in site.weights}) > 1:
                 readers = ", ".join(site.weights)
                 raise InputError(f"layers.{index}: {readers} read one input, so they must share a transform.")
+    _check_finite(decoder, layers)
     return layers
 
 
@@ -305,6 +307,24 @@ def _transform(
     # Channels that share a producer share the scale, so any of them tells it.
     produced = jnp.zeros(width).at[channels].set(scale)
     params[site.producer] = params[site.producer] / produced
+
+
+def _check_finite(decoder: Decoder, layers: list[Choices]) -> None:
+    """Raises InputError for a weight to be quantized that holds NaN or infinite values."""
+    first = 0
+    for segment in decoder.segments:
+        stack = _flat(segment)
+        for path, finite in jax.device_get(_finite(stack)).items():
+            for index in first + np.flatnonzero(~finite):
+                if path in dict(layers[index]):
+                    raise InputError(f"layers.{index}.{path} holds NaN or infinite values.")
+        first += jax.tree.leaves(stack)[0].shape[0]
+
+
+@jax.jit
+def _finite(stack: Params) -> dict[str, Array]:
+    """Of each stacked parameter, which layers' values are all finite."""
+    return {path: jnp.all(jnp.isfinite(leaf), tuple(range(1, leaf.ndim))) for path, leaf in stack.items()}
 
 
 def _shapes(decoder: Decoder) -> Iterator[Params]:

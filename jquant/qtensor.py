@@ -61,6 +61,10 @@ def from_codes(codes: UInt8[Array, "*l in out"], scale: Stored, zero: Stored, fo
 def quantize(w: Float[Array, "*l in out"], scale: Stored, zero: Stored, format: Format) -> QTensor:
     """Rounds every weight to its nearest code on the given grid."""
     stored, at = settle(scale, zero, format, w.shape)
+    if _is_centred(format.scale) and not isinstance(scale, QTensor):
+        # bitsandbytes chooses codes before it quantizes the scales.
+        block = block_shape(format, w.shape)
+        at = jax.tree.map(lambda v: expand(v, block, w.shape), (scale, zero))
     return from_codes(format.encode(w, *at), *stored, format)
 
 
@@ -141,7 +145,7 @@ def _load(values: Any, columns: int) -> Any:
     return loaded
 
 
-def _is_centred(format: Format) -> bool:
+def _is_centred(format: str | Format) -> bool:
     return isinstance(format, Codebook) and format.centred
 
 

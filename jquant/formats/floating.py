@@ -64,10 +64,10 @@ class Float:
     def grid(self, low: Array, high: Array) -> tuple[Array, Array | None]:
         """See `Format.grid`."""
         absmax = jnp.maximum(-low, high).astype(jnp.float32)
-        if self.scale == "float8_e8m0fnu":
+        if self.scale == E8M0:
             largest_exponent = (_LARGEST[self.exponent, self.mantissa] >> self.mantissa) - 1 + self._ulp + self.mantissa
             # E8M0 goes down to −127, where XLA's CPU backend already flushes to zero.
-            return _power_of_two(jnp.clip(_exponent(absmax) - largest_exponent, -126, 127)).astype(self.scale), None
+            return _power_of_two(jnp.clip(_exponent(absmax) - largest_exponent, -126, 127)).astype(E8M0), None
         scale = absmax / self.largest
         return round_scale(scale, self.scale) if isinstance(self.scale, str) else scale, None
 

@@ -31,6 +31,9 @@ class LossSearch:
       steps: Adam's.
       windows: calibration windows a step, taken in turn.
       rate: of Adam on the factors' logarithm.
+
+    Raises:
+      InputError: `start` needs calibration itself.
     """
 
     start: Range = field(default_factory=Search)
@@ -41,11 +44,13 @@ class LossSearch:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.windows < 1 or not self.rate > 0:
             raise InputError(f"LossSearch takes steps, windows and a rate above 0, not {self}.")
+        if self.start.needs:
+            raise InputError(f"LossSearch starts from a range that looks at weights alone, not {self.start}.")
 
     @property
     def needs(self) -> frozenset[str]:
         """See `Range`."""
-        return self.start.needs | {"clips"}
+        return frozenset({"clips"})
 
     def __call__(
         self,
@@ -57,10 +62,18 @@ class LossSearch:
         """See `Range`."""
         if clips is None:
             raise InputError("LossSearch needs calibration text.")
-        scale, zero = self.start(w, format, gram)
+        return clipped(self.initial(w, format), clips)
+
+    def initial(self, w: Float[Array, "in out"], format: Format) -> tuple[Array, Array | None]:
+        """The grid at factors of 1.
+
+        Raises:
+          InputError: `start` quantizes the scales itself, which leaves none to multiply.
+        """
+        scale, zero = self.start(w, format)
         if isinstance(scale, QTensor) or isinstance(zero, QTensor):
             raise InputError(f"LossSearch can't start from {self.start}, which chooses quantized scales itself.")
-        return clipped((scale, zero), clips)
+        return scale, zero
 
 
 def clipped(grid: tuple[Array, Array | None], clips: Array) -> tuple[Array, Array | None]:
@@ -78,7 +91,7 @@ def rounded(w: Float[Array, "in out"], grid: tuple[Array, Array | None], format:
 
 
 def clip_gradient(
-    w: Float[Array, "in out"], grid: tuple[Array, Array | None], format: Format, gradient: Float[Array, "in out"]
+    w: Float[Array, "in out"], grid: tuple[Array, Array | None], gradient: Float[Array, "in out"], format: Format
 ) -> Float[Array, "groups columns"]:
     """dL/d(log clip) of each block from dL/dŵ: a value inside the range has ∂ŵ/∂(log c) = ŵ − w, a clipped one ŵ."""
     block = block_shape(format, w.shape)

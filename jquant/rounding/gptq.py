@@ -101,7 +101,7 @@ def _sweep(
     """
     n = len(factor)
     pad = -n % block
-    rows = jax.tree.map(lambda v: jnp.pad(v, ((0, pad), (0, 0))), rows)
+    rows = jax.tree.map(lambda v: jnp.pad(v, ((0, pad), (0, 0)), "edge"), rows)  # not every scale's dtype has a 0
     factor = jnp.pad(factor, ((0, pad), (0, pad)))  # rows of the filling owe nothing to others
 
     def sweep_block(carry, index):
