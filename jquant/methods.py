@@ -76,6 +76,7 @@ def _fixed(format: Format, **choices) -> Callable[[int, Group, bool], Method]:
 
 _INT8 = Int(8, "channel", symmetric=True)
 _INT8_INT8 = Int(8, "channel", symmetric=True, scale="float32")  # scales as bitsandbytes keeps them
+_INT8_TENSOR = Int(8, "tensor", symmetric=True, scale="float32")
 
 METHODS: dict[str, Callable[[int, Group, bool], Method]] = {
     "int8": _fixed(_INT8),
@@ -116,7 +117,7 @@ METHODS: dict[str, Callable[[int, Group, bool], Method]] = {
     # Weights and activations.
     "llm_int8": _fixed(_INT8_INT8, activation=Activation(outliers=6.0)),
     "w8a8": _fixed(_INT8_INT8, activation=Activation()),
-    "w8a8_static": _fixed(_INT8_INT8, activation=Activation(Int(8, "tensor", symmetric=True, scale="float32"), static=True)),
+    "w8a8_static": _fixed(_INT8_INT8, activation=Activation(_INT8_TENSOR, static=True)),
 }
 
 Plan = Sequence[tuple[str, "str | Method | None"]]

@@ -74,12 +74,12 @@ def quantize_decoder(
         params, infos = _quantize_block(
             _flat(block), stats, clips.get(index, {}), choices[index], LLAMA.sites, decoder.config
         )
-        goes_on = stream is not None and any(needs[index + 1 :])
-        if goes_on and inputs == "float":
-            stream.advance(block)
+        onward = stream if any(needs[index + 1 :]) else None
+        if onward and inputs == "float":
+            onward.advance(block)
         nnx.update(block, unflatten_mapping({tuple(path.split(".")): leaf for path, leaf in params.items()}))
-        if goes_on and inputs == "quantized":
-            stream.advance(block)
+        if onward and inputs == "quantized":
+            onward.advance(block)
         done.append(block)
         report |= {(index, path): info for path, info in infos.items()}
         jax.block_until_ready(infos)

@@ -61,10 +61,9 @@ def from_codes(codes: UInt8[Array, "*l in out"], scale: Stored, zero: Stored, fo
 def quantize(w: Float[Array, "*l in out"], scale: Stored, zero: Stored, format: Format) -> QTensor:
     """Rounds every weight to its nearest code on the given grid."""
     stored, at = settle(scale, zero, format, w.shape)
-    if _is_centred(format.scale) and not isinstance(scale, QTensor):
+    if _is_centred(format.scale) and isinstance(scale, Array):
         # bitsandbytes chooses codes before it quantizes the scales.
-        block = block_shape(format, w.shape)
-        at = jax.tree.map(lambda v: expand(v, block, w.shape), (scale, zero))
+        at = (expand(scale, block_shape(format, w.shape), w.shape), None)
     return from_codes(format.encode(w, *at), *stored, format)
 
 
@@ -118,15 +117,15 @@ def _store(values: Stored, format: Format) -> Stored:
     return _quantize_scales(values, format.scale)
 
 
-def _quantize_scales(values: Float[Array, "*l groups columns"], format: Format) -> QTensor:
-    """Quantizes scales by their own absmax grid, each to its nearest code; a group may be cut short to fit."""
+def _quantize_scales(values: Float[Array, "*l groups columns"], format: Any) -> QTensor:
+    """Quantizes scales on their own min-max grid, each to its nearest code; a group may be cut short to fit."""
     zero = None
     if _is_centred(format):
         values = _swap(values).reshape(*values.shape[:-2], -1, 1)
         zero = jnp.mean(values, (-2, -1), keepdims=True)
         values = values - zero
     if isinstance(format.group, int):
-        format = replace(format, group=min(format.group, values.shape[-2]))  # pyright: ignore[reportArgumentType, reportCallIssue]
+        format = replace(format, group=min(format.group, values.shape[-2]))
     members = grouped(values, block_shape(format, values.shape))
     grid = format.grid(jnp.min(members, -2), jnp.max(members, -2))
     stored, at = settle(*grid, format, values.shape)
