@@ -124,8 +124,7 @@ def _quantize_scales(values: Float[Array, "*l groups columns"], format: Any) -> 
         values = _swap(values).reshape(*values.shape[:-2], -1, 1)
         zero = jnp.mean(values, (-2, -1), keepdims=True)
         values = values - zero
-    if isinstance(format.group, int):
-        format = replace(format, group=min(format.group, values.shape[-2]))
+    format = _shortened(format, values.shape[-2])
     members = grouped(values, block_shape(format, values.shape))
     grid = format.grid(jnp.min(members, -2), jnp.max(members, -2))
     stored, at = settle(*grid, format, values.shape)
@@ -133,6 +132,11 @@ def _quantize_scales(values: Float[Array, "*l groups columns"], format: Any) -> 
     if zero is None:
         return from_codes(codes, *stored, format)
     return replace(from_codes(codes, *stored, format), zero=zero)
+
+
+def _shortened(format: Any, rows: int) -> Any:
+    """The format, its group cut to the rows there are."""
+    return replace(format, group=min(format.group, rows)) if isinstance(format.group, int) else format
 
 
 def _load(values: Any, columns: int) -> Any:
