@@ -9,9 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
-
 import jquant
 from jquant import METHODS, InputError, Method, method
 from jquant.io.hub import load_config
@@ -36,7 +33,13 @@ def find_method(name: str, bits: int, group: Any, symmetric: bool) -> "Method | 
         raise InputError(f"There is no method {name!r}; known: {', '.join([*METHODS, *written])}.")
     config = load_config("method", name)
     if "rules" not in config:
-        return _compose(config, name)
+        composed = _compose(config, name)
+        if not isinstance(composed, Method):
+            raise InputError(f"configs/method/{name}.yaml is neither a jquant.Method nor rules.")
+        return composed
+    for rule in config["rules"]:
+        if "weights" not in rule or rule.keys() - {"weights", "method"}:
+            raise InputError(f"configs/method/{name}.yaml: a rule has weights and method, not {', '.join(rule)}.")
     activation = _compose(config["activation"], name) if "activation" in config else None
 
     def complete(row: str | None) -> Method | None:
@@ -57,18 +60,21 @@ def needs_calibration(plan: "Method | Plan") -> bool:
     return any(isinstance(one, Method) and one.needs_calibration for one in methods)
 
 
-def _compose(config: dict[str, Any], name: str) -> Any:
-    for target in _targets(config):
-        package, _, part = target.rpartition(".")
-        if package != "jquant" or part not in jquant.__all__:
-            raise InputError(f"configs/method/{name}.yaml: {target!r} is not one of jquant's parts.")
+def _compose(config: Any, name: str) -> Any:
     try:
-        return instantiate(config, _convert_="object")
-    except InstantiationException as wrong:
+        return _build(config)
+    except (InputError, TypeError) as wrong:
         raise InputError(f"configs/method/{name}.yaml: {wrong}") from None
 
 
-def _targets(config: Any) -> list[str]:
-    values = config.values() if isinstance(config, dict) else config if isinstance(config, list) else []
-    own = [config["_target_"]] if isinstance(config, dict) and "_target_" in config else []
-    return own + [target for value in values for target in _targets(value)]
+def _build(config: Any) -> Any:
+    """What the `_target_`s stand for; lists become tuples, so that it can be hashed."""
+    if isinstance(config, list):
+        return tuple(map(_build, config))
+    if not isinstance(config, dict):
+        return config
+    target = str(config.get("_target_"))
+    package, _, part = target.rpartition(".")
+    if package != "jquant" or part not in jquant.__all__:
+        raise InputError(f"{target!r} is not one of jquant's parts.")
+    return getattr(jquant, part)(**{key: _build(value) for key, value in config.items() if key != "_target_"})

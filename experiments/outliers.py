@@ -8,7 +8,6 @@ outliers.jsonl (one row a layer and input) and the figures. Rows that are alread
 packages and machine, are not computed again.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,7 +54,7 @@ def find_outliers(settings: dict[str, Any]) -> None:
         if not rows:
             seen = observe(model.decoder, tokens, **grid, progress=report)
             rows = [row | origin for row in rows_of(Outliers(*seen, tokens, **grid, bos=wanted["bos"]), model)]
-            tables.write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+            tables.write_rows(path.parent, rows, path.name)
     figures = paper_figures.outliers.draw(rows, path.parent)
     console.print(terminal_table(rows))
     console.print(caption(rows[0]), highlight=False, soft_wrap=True)

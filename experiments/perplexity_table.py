@@ -73,7 +73,7 @@ def check_methods(settings: dict[str, Any]) -> dict[str, Method | Plan | None]:
     if not settings["methods"]:
         raise InputError("methods=[] leaves nothing to compute.")
     shape = (settings["bits"], settings["group"], settings["symmetric"])
-    return {name: None if name == FLOAT else find_method(name, *shape) for name in settings["methods"]}
+    return {name: None if name == FLOAT else find_method(name, *shape) for name in map(str, settings["methods"])}
 
 
 def prepare_tokens(

@@ -16,7 +16,7 @@ import numpy as np
 import jquant
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("jax", "jaxlib", "flax", "numpy", "gguf", "safetensors", "tokenizers", "transformers")
+PACKAGES = ("jax", "jaxlib", "flax", "numpy", "optax", "gguf", "safetensors", "tokenizers", "transformers")
 
 
 def digest(*arrays: Any) -> str:

@@ -142,7 +142,8 @@ def _mix(state: Any, float_values: Stacks, values: Stacks, mask: dict[str, Array
     mixed = nnx.to_pure_dict(state)
     for path in PATHS:
         part, projection, _ = path.split(".")
-        new = jnp.where(mask[path][:, None, None], values[path], float_values[path])
+        kept = float_values[path]
+        new = jnp.where(mask[path][:, None, None], values[path].astype(kept.dtype), kept)
         mixed["segments"][0][part][projection]["kernel"] = new
     nnx.replace_by_pure_dict(state, mixed)
     return state

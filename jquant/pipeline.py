@@ -63,11 +63,12 @@ def quantize_decoder(
       InputError: what `check_plan` finds; a method needs calibration tokens and there are none.
     """
     choices = check_plan(decoder, method)
-    needs = [frozenset[str]().union(*(chosen.needs for _, chosen in layer)) for layer in choices]
-    if any(needs) and tokens is None:
+    if any(chosen.needs for layer in choices for _, chosen in layer) and tokens is None:
         raise InputError("This method looks at activations: give it calibration tokens.")
+    # Clips are learned beforehand, on the whole decoder.
+    needs = [frozenset[str]().union(*(chosen.needs - {"clips"} for _, chosen in layer)) for layer in choices]
     stream = _Stream(decoder, tokens, batch) if any(needs) and tokens is not None else None
-    clips = learn_clips(decoder, choices, tokens) if tokens is not None and any("clips" in n for n in needs) else {}
+    clips = learn_clips(decoder, choices, tokens) if tokens is not None else {}
     done, report = [], {}
     for index, block in enumerate(blocks(decoder)):
         stats = stream.observe(block, _needed_stats(choices[index], decoder.config)) if stream and needs[index] else {}

@@ -126,12 +126,9 @@ def _quantize_scales(values: Float[Array, "*l groups columns"], format: Any) -> 
         values = values - zero
     format = _shortened(format, values.shape[-2])
     members = grouped(values, block_shape(format, values.shape))
-    grid = format.grid(jnp.min(members, -2), jnp.max(members, -2))
-    stored, at = settle(*grid, format, values.shape)
-    codes = format.encode(values, *at)
-    if zero is None:
-        return from_codes(codes, *stored, format)
-    return replace(from_codes(codes, *stored, format), zero=zero)
+    scale, own_zero = format.grid(jnp.min(members, -2), jnp.max(members, -2))
+    q = quantize(values, scale, own_zero, format)
+    return q if zero is None else replace(q, zero=zero)
 
 
 def _shortened(format: Any, rows: int) -> Any:

@@ -29,7 +29,7 @@ def draw(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     if heat:
         grids = [_matrix(row, names) for row in heat]
         positive = np.concatenate([cells[cells > 0] for cells in grids])
-        norm = LogNorm(positive.min(), positive.max())
+        norm = LogNorm(positive.min(initial=1.0), positive.max(initial=1e-6))
         image = None
         for column, (row, cells) in enumerate(zip(heat, grids, strict=True)):
             axes = figure.add_subplot(grid[1, column])

@@ -242,11 +242,11 @@ def layout(rows: int, out: int, format: Int | Codebook) -> int:
         (576, 16, Int(4, 64), 4 + 16 / 64 + 4 / 64),
         (576, 16, Int(4, 64, True), 4 + 16 / 64),
         (576, 16, Int(3, 128), 3 + (16 + 3) * 5 / 576),  # 4.5 groups are stored as 5
-        (576, 5, Int(4, 64), 4 + 16 / 64 + 4 * 8 / 5 / 64),  # 5 zeros fill up the bytes of 8
+        (576, 5, Int(4, 64), 4 + 16 / 64 + 24 / 5 / 64),  # 5 zeros of 4 bits fill up 3 bytes
         (576, 8, NF4(), 4.5),
         (576, 8, Int(8, "channel", True), 8 + 16 / 576),
-        (576, 8, Int(2, "tensor"), 2 + (16 + 8 * 2) / (576 * 8)),
-        (41, 3, Int(3, 16), (48 * 3 * 3 + 3 * 3 * 16 + 3 * 8 * 3) / (41 * 3)),  # 41 codes fill up the bytes of 48
+        (576, 8, Int(2, "tensor"), 2 + (16 + 8) / (576 * 8)),
+        (41, 3, Int(3, 16), (16 * 8 * 3 + 3 * 3 * 16 + 3 * 2 * 8) / (41 * 3)),  # 41 codes fill up 16 bytes
     ],
 )
 def test_bits_per_weight_counts_codes_scales_zeros_and_remainders(rows, out, format, bits):

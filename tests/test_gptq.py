@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jquant.errors import InputError
-from jquant.formats import NF4, Codebook, Int, group_rows, unpack
+from jquant.formats import NF4, Codebook, Int, block_shape, unpack
 from jquant.qtensor import dequantize
 from jquant.ranges import MinMax
 from jquant.rounding import GPTQ, Nearest
@@ -43,7 +43,7 @@ def solve(rounding, w, gram, format):
 def solved(rounding, w: np.ndarray, gram: np.ndarray, format) -> SimpleNamespace:
     """Everything about a solution in NumPy: codes as in the format, scale and zero one row per weight."""
     q, info, codes, values, zero = solve(rounding, jnp.asarray(w), jnp.asarray(gram), format)
-    row = np.minimum(np.arange(len(w)) // group_rows(format, len(w)), len(q.scale) - 1)
+    row = np.minimum(np.arange(len(w)) // block_shape(format, w.shape)[0], len(q.scale) - 1)
     scale = np.broadcast_to(np.asarray(q.scale, np.float64)[row], w.shape)
     origin = 2 ** (format.bits - 1) if isinstance(format, Int) and format.symmetric else 0
     zero = np.full(w.shape, origin) if zero is None else np.broadcast_to(np.asarray(zero, np.float64)[row], w.shape)

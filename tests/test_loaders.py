@@ -33,7 +33,7 @@ PROJECTIONS = {  # ours -> (llama.cpp's, whether its rows are rotary)
 
 
 def kernel(model: LanguageModel, path: str, layer: int) -> np.ndarray:
-    module = model.decoder.layers
+    module = model.decoder.segments[0]
     for name in path.split("."):
         module = getattr(module, name)
     return np.asarray(module.kernel.get_value()[layer])

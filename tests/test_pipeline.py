@@ -21,9 +21,10 @@ from flax.nnx.traversals import flatten_mapping
 import jquant
 from jquant.data import windows
 from jquant.evaluation.perplexity import score
+from jquant.formats import Format
 from jquant.io.load import LanguageModel, load_model
 from jquant.methods import METHODS, Method, method
-from jquant.models.decoder import Decoder, rotary_table
+from jquant.models.decoder import Decoder, blocks, rotary_table
 from jquant.pipeline import quantize_decoder
 from jquant.qtensor import QTensor, dequantize
 from jquant.ranges import Search
@@ -72,6 +73,8 @@ def same_bytes(a, b) -> bool:
 class KeepFloats:
     """A rounding that rounds nothing, so that only the transform is seen."""
 
+    needs = frozenset()
+
     def __call__(self, w, scale, zero, gram, format):
         nothing = jnp.float32(0)
         return w, SolveInfo(nothing, jnp.sum(w * (gram @ w)), nothing, jnp.int32(0), jnp.int32(0))
@@ -83,7 +86,17 @@ run = partial(quantize_decoder, tokens=TOKENS, batch=4)
 # ---- what changes, and what must not --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", METHODS)
+def unlike_for_the_pipeline() -> list[str]:
+    """One row of each kind that the pipeline treats in its own way; tests/test_contract.py has them all."""
+    kinds = {}
+    for name in METHODS:
+        m = method(name, group=32)
+        nested = isinstance(m.format.scale, Format)
+        kinds.setdefault((m.needs, type(m.range), m.transform, m.activation, nested, m.token_weights), name)
+    return ["nf4", "rtn", *kinds.values()]
+
+
+@pytest.mark.parametrize("name", unlike_for_the_pipeline())
 def test_only_projections_become_qtensors_and_the_float_model_is_untouched(decoder, name):
     before = jax.tree.map(np.array, leaves(decoder))
     quantized, report = run(decoder, method(name, bits=4, group=32))
@@ -92,15 +105,20 @@ def test_only_projections_become_qtensors_and_the_float_model_is_untouched(decod
     assert same_bytes(before, after)
     assert not any(isinstance(leaf, QTensor) for leaf in after.values())
     changed = leaves(quantized)
-    assert {path for path, leaf in changed.items() if isinstance(leaf, QTensor)} == {f"layers.{p}" for p in PROJECTIONS}
+    assert {path for path, leaf in changed.items() if isinstance(leaf, QTensor)} == {
+        f"segments.0.{p}" for p in PROJECTIONS
+    }
     for path, leaf in changed.items():
         if isinstance(leaf, QTensor):
             assert leaf.shape == before[path].shape
-        elif name != "awq" or not path.startswith("layers."):
+        elif name != "awq" or not path.startswith("segments."):
             np.testing.assert_array_equal(leaf, before[path], err_msg=path)
     assert set(report) == {(layer, path) for layer in range(2) for path in PROJECTIONS}
     exact, ours = (np.asarray(forward(d, TOKENS[:1])) for d in (decoder, quantized))
-    assert 1e-4 < np.linalg.norm(ours - exact) / np.linalg.norm(exact) < (0.1 if name == "int8" else 0.7)
+    chosen = method(name)
+    # Inputs in 8 bits suffer from this model's loud channels; 2 bits leave a random network little.
+    most = 0.1 if chosen.format.bits == 8 and chosen.activation is None else {2: 1.2}.get(chosen.format.bits, 0.7)
+    assert 1e-4 < np.linalg.norm(ours - exact) / np.linalg.norm(exact) < most
 
 
 @pytest.mark.parametrize("name", ["int8", "rtn", "nf4"])
@@ -134,7 +152,7 @@ def test_batch_size_changes_codes_hardly_at_all(decoder):
     """Sums are taken in another order, so a code next to a tie may flip."""
     small, large = (leaves(run(decoder, method("gptq", group=32), batch=b)[0]) for b in (5, 12))
     for path in PROJECTIONS:
-        a, b = (np.asarray(x[f"layers.{path}"].codes) for x in (small, large))
+        a, b = (np.asarray(x[f"segments.0.{path}"].codes) for x in (small, large))
         assert (a != b).mean() < 0.02, path
 
 
@@ -164,14 +182,13 @@ def test_a_bfloat16_model_stays_one(model, tmp_path, name):
 
 
 def block(decoder: Decoder, index: int):
-    graph, layers = nnx.split(decoder.layers)
-    return nnx.merge(graph, jax.tree.map(lambda a: a[index], layers))
+    return list(blocks(decoder))[index]
 
 
-def taps(decoder: Decoder, blocks: list) -> dict[str, jax.Array]:
-    """Float64 inputs that the last block's projections read when the tokens run through `blocks`."""
+def taps(decoder: Decoder, layers: list) -> dict[str, jax.Array]:
+    """Float64 inputs that the last block's projections read when the tokens run through `layers`."""
     rotary, x = rotary_table(decoder.config, jnp.arange(TOKENS.shape[1])), decoder.embed(jnp.asarray(TOKENS))
-    for one in blocks:
+    for one in layers:
         x, seen, _ = jax.jit(lambda b, x: b(x, rotary))(one, x)
     return {name: np.asarray(tap, np.float64) for name, tap in seen.items()}
 
@@ -256,7 +273,7 @@ def test_awq_folds_exactly(tmp_path, kv_heads):
     folded, _ = run(decoder, Method(GRID, rounding=KeepFloats(), transform=AWQ(steps=4)))
     before, after = leaves(decoder), leaves(folded)
     for path in PROJECTIONS:
-        moved = np.abs(np.asarray(after[f"layers.{path}"]) / np.asarray(before[f"layers.{path}"]) - 1)
+        moved = np.abs(np.asarray(after[f"segments.0.{path}"]) / np.asarray(before[f"segments.0.{path}"]) - 1)
         assert (moved.max((1, 2)) > 0.05).all(), path
     assert checkpoints.relative(np.asarray(forward(folded, TOKENS)), np.asarray(forward(decoder, TOKENS))) <= 1e-4
 

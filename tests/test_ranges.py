@@ -9,7 +9,7 @@ import oracle
 import pytest
 
 from jquant.errors import InputError
-from jquant.formats import NF4, Codebook, Int, group_rows
+from jquant.formats import NF4, Codebook, Int, block_shape
 from jquant.qtensor import dequantize, quantize
 from jquant.ranges import MinMax, Search
 
@@ -38,7 +38,7 @@ def choose(range, w, format, gram):
 def loss(delta: np.ndarray, h: np.ndarray, metric: str, format) -> np.ndarray:
     """The metric in float64, [groups, out]; one number [1, 1] per tensor."""
     parts = []
-    for rows in oracle.group_slices(ROWS, group_rows(format, ROWS)):
+    for rows in oracle.group_slices(ROWS, block_shape(format, (ROWS, OUT))[0]):
         d, block = delta[rows].astype(np.float64), h[rows, rows].astype(np.float64)
         weights = {"mse": np.eye(len(d)), "diagonal": np.diag(np.diag(block)), "gram": block}[metric]
         parts.append(np.sum(d * (weights @ d), 0))
@@ -49,7 +49,7 @@ def loss(delta: np.ndarray, h: np.ndarray, metric: str, format) -> np.ndarray:
 def brute_force(w: np.ndarray, h: np.ndarray, metric: str, format: Int) -> tuple[np.ndarray, np.ndarray]:
     """Loss of min-max and of the best clipping, [groups, out], on the oracle's grids: both ends together, then, where
     there is a zero point, the upper end alone and the lower one."""
-    slices = oracle.group_slices(ROWS, group_rows(format, ROWS))
+    slices = oracle.group_slices(ROWS, block_shape(format, (ROWS, OUT))[0])
 
     def attempt(factors: np.ndarray) -> np.ndarray:
         values = np.zeros(w.shape)
@@ -86,7 +86,7 @@ def test_minmax_reaches_every_weight_to_half_a_step(make, group):
         widest = np.diff(format.levels).max() / 2
     w = weight()
     scale, _, values = choose(MinMax(), jnp.asarray(w), format, None)
-    step = np.repeat(np.asarray(scale), group_rows(format, ROWS), 0)[:ROWS]
+    step = np.repeat(np.asarray(scale), block_shape(format, (ROWS, OUT))[0], 0)[:ROWS]
     assert (np.abs(values - w) <= widest * step * (1 + 1e-4)).all()
 
 

@@ -1,0 +1,33 @@
+"""Matrices that suit a method's format: small, yet with a short last group wherever the format has groups."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jquant.formats import Codebook, Format
+
+
+def shape_for(format: Format) -> tuple[int, int]:
+    """2.5 groups of rows, 1.5 where one scale spans many; both in eights, and `out` in as many parts as devices."""
+    if isinstance(format.group, tuple):
+        rows, columns = format.group
+        return rows * 3 // 2, columns * 3 // 2
+    if isinstance(format.group, str):
+        return 72, 16
+    inner = format.scale
+    if (
+        isinstance(inner, Format)
+        and isinstance(inner.group, int)
+        and not (isinstance(inner, Codebook) and inner.centred)
+    ):
+        return format.group * inner.group * 3 // 2, 16  # a super-block and half of another
+    return format.group * 5 // 2, 16
+
+
+def problem(shape: tuple[int, int], seed: int = 0, dtype: str = "float32") -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A weight, the Gram matrix of correlated inputs of uneven magnitude, and their mean |x|."""
+    rng, (rows, out) = np.random.default_rng(seed), shape
+    x = rng.standard_normal((4 * rows, rows)) @ (np.eye(rows) + 0.1 * rng.standard_normal((rows, rows)))
+    x *= rng.uniform(0.3, 3, rows)
+    w = jnp.asarray(0.05 * rng.standard_normal((rows, out)), dtype)
+    return w, jnp.asarray(x.T @ x / len(x), jnp.float32), jnp.asarray(np.abs(x).mean(0), jnp.float32)

@@ -1,0 +1,183 @@
+"""Methods by name: every written file and every config's list is usable; what a file may not say is refused."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from checkpoints import refused
+from hydra import compose, initialize_config_dir
+
+from experiments import compositions
+from experiments.compositions import find_method, needs_calibration, takes_bits
+from jquant import AWQ, GPTQ, METHODS, NF4, Activation, Codebook, Int, Method, MinMax, Search, method
+from jquant.formats import Format, block_shape
+from jquant.methods import assign
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+WRITTEN = sorted(path.stem for path in (CONFIGS / "method").glob("*.yaml"))
+SHAPES = {  # the default model's
+    "attention.q": (576, 576), "attention.k": (576, 192), "attention.v": (576, 192), "attention.o": (576, 576),
+    "mlp.gate": (576, 1536), "mlp.up": (576, 1536), "mlp.down": (1536, 576),
+}  # fmt: skip
+NAMES = {f"layers.{layer}.{path}.kernel": shape for layer in range(30) for path, shape in SHAPES.items()}
+LISTS = ["formats", "ranges", "sensitivity", "perplexity_table"]
+
+
+def find(name: str, bits: int = 4, group: int = 64, symmetric: bool = False):
+    return find_method(name, bits, group, symmetric)
+
+
+@pytest.fixture
+def written(monkeypatch, tmp_path):
+    """Makes configs/method/ hold one file, mine.yaml, of the given text."""
+
+    def write(text: str) -> None:
+        (tmp_path / "mine.yaml").write_text(text)
+        monkeypatch.setattr(compositions, "FOLDER", tmp_path)
+        monkeypatch.setattr(compositions, "load_config", lambda kind, name: yaml.safe_load(text))
+
+    return write
+
+
+# ---- what is there --------------------------------------------------------------------------------------------------
+
+
+def test_there_are_files_to_find():
+    assert {"awq_gptq", "gptq_nf4", "gguf_q4_k_m"} <= set(WRITTEN)
+    assert not set(WRITTEN) & set(METHODS)  # a row would hide the file
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_every_file_suits_the_default_models_weights(name):
+    chosen = assign(find(name), NAMES)
+    assert chosen.keys() == NAMES.keys()
+    for weight, one in chosen.items():
+        assert isinstance(one, Method)
+        rows, _ = block_shape(one.format, NAMES[weight])
+        inner = one.format.scale
+        spans = rows * inner.group if isinstance(inner, Format) and isinstance(inner.group, int) else rows
+        assert NAMES[weight][0] % spans == 0, weight  # no short blocks, no short super-blocks
+        if name.startswith("gguf"):
+            assert one.activation == Activation(Int(8, 32, symmetric=True, ties="away"))
+            assert not one.needs_calibration
+
+
+def test_files_compose_what_they_say():
+    assert find("awq_gptq") == Method(Int(4, 64), Search("diagonal"), GPTQ(), AWQ())
+    assert find("gptq_nf4", bits=3, group=32) == Method(NF4(64), Search("diagonal"), GPTQ())
+
+
+@pytest.mark.parametrize("config", LISTS)
+def test_every_method_that_a_config_lists_is_found(config):
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        settings = compose(config, return_hydra_config=True)
+    assert len(settings.methods) == len(set(settings.methods)) > 0
+    for name in settings.methods:
+        if name != "fp32":
+            assign(find(name, settings.bits, settings.group, settings.symmetric), NAMES)
+    if config == "sensitivity":
+        assert all(isinstance(find(name), Method) for name in settings.methods)
+
+
+def test_the_list_of_formats_holds_every_row_that_is_a_format_alone():
+    listed = {name.partition("-")[0] for name in yaml.safe_load((CONFIGS / "formats.yaml").read_text())["methods"]}
+    alone = {name for name in METHODS if not takes_bits(name)} | {n for n in WRITTEN if n.startswith("gguf")}
+    assert alone <= listed
+
+
+# ---- names ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_width_after_the_name_overrules_the_settings():
+    assert find("gptq-3", bits=4, group=32, symmetric=True) == method("gptq", 3, 32, True)
+    assert find("rtn_float_zero-2") == method("rtn_float_zero", 2, 64)
+    assert find("gptq", bits=5) == method("gptq", 5, 64)
+
+
+@pytest.mark.parametrize("name", ["gptqq", "gptqq-3", "gptq-", "gptq-x", "int8-4", "gguf_q4_k_m-3", "../model/local"])
+def test_an_unknown_name_is_refused_with_those_there_are(name):
+    with pytest.raises(compositions.InputError) as caught:
+        find(name)
+    message = str(caught.value)
+    assert repr(name) in message
+    assert all(re.search(rf"\b{known}\b", message) for known in [*METHODS, *WRITTEN])
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", ["gptq-1", "gptq-9"])
+def test_a_width_that_no_format_takes_is_refused(name):
+    with refused("2 to 8 bits", name[-1]):
+        find(name)
+
+
+def test_only_rows_that_leave_the_width_open_take_bits():
+    taking = {name for name in METHODS if takes_bits(name)}
+    assert {"rtn", "gptq", "awq", "rtn_loss", "rtn_float_zero"} <= taking
+    assert not taking & {"int8", "nf4", "q4_k", "mxfp4", "w8a8"}
+    assert not takes_bits("gptq_nf4")
+
+
+def test_a_plan_needs_calibration_where_one_of_its_methods_does():
+    assert needs_calibration(method("gptq"))
+    assert not needs_calibration(method("rtn"))
+    assert needs_calibration([("mlp", method("rtn")), ("", method("gptq"))])
+    assert not needs_calibration([("mlp", method("rtn")), ("", None)])
+
+
+# ---- what a file may and may not say --------------------------------------------------------------------------------
+
+
+def test_a_file_of_rules_decides_by_the_first_and_leaves_weights_without_a_method_float(written):
+    written(
+        "rules:\n- {weights: 'layers\\.(0|29)\\.'}\n- {weights: 'mlp', method: gptq}\n- {weights: '', method: q8_0}\n"
+        "activation: {_target_: jquant.Activation, outliers: 6.0}\n"
+    )
+    chosen = assign(find("mine", bits=3, group=32, symmetric=True), NAMES)
+    assert chosen["layers.0.mlp.up.kernel"] is chosen["layers.29.attention.q.kernel"] is None
+    assert sum(one is None for one in chosen.values()) == 2 * len(SHAPES)
+    gptq, q8_0 = chosen["layers.10.mlp.up.kernel"], chosen["layers.10.attention.q.kernel"]
+    assert gptq is not None
+    assert q8_0 is not None
+    assert gptq.format == Int(3, 32, symmetric=True)  # completed by the settings
+    assert q8_0.format == method("q8_0").format
+    assert gptq.activation == q8_0.activation == Activation(outliers=6.0)
+
+
+def test_a_file_of_rules_without_an_activation_attaches_none(written):
+    written("rules:\n- {weights: '', method: rtn}\n")
+    assert find("mine") == [("", Method(Int(4, 64), MinMax()))]
+
+
+BAD = {
+    "a target of another package": ("{_target_: os.system, command: 'exit 3'}", "'os.system'"),
+    "a target inside another": ("{_target_: jquant.Method, format: {_target_: os.getcwd}}", "'os.getcwd'"),
+    "a part that jquant does not offer": ("{_target_: jquant.Method, format: {_target_: jquant.In}}", "'jquant.In'"),
+    "a module of jquant": ("{_target_: jquant.io.hub.fetch}", "'jquant.io.hub.fetch'"),
+    "an activation from elsewhere": (
+        "{rules: [{weights: '', method: rtn}], activation: {_target_: os.getcwd}}",
+        "'os.getcwd'",
+    ),
+    "a value out of range": ("{_target_: jquant.Method, format: {_target_: jquant.Int, bits: 9}}", "not 9"),
+    "an argument that does not exist": ("{_target_: jquant.Method, format: {_target_: jquant.NF4}, formt: 1}", "formt"),
+    "a part that is no method": ("{_target_: jquant.NF4}", "neither"),
+    "no method at all": ("{bits: 3}", "'None'"),
+    "a rule with a misspelt key": ("{rules: [{weights: '', methd: rtn}]}", "methd"),
+    "a rule without weights": ("{rules: [{method: rtn}]}", "a rule has weights"),
+    "an unknown row": ("{rules: [{weights: '', method: gptqq}]}", "'gptqq'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_file_that_names_what_is_not_jquants_is_refused(written, case):
+    text, part = BAD[case]
+    written(text)
+    with refused(part, *(() if "row" in case else ("mine.yaml",))):
+        find("mine")
+
+
+def test_lists_in_a_file_become_what_a_format_takes(written):
+    written("{_target_: jquant.Method, format: {_target_: jquant.FP8_E4M3, group: [128, 128]}}")
+    assert find("mine") == method("fp8_e4m3_128x128")
+    written("{_target_: jquant.Method, format: {_target_: jquant.Codebook, levels: [-1.0, 0.0, 0.5], group: 32}}")
+    assert hash(find("mine")) == hash(Method(Codebook((-1.0, 0.0, 0.5), 32)))
