@@ -95,7 +95,7 @@ def check_plan(decoder: Decoder, method: Method | Plan) -> list[Choices]:
     Raises:
       InputError: a rule that names no weight or no method; a weight smaller than its method's groups, or with NaN or
         infinite values; a decoder that is quantized already; projections that read one input and do not share a
-        transform.
+        transform; a transform with a range that is learned before it.
     """
     paths = [path for site in LLAMA.sites for path in site.weights]
     chosen = assign(method, [f"layers.{i}.{path}" for i in range(decoder.config.layers) for path in paths])
@@ -107,6 +107,8 @@ def check_plan(decoder: Decoder, method: Method | Plan) -> list[Choices]:
                 raise InputError(f"layers.{index}.{path} is quantized already: quantize the float model.")
             if one is None:
                 continue
+            if one.transform is not None and "clips" in one.needs:
+                raise InputError(f"layers.{index}.{path}: LossSearch learns on untransformed weights; leave one out.")
             try:
                 block_shape(one.format, params[path].shape)
             except InputError as wrong:
