@@ -10,6 +10,7 @@ from jax import Array
 from jaxtyping import Float
 
 from jquant.activations import input_codes, outlier_features, quantize_inputs
+from jquant.errors import InputError
 from jquant.formats import Format, Int, block_shape, expand, grouped, unpack
 from jquant.qtensor import QTensor, dequantize, is_integer, stored_grid
 
@@ -23,6 +24,8 @@ def matmul(x: Float[Array, "*b in"], w: Array | QTensor) -> Float[Array, "*b out
     The dequantized matrix never exists as a whole, past PANEL weights. A single row, as in decoding, fuses unpacking,
     multiplying and summing into one loop over the packed bytes; more rows take the matrix panel by panel along `in`.
     """
+    if x.shape[-1] != w.shape[-2]:
+        raise InputError(f"Inputs with {x.shape[-1]} features do not fit a weight of shape {w.shape}.")
     if not isinstance(w, QTensor):
         return x @ w
     if w.activation is not None:

@@ -10,6 +10,7 @@ from jax import Array
 from jaxtyping import Float, UInt8
 
 from jquant.activations import Activation
+from jquant.errors import InputError
 from jquant.formats import Codebook, Format, block_shape, expand, grouped, pack, unpack
 
 
@@ -80,7 +81,11 @@ def settle(
     else:
         stored = tuple(v if is_integer(v) else _store(v, format) for v in (scale, zero))
     block = block_shape(format, shape)
-    columns = -(-shape[-1] // block[1])
+    groups, columns = (-(-n // size) for n, size in zip(shape[-2:], block, strict=True))
+    if isinstance(scale, Array) and scale.shape[-2:] != (groups, columns):
+        raise InputError(
+            f"Scales of shape {scale.shape} do not fit the {groups} × {columns} groups of a weight {shape}."
+        )
     at = jax.tree.map(lambda v: expand(v, block, shape), tuple(_load(v, columns) for v in stored))
     return (stored[0], stored[1]), at
 

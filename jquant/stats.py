@@ -13,6 +13,14 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from jquant.errors import InputError
+
+
+def check_gram(gram: Array | None, w: Array) -> None:
+    """Raises InputError unless a Gram matrix, where there is one, has the weight's inputs on both sides."""
+    if gram is not None and gram.shape != (w.shape[-2], w.shape[-2]):
+        raise InputError(f"A Gram matrix of shape {gram.shape} does not belong to a weight of shape {w.shape}.")
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)

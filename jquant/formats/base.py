@@ -55,6 +55,8 @@ def block_shape(format: Format, shape: tuple[int, ...]) -> Block:
     Raises:
       InputError: the group is larger than the matrix.
     """
+    if len(shape) < 2:
+        raise InputError(f"A weight is a matrix [in, out], perhaps stacked; this one has the shape {shape}.")
     rows, columns = shape[-2:]
     match format.group:
         case "channel":

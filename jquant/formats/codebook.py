@@ -18,7 +18,7 @@ class Codebook:
     """A table of levels: value = scale · levels[code], scale = absmax / max |level|.
 
     Attributes:
-      levels: ascending, finite, 2 to 256 of them.
+      levels: ascending, finite, 2 to 256 of them; any sequence, kept as a tuple.
       group: weights that share a scale.
       scale: how the scale is stored; float32 by default, as in bitsandbytes.
       centred: only for values that are scales themselves. Their mean is subtracted first and kept as one zero, and
@@ -32,6 +32,8 @@ class Codebook:
     centred: bool = False
 
     def __post_init__(self) -> None:
+        # A list or an array of levels would not hash.
+        object.__setattr__(self, "levels", tuple(map(float, self.levels)))
         if not 2 <= len(self.levels) <= 256:
             raise InputError(f"Codebook takes 2 to 256 levels, not {len(self.levels)}.")
         if not all(math.isfinite(level) for level in self.levels):

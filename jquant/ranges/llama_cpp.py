@@ -24,6 +24,7 @@ from jaxtyping import Float
 from jquant.errors import InputError
 from jquant.formats import GGUF, Format, block_shape
 from jquant.qtensor import QTensor, from_codes, settle
+from jquant.stats import check_gram
 
 Members = Float[Array, "members groups out"]
 Groups = Float[Array, "groups out"]
@@ -82,6 +83,7 @@ class LlamaCpp:
             raise InputError(f"llama.cpp has no block type for {format}; it has {', '.join(GGUF)}.")
         if self.importance and gram is None:
             raise InputError(f"Importance weights for {kind} need calibration text.")
+        check_gram(gram, w)
         w = w.astype(jnp.float32)
         diagonal = jnp.diagonal(gram).astype(jnp.float32) if self.importance and gram is not None else None
         x, weights = _members(w, block_shape(format, w.shape)[0]), _weights(w, kind, diagonal)

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from jquant.errors import InputError
 from jquant.formats import Block, Format, grouped
 from jquant.ranges.base import ends, split
+from jquant.stats import check_gram
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Search:
         """See `Range`."""
         if gram is None and self.needs:
             raise InputError(f"The range search by {self.metric} needs calibration text.")
+        check_gram(gram, w)
         groups, real, block = split(w, format)
         low, high = ends(groups)
         weigh = _metric(self.metric, block, gram)

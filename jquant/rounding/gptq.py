@@ -20,6 +20,7 @@ from jquant.errors import InputError
 from jquant.formats import Format
 from jquant.qtensor import QTensor, Stored, dequantize, from_codes, settle
 from jquant.rounding.info import SolveInfo, output_energy
+from jquant.stats import check_gram
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class GPTQ:
         """See `Rounding`. A row whose input never fired (Hᵢᵢ = 0) takes the code nearest to zero, as in the paper."""
         if gram is None:
             raise InputError("GPTQ needs the Gram matrix of the layer's inputs: give it calibration text.")
+        check_gram(gram, w)
         diagonal = jnp.diagonal(gram)
         dead = diagonal == 0
         order = jnp.argsort(diagonal, stable=True) if self.act_order else jnp.arange(w.shape[0])[::-1]

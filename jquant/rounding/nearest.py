@@ -9,6 +9,7 @@ from jaxtyping import Float
 from jquant.formats import Format
 from jquant.qtensor import QTensor, Stored, dequantize, quantize
 from jquant.rounding.info import SolveInfo, output_energy
+from jquant.stats import check_gram
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Nearest:
         format: Format,
     ) -> tuple[QTensor, SolveInfo]:
         """See `Rounding`."""
+        check_gram(gram, w)
         q = quantize(w, scale, zero, format)
         dead = jnp.int32(0) if gram is None else jnp.sum(jnp.diagonal(gram) == 0)
         error = output_energy(w - dequantize(q), gram)
