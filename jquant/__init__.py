@@ -15,9 +15,9 @@ from jquant.evaluation.outliers import outliers
 from jquant.evaluation.perplexity import perplexity
 from jquant.formats import FP4, FP8_E4M3, FP8_E5M2, GGUF, MXFP4, NF3, NF4, NVFP4, Codebook, Float, Int, double_quantized
 from jquant.io.load import LanguageModel, load_model
-from jquant.matmul import matmul
 from jquant.methods import METHODS, Method, method
 from jquant.pipeline import quantize, quantize_decoder
+from jquant.products import matmul
 from jquant.qtensor import QTensor, bits_per_weight, dequantize
 from jquant.ranges import LlamaCpp, LossSearch, MinMax, Percentile, Search
 from jquant.rounding import GPTQ, Nearest

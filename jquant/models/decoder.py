@@ -17,8 +17,8 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
-from jquant.matmul import matmul
 from jquant.models.config import DecoderConfig
+from jquant.products import matmul
 
 Taps = dict[str, Array]
 

@@ -1,6 +1,5 @@
 """x @ w for quantized w: the product with the dequantized matrix, panel by panel, in little memory."""
 
-import sys
 from functools import cache, partial
 
 import jax
@@ -9,14 +8,13 @@ import numpy as np
 import pytest
 from problems import problem, shape_for
 
+from jquant import products
 from jquant.activations import Activation
 from jquant.formats import NF4, Codebook, Float, Format, Int, double_quantized
-from jquant.matmul import matmul
 from jquant.methods import METHODS
+from jquant.products import matmul
 from jquant.qtensor import QTensor, dequantize, quantize
 from jquant.ranges import MinMax
-
-module = sys.modules["jquant.matmul"]  # jquant.matmul itself is the function
 
 FORMATS = sorted(
     {row(3, 16, False).format for row in METHODS.values()}
@@ -62,7 +60,7 @@ def test_a_single_row_times_a_qtensor_is_its_product_with_the_dequantized_matrix
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_many_rows_over_several_panels_and_a_rest_are_the_product_with_the_dequantized_matrix(format, monkeypatch):
     rows, out = quantized(format)[0].shape
-    monkeypatch.setattr(module, "PANEL", 8 * out)  # the smallest that groups and packing allow
+    monkeypatch.setattr(products, "PANEL", 8 * out)  # the smallest that groups and packing allow
     assert_product(inputs(2, 3, rows), format)
 
 
@@ -71,7 +69,7 @@ def test_many_rows_over_several_panels_and_a_rest_are_the_product_with_the_dequa
 )
 @pytest.mark.parametrize(("rows", "panel"), [(64, 8 * 16), (64, 32 * 16), (72, 32 * 16), (75, 32 * 16), (75, 1 << 20)])
 def test_panels_that_divide_the_matrix_or_leave_a_rest_or_hold_it_all_give_the_same(format, rows, panel, monkeypatch):
-    monkeypatch.setattr(module, "PANEL", panel)
+    monkeypatch.setattr(products, "PANEL", panel)
     q = minmax(problem((rows, 16), rows)[0], format)
     x = inputs(5, rows)
     wanted = np.asarray(x, np.float64) @ np.asarray(dequantize(q), np.float64)
@@ -84,7 +82,7 @@ def test_panels_that_divide_the_matrix_or_leave_a_rest_or_hold_it_all_give_the_s
 
 @pytest.mark.parametrize("lead", [(), (1,), (1, 1), (5,), (2, 3)])
 def test_leading_axes_stay_and_bfloat16_stays_bfloat16(lead, monkeypatch):
-    monkeypatch.setattr(module, "PANEL", 16 * 16)
+    monkeypatch.setattr(products, "PANEL", 16 * 16)
     assert_product(inputs(*lead, 40), Int(3, 16))
     assert_product(inputs(*lead, 40, dtype="bfloat16"), Int(3, 16), rtol=0.02)
 
@@ -97,7 +95,7 @@ def test_a_plain_matrix_is_multiplied_plainly():
 @pytest.mark.parametrize("format", [Int(4, 64), Int(4, 64, zero="float"), NF4(64), Int(8, "channel", True)], ids=str)
 def test_a_product_of_many_rows_never_holds_the_dequantized_matrix(format):
     """Of eight panels at most a few are alive at once."""
-    rows, out = 8 * (module.PANEL // 1024), 1024
+    rows, out = 8 * (products.PANEL // 1024), 1024
     q = jax.eval_shape(partial(minmax.__wrapped__, format=format), jax.ShapeDtypeStruct((rows, out), jnp.float32))
     x = jax.ShapeDtypeStruct((16, rows), jnp.float32)
     memory = lambda f: jax.jit(f).lower(x, q).compile().memory_analysis().temp_size_in_bytes  # noqa: E731
