@@ -91,7 +91,8 @@ def prepare_tokens(
         return evaluation, None
     ids = model.tokenizer.encode(load_text(sampling["data"]))
     check_disjoint(evaluation[:, 1:] if wanted["bos"] else evaluation, ids)
-    return evaluation, sample_windows(ids, sampling["context"], sampling["samples"], settings["seed"])
+    count = sampling["samples"] + sampling.get("held_out", 0)
+    return evaluation, sample_windows(ids, sampling["context"], count, settings["seed"])
 
 
 def compute_rows(
@@ -139,7 +140,8 @@ def measure(
     decoder, scores, seconds = model.decoder, float_scores, 0.0
     if chosen is not None:
         begin = time.perf_counter()
-        decoder, _ = quantize_decoder(model.decoder, chosen, calibration, progress=report)
+        how = {key: settings["calibration"][key] for key in ("inputs", "passes", "held_out")}
+        decoder, _ = quantize_decoder(model.decoder, chosen, calibration, **how, progress=report)
         seconds = time.perf_counter() - begin
         scores = score(decoder, evaluation, reference=reference, progress=report)
     projections = nnx.state(decoder.segments, lambda path, _: path[-1] == "kernel")

@@ -15,13 +15,15 @@ from jquant.evaluation.outliers import outliers
 from jquant.evaluation.perplexity import perplexity
 from jquant.formats import FP4, FP8_E4M3, FP8_E5M2, GGUF, MXFP4, NF3, NF4, NVFP4, Codebook, Float, Int, double_quantized
 from jquant.io.load import LanguageModel, load_model
-from jquant.methods import METHODS, Method, method
+from jquant.methods import METHODS, Method, Tuning, method
 from jquant.pipeline import quantize, quantize_decoder
 from jquant.products import matmul
 from jquant.qtensor import QTensor, bits_per_weight, dequantize
 from jquant.ranges import LlamaCpp, LossSearch, MinMax, Percentile, Search
-from jquant.rounding import GPTQ, Nearest
-from jquant.transforms import AWQ
+from jquant.rotation import permute_mlp, rotate
+from jquant.rounding import GPTQ, Nearest, Refit, Stochastic
+from jquant.transforms import AWQ, SmoothQuant
+from jquant.tuning import tune
 
 __version__ = "0.1.0"
 
@@ -50,7 +52,11 @@ __all__ = [
     "Nearest",
     "Percentile",
     "QTensor",
+    "Refit",
     "Search",
+    "SmoothQuant",
+    "Stochastic",
+    "Tuning",
     "bits_per_weight",
     "dequantize",
     "double_quantized",
@@ -60,7 +66,10 @@ __all__ = [
     "matmul",
     "method",
     "outliers",
+    "permute_mlp",
     "perplexity",
     "quantize",
     "quantize_decoder",
+    "rotate",
+    "tune",
 ]

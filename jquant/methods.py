@@ -9,6 +9,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from jquant.activations import Activation
 from jquant.errors import InputError
@@ -31,8 +32,34 @@ from jquant.formats import (
     double_quantized,
 )
 from jquant.ranges import LlamaCpp, LossSearch, MinMax, Percentile, Range, Search
-from jquant.rounding import GPTQ, Nearest, Rounding
-from jquant.transforms import AWQ
+from jquant.rounding import GPTQ, Nearest, Refit, Rounding, Stochastic
+from jquant.transforms import AWQ, SmoothQuant, Transform
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How scales, and codes if asked, are learned after rounding, all weights together (`jquant.tuning`).
+
+    Attributes:
+      steps: Adam's, its rates falling to 0 along a cosine.
+      windows: calibration windows a step, taken in turn.
+      rate: of Adam on the scales' logarithm (and on float zeros, in units of the scale).
+      code_rate: of Adam on the weights behind the codes, in units of the scale; 0 keeps the codes. Rounding passes the
+        gradient straight through.
+      target: "model" minimises the KL divergence from the float model, "text" the cross-entropy.
+    """
+
+    steps: int = 128
+    windows: int = 2
+    rate: float = 1e-3
+    code_rate: float = 0.0
+    target: Literal["model", "text"] = "model"
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.windows < 1 or not self.rate > 0 or self.code_rate < 0:
+            raise InputError(f"Tuning takes steps, windows and a rate above 0 and a code_rate from 0, not {self}.")
+        if self.target not in ("model", "text"):
+            raise InputError(f'Tuning takes target="model" or "text", not {self.target!r}.')
 
 
 @dataclass(frozen=True)
@@ -44,24 +71,44 @@ class Method:
       range: how a group's scale is chosen.
       rounding: which code a weight gets.
       transform: exact rewrite before rounding, or None.
-      token_weights: whether the Gram matrices of k and v weight each token by the attention it receives
-        (`models/families.py` says which); without it an attention sink ruins v, see the README.
+      token_weights: by what the Gram matrix counts each token.
+        "attention": k and v by the attention it receives (`models/families.py` says which); without weights an
+        attention sink ruins v, see the README.
+        "loss": by the squared norm of the calibration loss's gradient at the projection's output, which costs one
+        backward pass over the calibration text (GuidedQuant, arXiv 2505.07004, with one group a matrix).
+        "norm": by 1 / the mean square of the input, so that all tokens have the same length. "uniform": all alike.
+      error_propagation: α of a target that makes up for what the blocks before have done to the input, 0 to 1
+        (`pipeline.propagate_error`).
       activation: how the inputs that meet the weight are quantized, or None.
+      tuning: how scales and codes are learned once every weight is rounded, or None.
     """
 
     format: Format
     range: Range = field(default_factory=MinMax)
     rounding: Rounding = field(default_factory=Nearest)
-    transform: AWQ | None = None
-    token_weights: bool = True
+    transform: Transform | None = None
+    token_weights: Literal["attention", "loss", "norm", "uniform"] = "attention"
+    error_propagation: float = 0.0
     activation: Activation | None = None
+    tuning: Tuning | None = None
+
+    def __post_init__(self) -> None:
+        if self.token_weights not in ("attention", "loss", "norm", "uniform"):
+            raise InputError(
+                f'Method takes token_weights="attention", "loss", "norm" or "uniform", not {self.token_weights!r}.'
+            )
+        if not 0 <= self.error_propagation <= 1:
+            raise InputError(f"Method takes an error_propagation from 0 to 1, not {self.error_propagation}.")
 
     @property
     def needs(self) -> frozenset[str]:
-        """What calibration must bring: a subset of {"gram", "abs_mean", "abs_max", "clips"}."""
+        """What calibration must bring: a subset of {"gram", "held_out", "cross", "abs_mean", "abs_max", "clips",
+        "text"}."""
+        parts = [self.range, self.rounding, self.transform]
         static = self.activation is not None and self.activation.static
-        own = {"gram", "abs_mean"} if self.transform else set()
-        return self.range.needs | self.rounding.needs | own | ({"abs_max"} if static else set())
+        own = ({"abs_max"} if static else set()) | ({"text"} if self.tuning else set())
+        lag = {"gram", "cross"} if self.error_propagation else set()
+        return frozenset(own | lag).union(*(part.needs for part in parts if part is not None))
 
     @property
     def needs_calibration(self) -> bool:
@@ -84,9 +131,18 @@ METHODS: dict[str, Callable[[int, Group, bool], Method]] = {
     "rtn": lambda bits, group, symmetric: Method(Int(bits, group, symmetric)),
     "gptq": lambda bits, group, symmetric: Method(Int(bits, group, symmetric), Search("diagonal"), GPTQ()),
     "gptq_plain": lambda bits, group, symmetric: Method(
-        Int(bits, group, symmetric), MinMax(), GPTQ(act_order=False), token_weights=False
+        Int(bits, group, symmetric), MinMax(), GPTQ(order="rows"), token_weights="uniform"
     ),
     "awq": lambda bits, group, symmetric: Method(Int(bits, group, symmetric), Search("gram"), transform=AWQ()),
+    # Roundings.
+    "stochastic": lambda bits, group, symmetric: Method(Int(bits, group, symmetric), rounding=Stochastic()),
+    "gptq_refit": lambda bits, group, symmetric: Method(Int(bits, group, symmetric), Search("diagonal"), Refit(GPTQ())),
+    "gptq_loss": lambda bits, group, symmetric: Method(
+        Int(bits, group, symmetric), Search("diagonal"), GPTQ(), token_weights="loss"
+    ),
+    "gptq_tuned": lambda bits, group, symmetric: Method(
+        Int(bits, group, symmetric), Search("diagonal"), GPTQ(), tuning=Tuning()
+    ),
     # Ranges.
     "rtn_percentile": lambda bits, group, symmetric: Method(Int(bits, group, symmetric), Percentile()),
     "rtn_mse": lambda bits, group, symmetric: Method(Int(bits, group, symmetric), Search("mse")),
@@ -116,6 +172,7 @@ METHODS: dict[str, Callable[[int, Group, bool], Method]] = {
     **{name.lower(): _fixed(format, range=LlamaCpp()) for name, format in GGUF.items()},
     # Weights and activations.
     "llm_int8": _fixed(_INT8_INT8, activation=Activation(outliers=6.0)),
+    "smoothquant": _fixed(_INT8_INT8, transform=SmoothQuant(), activation=Activation()),
     "w8a8": _fixed(_INT8_INT8, activation=Activation()),
     "w8a8_static": _fixed(_INT8_INT8, activation=Activation(_INT8_TENSOR, static=True)),
 }

@@ -18,23 +18,22 @@ from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 from jax import Array
 from jaxtyping import Float, Int
 
+from jquant.calibration import WEIGHTED, Calibration, Choices, SiteStats, Stats, weighting
 from jquant.data import sample_windows
 from jquant.errors import InputError
 from jquant.formats import Group, block_shape
 from jquant.io.load import LanguageModel, Progress
-from jquant.loss import learn_clips
 from jquant.methods import Method, Plan, assign
 from jquant.methods import method as named_method
 from jquant.models.config import DecoderConfig
-from jquant.models.decoder import Block, Decoder, Taps, blocks, rotary_table, with_blocks
+from jquant.models.decoder import Block, Decoder, blocks, with_blocks
 from jquant.models.families import LLAMA, Site, shared_channels
 from jquant.qtensor import QTensor
 from jquant.rounding import SolveInfo
-from jquant.stats import AbsMax, AbsMean, Gram
+from jquant.tuning import tune
 
 Params = dict[str, Any]  # "attention.q.kernel" -> Array or QTensor
-SiteStats = dict[str, Gram | AbsMean | AbsMax]  # "abs_mean", "abs_max", "gram", and a Gram matrix per token weight
-Choices = tuple[tuple[str, Method], ...]  # path within a block -> method; hashable
+Report = dict[tuple[int, str], SolveInfo]
 
 
 def quantize_decoder(
@@ -44,8 +43,10 @@ def quantize_decoder(
     *,
     batch: int = 8,
     inputs: Literal["quantized", "float"] = "quantized",
+    passes: int = 1,
+    held_out: int = 0,
     progress: Progress | None = None,
-) -> tuple[Decoder, dict[tuple[int, str], SolveInfo]]:
+) -> tuple[Decoder, Report]:
     """Quantizes the projections of the blocks; embedding, norms and head stay as they are.
 
     Args:
@@ -54,39 +55,46 @@ def quantize_decoder(
       tokens: calibration windows; not needed by methods that look at weights alone.
       batch: windows per forward pass.
       inputs: whether a block is fitted to what the quantized blocks before it produce, or to what float ones do.
-      progress: called with ("quantize", blocks done, blocks in all).
+      passes: how often a block is rounded. From the second time on, its projections are fitted to the inputs that its
+        own quantized projections produce.
+      held_out: windows at the end of `tokens` that nothing is fitted to: `SolveInfo` has the error on them, and GPTQ
+        may choose its damping by it.
+      progress: called with ("quantize", blocks done, blocks in all), and ("tune", steps done, steps in all).
 
     Returns:
       The quantized decoder, and what was done to each weight: (layer, path) -> SolveInfo.
 
     Raises:
-      InputError: what `check_plan` finds; a method needs calibration tokens and there are none.
+      InputError: what `check_plan` finds; an option out of range; a method needs calibration tokens, or held-out ones,
+        and there are none.
     """
+    if inputs not in ("quantized", "float") or passes < 1:
+        raise InputError(f'Blocks take inputs="quantized" or "float" and 1 pass or more, not {inputs!r}, {passes}.')
     choices = check_plan(decoder, method)
-    if any(chosen.needs for layer in choices for _, chosen in layer) and tokens is None:
-        raise InputError("This method looks at activations: give it calibration tokens.")
-    # Clips are learned beforehand, on the whole decoder.
-    needs = [frozenset[str]().union(*(chosen.needs - {"clips"} for _, chosen in layer)) for layer in choices]
-    stream = _Stream(decoder, tokens, batch) if any(needs) and tokens is not None else None
-    clips = learn_clips(decoder, choices, tokens) if tokens is not None else {}
-    done, report = [], {}
+    needs = [any(chosen.needs - {"text"} for _, chosen in layer) for layer in choices]
+    tuning = next((chosen.tuning for layer in choices for _, chosen in layer), None)
+    if tuning and tokens is None:
+        raise InputError("Tuning learns from text: give it calibration tokens.")
+    calibration = None
+    if any(needs):
+        calibration = Calibration(decoder, choices, tokens, batch=batch, inputs=inputs, held_out=held_out)
+    done, transformed, report = [], [], {}
     for index, block in enumerate(blocks(decoder)):
-        stats = stream.observe(block, _needed_stats(choices[index], decoder.config)) if stream and needs[index] else {}
-        params, infos = _quantize_block(
-            _flat(block), stats, clips.get(index, {}), choices[index], LLAMA.sites, decoder.config
-        )
-        onward = stream if any(needs[index + 1 :]) else None
-        if onward and inputs == "float":
-            onward.advance(block)
-        nnx.update(block, unflatten_mapping({tuple(path.split(".")): leaf for path, leaf in params.items()}))
-        if onward and inputs == "quantized":
-            onward.advance(block)
-        done.append(block)
+        exact, quantized, infos = _quantize_block(block, choices[index], calibration, index, passes)
+        if calibration and any(needs[index + 1 :]):
+            calibration.advance(block, quantized)
+        done.append(quantized)
+        transformed += [exact] if tuning else []
         report |= {(index, path): info for path, info in infos.items()}
         jax.block_until_ready(infos)
         if progress:
             progress("quantize", index + 1, decoder.config.layers)
-    return with_blocks(decoder, done), jax.device_get(report)
+    quantized = with_blocks(decoder, done)
+    if tuning and tokens is not None:
+        quantized = tune(
+            quantized, with_blocks(decoder, transformed), tokens[: len(tokens) - held_out], tuning, progress=progress
+        )
+    return quantized, jax.device_get(report)
 
 
 def check_plan(decoder: Decoder, method: Method | Plan) -> list[Choices]:
@@ -95,10 +103,15 @@ def check_plan(decoder: Decoder, method: Method | Plan) -> list[Choices]:
     Raises:
       InputError: a rule that names no weight or no method; a weight smaller than its method's groups, or with NaN or
         infinite values; a decoder that is quantized already; projections that read one input and do not share a
-        transform; a transform with a range that is learned before it.
+        transform; a transform with a range that is learned before it; methods that do not share their tuning.
     """
     paths = [path for site in LLAMA.sites for path in site.weights]
     chosen = assign(method, [f"layers.{i}.{path}" for i in range(decoder.config.layers) for path in paths])
+    rotated = [
+        segment.mlp.rotation is not None
+        for segment in decoder.segments
+        for _ in range(segment.mlp.down.kernel.get_value().shape[0])
+    ]
     layers = []
     for index, params in enumerate(_shapes(decoder)):
         for path in paths:
@@ -114,10 +127,18 @@ def check_plan(decoder: Decoder, method: Method | Plan) -> list[Choices]:
             except InputError as wrong:
                 raise InputError(f"layers.{index}.{path}: {wrong}") from None
         layers.append(tuple((path, m) for path in paths if (m := chosen[f"layers.{index}.{path}"]) is not None))
+        down = dict(layers[-1]).get("mlp.down.kernel")
+        if rotated[index] and down is not None and down.transform is not None:
+            raise InputError(
+                f"layers.{index}.mlp.down.kernel reads rotated inputs, so no scale folds into mlp.up: leave its "
+                f"transform out, or rotate with mlp=False."
+            )
         for site in LLAMA.sites:
             if len({m.transform for path, m in layers[-1] if path in site.weights}) > 1:
                 readers = ", ".join(site.weights)
                 raise InputError(f"layers.{index}: {readers} read one input, so they must share a transform.")
+    if len({chosen.tuning for layer in layers for _, chosen in layer}) > 1:
+        raise InputError("A plan's weights are tuned together: give its methods the same tuning.")
     _check_finite(decoder, layers)
     return layers
 
@@ -132,6 +153,7 @@ def quantize(
     calibration: str | None = None,
     samples: int = 128,
     context: int = 512,
+    held_out: int = 0,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> LanguageModel:
@@ -148,6 +170,7 @@ def quantize(
       samples: calibration windows, drawn from the text. 128 × 512 = 65,536 tokens: with 8,192 GPTQ's gain on wide
         layers vanishes on held-out text.
       context: tokens per calibration window.
+      held_out: further windows that nothing is fitted to (`quantize_decoder`).
       seed: of the draw.
       progress: called with ("quantize", blocks done, blocks in all).
 
@@ -170,146 +193,127 @@ def quantize(
     if needs:
         if calibration is None:
             raise InputError(f"{method} looks at activations: give it text, e.g. calibration=load_text('c4_utf8').")
-        tokens = sample_windows(model.tokenizer.encode(calibration), context, samples, seed)
-    decoder, report = quantize_decoder(model.decoder, plan, tokens, progress=progress)
+        tokens = sample_windows(model.tokenizer.encode(calibration), context, samples + held_out, seed)
+    decoder, report = quantize_decoder(model.decoder, plan, tokens, held_out=held_out, progress=progress)
     return replace(model, decoder=decoder, report=report)
 
 
-class _Stream:
-    """The calibration windows on their way through the blocks, `batch` at a time."""
-
-    def __init__(self, decoder: Decoder, tokens: np.ndarray, batch: int):
-        self.rotary = rotary_table(decoder.config, jnp.arange(tokens.shape[1]))
-        self.states = [_embed(decoder, tokens[i : i + batch]) for i in range(0, len(tokens), batch)]
-
-    def observe(self, block: Block, stats: dict[str, SiteStats]) -> dict[str, SiteStats]:
-        """Adds all windows to the statistics of the block's sites."""
-        for x in self.states:
-            stats = _observe(block, x, self.rotary, stats)
-        return stats
-
-    def advance(self, block: Block) -> None:
-        """Replaces the inputs of the block by its outputs."""
-        for i, x in enumerate(self.states):
-            self.states[i] = _forward(block, x, self.rotary)
-
-
-@jax.jit
-def _embed(decoder: Decoder, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-    return decoder.embed(tokens)
-
-
-@partial(jax.jit, donate_argnums=1)
-def _forward(block: Block, x: Float[Array, "b t d"], rotary: Array) -> Float[Array, "b t d"]:
-    return block(x, rotary)[0]
-
-
-def _needed_stats(choices: Choices, config: DecoderConfig) -> dict[str, SiteStats]:
-    """Empty statistics of every site, and of every token weighting, that the methods of a block ask for."""
-    widths = {"attention_output": config.heads * config.head_dim, "mlp_output": config.ffn}
-    kinds = {"abs_mean": AbsMean, "abs_max": AbsMax}
-    stats: dict[str, SiteStats] = {}
-    for site in LLAMA.sites:
-        wanted = {
-            _gram_name(site, path, chosen) if need == "gram" else need
-            for path, chosen in choices
-            if path in site.weights
-            for need in chosen.needs - {"clips"}
-        }
-        width = widths.get(site.tap, config.hidden)
-        stats[site.tap] = {name: kinds.get(name, Gram).init(width) for name in sorted(wanted)}
-    return stats
-
-
-def _gram_name(site: Site, path: str, chosen: Method) -> str:
-    """The statistic that is a weight's Gram matrix: plain, or named after the tap that weights the tokens."""
-    return dict(site.token_weights).get(path, "gram") if chosen.token_weights else "gram"
-
-
-@partial(jax.jit, donate_argnames="stats")
-def _observe(
-    block: Block, x: Float[Array, "b t d"], rotary: Array, stats: dict[str, SiteStats]
-) -> dict[str, SiteStats]:
-    _, taps, _ = block(x, rotary)
-    return {
-        tap: {name: one.observe(taps[tap], _token_weight(taps, name)) for name, one in site.items()}
-        for tap, site in stats.items()
-    }
-
-
-def _token_weight(taps: Taps, name: str) -> Array | None:
-    return None if name in ("gram", "abs_mean", "abs_max") else taps[name]
-
-
-@partial(jax.jit, static_argnames=("choices", "sites", "config"))
 def _quantize_block(
-    params: Params,
-    stats: Mapping[str, SiteStats],
-    clips: Mapping[str, Array],
-    choices: Choices,
-    sites: tuple[Site, ...],
-    config: DecoderConfig,
+    block: Block, choices: Choices, calibration: Calibration | None, layer: int, passes: int
+) -> tuple[Block, Block, dict[str, SolveInfo]]:
+    """The block transformed, and then quantized, and what was done to its weights."""
+    if not choices:
+        return block, block, {}
+    flat, stats, clips, infos = _flat(block), {}, {}, {}
+    params = {path: leaf.astype(jnp.float32) for path, leaf in flat.items()}
+    if calibration:
+        clips = calibration.clips.get(layer, {})
+        if any(chosen.needs for _, chosen in choices):
+            stats = calibration.observe(block, block, choices, layer)
+    if any(chosen.transform is not None for _, chosen in choices):
+        params, stats = _transform_block(params, stats, choices, block.attention.config)
+    exact = quantized = _with_params(block, {path: leaf.astype(flat[path].dtype) for path, leaf in params.items()})
+    for number in range(passes):
+        if number and calibration and stats:
+            stats = calibration.observe(quantized, exact, choices, layer)
+        rounded, infos = _round_block(params, stats, clips, choices)
+        quantized = _with_params(exact, rounded)
+    return exact, quantized, infos
+
+
+@partial(jax.jit, static_argnames=("choices", "config"))
+def _transform_block(params: Params, stats: Stats, choices: Choices, config: DecoderConfig) -> tuple[Params, Stats]:
+    """Every site's channels scaled and the inverse folded into what produces them; the statistics follow."""
+    params, stats, methods = dict(params), dict(stats), dict(choices)
+    for site in LLAMA.sites:
+        rounded = {path: methods[path] for path in site.weights if path in methods}
+        if not rounded or next(iter(rounded.values())).transform is None:
+            continue
+        scale = _channel_scale(params, stats[site.tap], site, rounded, config)
+        for path in site.weights:  # those that stay float are scaled along
+            params[path] = params[path] * scale[:, None]
+        stats[site.tap] = {key: one.scaled(1 / scale) for key, one in stats[site.tap].items()}
+        # Channels that share a producer share the scale, so any of them tells it.
+        channels, width = _producers(site, config, len(scale))
+        params[site.producer] = params[site.producer] / jnp.zeros(width).at[channels].set(scale)
+    return params, stats
+
+
+def _channel_scale(
+    params: Params, stats: SiteStats, site: Site, methods: Mapping[str, Method], config: DecoderConfig
+) -> Float[Array, " in"]:
+    """What a site's transform multiplies its channels by, the same for channels that share a producer."""
+    transform = next(iter(methods.values())).transform
+    assert transform is not None
+    channels, width = _producers(site, config, params[site.weights[0]].shape[0])
+
+    def shared(values: Array) -> Array:
+        sums = jnp.zeros(width).at[channels].add(values)
+        return (sums / jnp.zeros(width).at[channels].add(1))[channels]
+
+    told: dict[str, Any] = {}
+    for kind in transform.needs:
+        if kind in WEIGHTED:
+            told[kind] = [stats[kind, weighting(site, path, one)].mean for path, one in methods.items()]
+        elif kind == "abs_max":
+            told[kind] = jnp.zeros(width).at[channels].max(stats[kind, "uniform"].largest)[channels]
+        else:
+            told[kind] = shared(stats[kind, "uniform"].mean)
+    scale = transform([params[path] for path in methods], told, [one.format for one in methods.values()])
+    return jnp.exp(shared(jnp.log(scale)))
+
+
+def _producers(site: Site, config: DecoderConfig, features: int) -> tuple[Array, int]:
+    """Of each channel of a site, the producer's channel that makes it, and how many channels the producer has."""
+    shared = shared_channels(site, config)
+    return (jnp.arange(features), features) if shared is None else (jnp.asarray(shared), max(shared) + 1)
+
+
+@partial(jax.jit, static_argnames="choices")
+def _round_block(
+    params: Params, stats: Stats, clips: Mapping[str, Array], choices: Choices
 ) -> tuple[Params, dict[str, SolveInfo]]:
-    """Transforms every site, then rounds every weight: a site's transform may rewrite an earlier site's weight."""
-    dtypes = {path: leaf.dtype for path, leaf in params.items()}
-    params, infos = {path: leaf.astype(jnp.float32) for path, leaf in params.items()}, {}
-    methods, grams, abs_max = dict(choices), {}, {}
-    for site in sites:
-        for path in site.weights:
-            seen = stats.get(site.tap, {})
-            if path in methods:
-                gram = seen.get(_gram_name(site, path, methods[path]))
-                grams[path] = gram.mean if isinstance(gram, Gram) else None
-            abs_max[path] = seen.get("abs_max")
-    for site in sites:
-        chosen = next((methods[path] for path in site.weights if path in methods), None)
-        if chosen is not None and chosen.transform is not None:
-            _transform(params, grams, stats[site.tap]["abs_mean"], site, methods, config)
-    for path, chosen in methods.items():
-        grid = chosen.range(params[path], chosen.format, grams[path], clips.get(path))
-        q, infos[path] = chosen.rounding(params[path], *grid, grams[path], chosen.format)
+    """The weights that have a method, as QTensors, and what was done to each."""
+    rounded, infos = {}, {}
+    sites = {path: site for site in LLAMA.sites for path in site.weights}
+    for path, chosen in choices:
+        site, seen = sites[path], stats.get(sites[path].tap, {})
+        by = weighting(site, path, chosen)
+        gram, held_out = (seen[kind, by].mean if (kind, by) in seen else None for kind in ("gram", "held_out"))
+        w = params[path]
+        if chosen.error_propagation:
+            assert gram is not None
+            w = propagate_error(w, gram, seen["cross", by].mean, chosen.error_propagation)
+        grid = chosen.range(w, chosen.format, gram, clips.get(path))
+        q, infos[path] = chosen.rounding(w, *grid, gram, chosen.format, held_out)
         if chosen.activation is not None:
             q = replace(q, activation=chosen.activation)
             if chosen.activation.static:
-                low_high = abs_max[path].largest.reshape(1, 1)
-                q = replace(q, input_scale=chosen.activation.format.grid(-low_high, low_high)[0])
-        params[path] = q
-    stay = {path: leaf.astype(dtypes[path]) for path, leaf in params.items() if path not in infos}
-    return params | stay, infos
+                ends = jnp.max(seen["abs_max", "uniform"].largest, keepdims=True)[None]
+                q = replace(q, input_scale=chosen.activation.format.grid(-ends, ends)[0])
+        rounded[path] = q
+    return rounded, infos
 
 
-def _transform(
-    params: Params,
-    grams: dict[str, Any],
-    abs_mean: Any,
-    site: Site,
-    methods: Mapping[str, Method],
-    config: DecoderConfig,
-) -> None:
-    """Scales a site's input channels and folds the inverse into whatever produces them; updates its arguments."""
-    shared, observed = shared_channels(site, config), abs_mean.mean
-    if shared is None:
-        channels, width = jnp.arange(len(observed)), len(observed)
-    else:
-        channels, width = jnp.asarray(shared), max(shared) + 1
-    sharers = jnp.zeros(width).at[channels].add(1)
-    pooled = jnp.zeros(width).at[channels].add(observed) / sharers
-    rounded = [path for path in site.weights if path in methods]
-    transform = methods[rounded[0]].transform
-    assert transform is not None
-    scale = transform(
-        [params[path] for path in rounded],
-        [grams[path] for path in rounded],
-        pooled[channels],
-        [methods[path].format for path in rounded],
-    )
-    for path in site.weights:  # those that stay float are scaled along
-        params[path] = params[path] * scale[:, None]
-        if path in grams:
-            grams[path] = grams[path] / (scale[:, None] * scale)
-    # Channels that share a producer share the scale, so any of them tells it.
-    produced = jnp.zeros(width).at[channels].set(scale)
-    params[site.producer] = params[site.producer] / produced
+def propagate_error(
+    w: Float[Array, "in out"], gram: Float[Array, "in in"], cross: Float[Array, "in in"], strength: float
+) -> Float[Array, "in out"]:
+    """W + α H⁻¹ C W: what a weight should be, to make of its inputs x̃ what the float one makes of x.
+
+    With H the mean of x̃ x̃ᵀ and C that of x̃ (x − x̃)ᵀ, α = 1 is the least-squares fit; less keeps it from fitting the
+    calibration text (QEP, arXiv 2504.09629, Eq. 5; GPTAQ, arXiv 2504.02692). H is damped by 1 % of its mean diagonal.
+    """
+    damped = gram + 0.01 * jnp.mean(jnp.diagonal(gram)) * jnp.eye(len(gram), dtype=gram.dtype)
+    lag = jnp.matmul(cross, w, precision="highest")
+    moved = w + strength * jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(damped), True), lag)
+    return jnp.where(jnp.all(jnp.isfinite(moved)), moved, w)
+
+
+def _with_params(block: Block, params: Params) -> Block:
+    """A copy of the block with other parameters."""
+    new = nnx.clone(block)  # merging what split gave would share the variables
+    nnx.update(new, unflatten_mapping({tuple(path.split(".")): leaf for path, leaf in params.items()}))
+    return new
 
 
 def _check_finite(decoder: Decoder, layers: list[Choices]) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,21 @@ from jquant.qtensor import QTensor, dequantize, is_integer, stored_grid
 PANEL = 1 << 20
 
 
-def matmul(x: Float[Array, "*b in"], w: Array | QTensor) -> Float[Array, "*b out"]:
+@runtime_checkable
+class Kernel(Protocol):
+    """What else may stand where a matrix `[in, out]` does: anything that x @ w knows how to multiply."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`[in, out]`."""
+        ...
+
+    def __rmatmul__(self, x: Array) -> Array:
+        """x @ self."""
+        ...
+
+
+def matmul(x: Float[Array, "*b in"], w: Array | QTensor | Kernel) -> Float[Array, "*b out"]:
     """x @ w in x's dtype, for a plain or a quantized matrix `[in, out]`.
 
     The dequantized matrix never exists as a whole, past PANEL weights. A single row, as in decoding, fuses unpacking,

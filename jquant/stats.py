@@ -5,7 +5,7 @@ accumulated in float32 at the highest matrix-product precision, whatever the act
 bfloat16 products is not positive definite.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -51,9 +51,54 @@ class Gram:
         """Both together."""
         return jax.tree.map(jnp.add, self, other)
 
+    def scaled(self, factor: Float[Array, " in"]) -> "Gram":
+        """What would have been seen, had the features been multiplied by `factor`."""
+        return replace(self, total=self.total * factor[:, None] * factor)
+
     @property
     def mean(self) -> Float[Array, "in in"]:
         """The weighted mean of x xᵀ."""
+        return self.total / jnp.maximum(self.weight, 1e-30)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Cross:
+    """Σₜ wₜ x̃ₜ (xₜ − x̃ₜ)ᵀ over tokens t, and Σₜ wₜ: how a layer's inputs x̃ lag behind the float model's x.
+
+    Attributes:
+      total: float32 `[in, in]`.
+      weight: float32 scalar.
+    """
+
+    total: Any
+    weight: Any
+
+    @staticmethod
+    def init(in_features: int) -> "Cross":
+        """Nothing seen yet."""
+        return Cross(jnp.zeros((in_features, in_features), jnp.float32), jnp.float32(0))
+
+    def observe(
+        self, x: Float[Array, "*b in"], exact: Float[Array, "*b in"], weight: Float[Array, "*b"] | None = None
+    ) -> "Cross":
+        """Adds tokens as seen, `x`, and as the float model sees them, `exact`; `weight` as in `Gram`."""
+        x, exact = (a.reshape(-1, a.shape[-1]).astype(jnp.float32) for a in (x, exact))
+        w = jnp.ones(x.shape[0], jnp.float32) if weight is None else weight.reshape(-1).astype(jnp.float32)
+        weighted = x if weight is None else x * w[:, None]
+        return Cross(self.total + jnp.matmul(weighted.T, exact - x, precision="highest"), self.weight + jnp.sum(w))
+
+    def merge(self, other: "Cross") -> "Cross":
+        """Both together."""
+        return jax.tree.map(jnp.add, self, other)
+
+    def scaled(self, factor: Float[Array, " in"]) -> "Cross":
+        """What would have been seen, had the features been multiplied by `factor`."""
+        return replace(self, total=self.total * factor[:, None] * factor)
+
+    @property
+    def mean(self) -> Float[Array, "in in"]:
+        """The weighted mean of x̃ (x − x̃)ᵀ."""
         return self.total / jnp.maximum(self.weight, 1e-30)
 
 
@@ -85,6 +130,10 @@ class AbsMean:
         """Both together."""
         return jax.tree.map(jnp.add, self, other)
 
+    def scaled(self, factor: Float[Array, " in"]) -> "AbsMean":
+        """What would have been seen, had the features been multiplied by `factor`."""
+        return replace(self, total=self.total * jnp.abs(factor))
+
     @property
     def mean(self) -> Float[Array, " in"]:
         """The weighted mean of |x|."""
@@ -94,10 +143,10 @@ class AbsMean:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class AbsMax:
-    """max |x| over tokens and features: what a static activation scale is made of.
+    """max |x| over tokens, feature by feature: what SmoothQuant and static activation scales are made of.
 
     Attributes:
-      largest: float32 scalar.
+      largest: float32 `[in]`.
     """
 
     largest: Any
@@ -105,13 +154,18 @@ class AbsMax:
     @staticmethod
     def init(in_features: int) -> "AbsMax":
         """Nothing seen yet."""
-        return AbsMax(jnp.float32(0))
+        return AbsMax(jnp.zeros(in_features, jnp.float32))
 
     def observe(self, x: Float[Array, "*b in"], weight: Float[Array, "*b"] | None = None) -> "AbsMax":
         """Adds tokens; a token of any positive weight counts."""
         size = jnp.abs(x.astype(jnp.float32))
-        return AbsMax(jnp.maximum(self.largest, jnp.max(size if weight is None else size * (weight > 0)[..., None])))
+        size = size if weight is None else size * (weight > 0)[..., None]
+        return AbsMax(jnp.maximum(self.largest, jnp.max(size.reshape(-1, x.shape[-1]), 0)))
 
     def merge(self, other: "AbsMax") -> "AbsMax":
         """Both together."""
         return jax.tree.map(jnp.maximum, self, other)
+
+    def scaled(self, factor: Float[Array, " in"]) -> "AbsMax":
+        """What would have been seen, had the features been multiplied by `factor`."""
+        return replace(self, largest=self.largest * jnp.abs(factor))

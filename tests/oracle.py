@@ -460,3 +460,45 @@ def kl(p_logits: Float[np.ndarray, "... vocab"], q_logits: Float[np.ndarray, "..
     """Return KL(p || q) = sum p (log p - log q) in nats, averaged over all positions (textbook definition)."""
     log_p, log_q = _log_softmax(p_logits), _log_softmax(q_logits)
     return float((np.exp(log_p) * (log_p - log_q)).sum(axis=-1).mean())
+
+
+# ----------------------------------------------------------------------------------- orders, and scales after rounding
+
+
+def min_pivot(
+    gram: Float[np.ndarray, "in in"], damping: float
+) -> tuple[Int[np.ndarray, " in"], Float[np.ndarray, " in"]]:
+    """Return (order of quantization, D of the LDL^T) of the min-pivot order (arXiv 2507.18553).
+
+    H = L D L^T, damped as in `gptq`, is eliminated step by step, the row with the smallest diagonal of what remains
+    first. Back-substitution ends with the rows eliminated first, so the order of quantization is the reverse; D is
+    returned in that order too. The sum of D is what bounds the output error of Babai's nearest plane.
+    """
+    _, h = _damped(np.zeros((len(gram), 1)), gram, damping)
+    left, eliminated, pivots = list(range(len(h))), [], []
+    while left:
+        row = min(left, key=lambda i: h[i, i])
+        pivots.append(h[row, row])
+        h = h - np.outer(h[:, row], h[row]) / h[row, row]
+        left.remove(row)
+        eliminated.append(row)
+    return np.array(eliminated[::-1]), np.array(pivots[::-1])
+
+
+def pivots(gram: Float[np.ndarray, "in in"], damping: float, order: Int[np.ndarray, " in"]) -> Float[np.ndarray, " in"]:
+    """Return D of `min_pivot` for any order of quantization: the squared diagonal of `babai`'s R."""
+    _, h = _damped(np.zeros((len(gram), 1)), gram, damping)
+    back = np.asarray(order)[::-1]
+    return np.diag(np.linalg.cholesky(h[np.ix_(back, back)]))[::-1] ** 2
+
+
+def best_scales(
+    w: Float[np.ndarray, " in"], directions: Float[np.ndarray, "in scales"], gram: Float[np.ndarray, "in in"]
+) -> Float[np.ndarray, " scales"]:
+    """Return the s that minimises (w - B s)^T H (w - B s) for one column of weights (ordinary least squares).
+
+    H = X^T X with X = sqrt(D) V^T from its eigenvectors, so that H may be singular; then min ||X w - X B s||.
+    """
+    values, vectors = np.linalg.eigh(np.asarray(gram, np.float64))
+    x = np.sqrt(np.maximum(values, 0))[:, None] * vectors.T
+    return np.linalg.lstsq(x @ np.asarray(directions, np.float64), x @ np.asarray(w, np.float64), rcond=None)[0]

@@ -20,6 +20,7 @@ from jquant import (
     MinMax,
     Percentile,
     Search,
+    Tuning,
     dequantize,
     matmul,
     method,
@@ -54,6 +55,11 @@ W = jnp.asarray(np.random.default_rng(0).standard_normal((16, 4)), jnp.float32)
         (lambda: Search(smallest=0.0), "0.0"),
         (lambda: Activation(outliers=0.0), "0.0"),
         (lambda: method("gptqq"), "gptqq"),
+        (lambda: Method(Int(4), error_propagation=1.5), "error_propagation.*1.5"),
+        (lambda: Tuning(steps=0), "steps"),
+        (lambda: Tuning(windows=0), "windows"),
+        (lambda: Tuning(rate=0.0), "rate"),
+        (lambda: Tuning(code_rate=-1.0), "code_rate"),
         (lambda: method("rtn", bits=12), "12"),
     ],
 )
@@ -78,7 +84,7 @@ def test_a_group_larger_than_the_weight_is_named(format):
 # Run-time shape checks are on in this process; users do not have them.
 SHAPES = """
 import jax.numpy as jnp
-from jquant import GGUF, GPTQ, InputError, Int, LlamaCpp, MinMax, Nearest, Search, matmul
+from jquant import GGUF, GPTQ, InputError, Int, LlamaCpp, Method, MinMax, Nearest, Search, Tuning, matmul
 w, gram, format = jnp.ones((16, 4)), jnp.eye(5), Int(4, 8)
 for use in (
     lambda: Search("diagonal")(w, format, gram),
@@ -88,6 +94,9 @@ for use in (
     lambda: GPTQ()(w, *MinMax()(w, format), gram, format),
     lambda: MinMax()(jnp.ones(16), format),
     lambda: Int(4, "row"),
+    lambda: Method(format, token_weights="mass"),
+    lambda: Tuning(target="teacher"),
+    lambda: GPTQ(order="columns"),
 ):
     try:
         use()
@@ -99,10 +108,13 @@ for use in (
 def test_wrong_shapes_are_named_without_run_time_type_checks():
     done = subprocess.run([sys.executable, "-c", SHAPES], capture_output=True, text=True, check=True)
     said = done.stdout.splitlines()
-    assert len(said) == 7
+    assert len(said) == 10
     assert all("(5, 5)" in line for line in said[:5])
     assert "(16,)" in said[5]
     assert "'row'" in said[6]
+    assert "'mass'" in said[7]
+    assert "'teacher'" in said[8]
+    assert "'columns'" in said[9]
 
 
 def test_scales_of_another_grid_are_refused():

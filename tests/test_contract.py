@@ -21,7 +21,7 @@ from jquant.methods import METHODS, Method, method
 from jquant.products import matmul
 from jquant.qtensor import QTensor, dequantize
 from jquant.ranges import LlamaCpp, MinMax, Range
-from jquant.rounding import Nearest, Rounding, SolveInfo
+from jquant.rounding import Nearest, Rounding, SolveInfo, Stochastic
 from jquant.transforms import AWQ
 
 LAYERS = 2
@@ -44,11 +44,11 @@ def whole(w, gram, abs_mean, method: Method):
     traces.append(method)
     s = jnp.ones_like(abs_mean)
     if method.transform is not None:
-        s = method.transform([w], [gram], abs_mean, [method.format])
+        s = method.transform([w], {"gram": [gram], "abs_mean": abs_mean, "abs_max": 3 * abs_mean}, [method.format])
         w, gram = w * s[:, None], gram / (s[:, None] * s)
     groups = [-(-n // size) for n, size in zip(w.shape, block_shape(method.format, w.shape), strict=True)]
     clips = jnp.full(groups, 0.995, jnp.float32) if "clips" in method.needs else None
-    q, info = method.rounding(w, *method.range(w, method.format, gram, clips), gram, method.format)
+    q, info = method.rounding(w, *method.range(w, method.format, gram, clips), gram, method.format, gram)
     if method.activation is not None:
         q = replace(q, activation=method.activation)
         if method.activation.static:
@@ -89,7 +89,7 @@ def test_the_row_makes_a_hashable_method_that_equals_itself_made_again(name):
     assert isinstance(a.format, Format)
     assert isinstance(a.range, Range)
     assert isinstance(a.rounding, Rounding)
-    assert a.needs <= {"gram", "abs_mean", "abs_max", "clips"}
+    assert a.needs <= {"gram", "held_out", "cross", "abs_mean", "abs_max", "clips", "text"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -229,8 +229,8 @@ def test_an_unknown_method_is_refused_with_the_names_there_are():
 FORMATS = sorted({make(name).format for name in NAMES}, key=repr)
 # llama.cpp's own search suits its own types only; they are among the formats.
 ROWS = [make(name) for name in NAMES]
-COMPOSITIONS = sorted({replace(one, format=FORMATS[0], activation=None, token_weights=True) for one in ROWS
-                       if not isinstance(one.range, LlamaCpp)}, key=repr)  # fmt: skip
+SAME = {"format": FORMATS[0], "activation": None, "token_weights": "attention", "tuning": None}
+COMPOSITIONS = sorted({replace(one, **SAME) for one in ROWS if not isinstance(one.range, LlamaCpp)}, key=repr)
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
@@ -248,6 +248,7 @@ def test_every_composition_suits_the_format(format):
     (nearest,) = (float(error) for (_, error), is_plain in zip(found, plain, strict=True) if is_plain)
     for one, (values, error) in zip(COMPOSITIONS, found, strict=True):
         assert np.isfinite(values).all(), one
-        assert 0 < error < 1.5 * nearest, one
+        # Stochastic rounding has twice the variance, and is there for its mean.
+        assert 0 < error < (4 if isinstance(one.rounding, Stochastic) else 1.5) * nearest, one
         if one.transform == AWQ():
             assert (values != 0).any()

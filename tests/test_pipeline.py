@@ -75,7 +75,7 @@ class KeepFloats:
 
     needs = frozenset()
 
-    def __call__(self, w, scale, zero, gram, format):
+    def __call__(self, w, scale, zero, gram, format, held_out=None):
         nothing = jnp.float32(0)
         return w, SolveInfo(nothing, jnp.sum(w * (gram @ w)), nothing, jnp.int32(0), jnp.int32(0))
 
@@ -233,7 +233,9 @@ def test_the_first_block_and_each_site_within_a_block_see_float_inputs(decoder):
 
 
 def test_attention_mass_weights_k_and_v_and_nothing_else(decoder):
-    weighted, plain = (run(decoder, Method(GRID, Search("diagonal"), GPTQ(), token_weights=on)) for on in (True, False))
+    weighted, plain = (
+        run(decoder, Method(GRID, Search("diagonal"), GPTQ(), token_weights=by)) for by in ("attention", "uniform")
+    )
     first = block(decoder, 0)
     seen, weights = taps(decoder, [first]), leaves(first)
     assert seen["attention_mass"].std() > 0.1  # else weighting could not be told from not weighting

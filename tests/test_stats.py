@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jquant.stats import AbsMean, Gram
+from jquant.stats import AbsMax, AbsMean, Gram
 
 TOKENS, FEATURES = 12, 5
 KINDS = [Gram, AbsMean]
@@ -127,3 +127,41 @@ def test_devices_combine_by_a_sum_over_the_leaves(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_mean_of_nothing_is_zero(kind):
     assert (np.asarray(kind.init(FEATURES).mean) == 0).all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(cuts=st.sets(st.integers(1, TOKENS - 1), max_size=3), seed=st.integers(0, 99), weighted=st.booleans())
+def test_the_largest_magnitudes_are_those_of_the_tokens_that_count_however_they_were_observed(cuts, seed, weighted):
+    rng = np.random.default_rng(seed)
+    x, weight = inputs(TOKENS, FEATURES, seed=seed), rng.integers(0, 3, TOKENS).astype(np.float32)
+    x[rng.integers(TOKENS), rng.integers(FEATURES)] = -9  # a feature's largest may be negative
+    wanted = np.abs(x[weight > 0] if weighted else x).max(0, initial=0)
+    parts, running = [], AbsMax.init(FEATURES)
+    for start, stop in pairwise([0, *sorted(cuts), TOKENS]):
+        piece = (jnp.asarray(x[start:stop]), jnp.asarray(weight[start:stop]) if weighted else None)
+        parts.append(observe(AbsMax.init(FEATURES), *piece))
+        running = observe(running, *piece)
+    left, right = AbsMax.init(FEATURES), AbsMax.init(FEATURES)
+    for part in parts:
+        left, right = left.merge(part), part.merge(right)
+    for got in (running, left, right):
+        np.testing.assert_array_equal(got.largest, wanted)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_largest_magnitudes_are_exact_in_any_dtype_and_over_any_leading_axes(dtype):
+    x = jnp.asarray(inputs(2, 3, 7, FEATURES), dtype)
+    weight = jnp.ones((2, 3, 7)).at[1, 2].set(0)
+    exact = np.abs(np.asarray(x, np.float32))
+    for used, part in ((None, exact), (weight, exact[np.asarray(weight) > 0])):
+        got = AbsMax.init(FEATURES).observe(x, used)
+        assert got.largest.dtype == jnp.float32
+        np.testing.assert_array_equal(got.largest, part.reshape(-1, FEATURES).max(0))
+    np.testing.assert_array_equal(AbsMax.init(FEATURES).largest, np.zeros(FEATURES))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, AbsMax])
+def test_scaled_statistics_are_those_of_scaled_inputs(kind):
+    x, factor = inputs(TOKENS, FEATURES), np.array([2, -0.5, 1, 3, 0.1], np.float32)
+    got = kind.init(FEATURES).observe(jnp.asarray(x)).scaled(jnp.asarray(factor))
+    assert_same(got, kind.init(FEATURES).observe(jnp.asarray(x * factor)), rtol=1e-6)

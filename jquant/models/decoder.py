@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 
 from jquant.models.config import DecoderConfig
 from jquant.products import matmul
+from jquant.transforms import hadamard
 
 Taps = dict[str, Array]
 
@@ -38,15 +39,18 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x · scale / √(mean x² + ε), the mean in float32."""
+    """x · scale / √(mean x² + ε), the mean in float32; an x that `rotation` has turned is turned back first."""
 
     def __init__(self, features: int, eps: float):
         self.scale = nnx.Param(jnp.ones(features))
         self.eps = eps
+        self.rotation: hadamard.Rotation | None = None
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         """Normalises the last axis."""
         wide = x.astype(jnp.float32)
+        if self.rotation is not None:
+            wide = hadamard.apply_transpose(wide, self.rotation)
         wide *= jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.eps)
         return wide.astype(x.dtype) * self.scale.get_value()
 
@@ -88,9 +92,10 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """down(silu(gate(x)) · up(x))."""
+    """down(silu(gate(x)) · up(x)); what `down` reads is turned by `rotation` first (`jquant.rotation`)."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        self.rotation: hadamard.Rotation | None = None
         self.gate = Linear(config.hidden, config.ffn, rngs)
         self.up = Linear(config.hidden, config.ffn, rngs)
         self.down = Linear(config.ffn, config.hidden, rngs)
@@ -98,6 +103,8 @@ class MLP(nnx.Module):
     def __call__(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Taps]:
         """Output and taps."""
         inner = jax.nn.silu(self.gate(x)) * self.up(x)
+        if self.rotation is not None:
+            inner = hadamard.apply(inner, self.rotation)
         return self.down(inner), {"mlp_input": x, "mlp_output": inner}
 
 
@@ -125,7 +132,11 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Token ids to logits. `embedding` is `[vocab, d]`; a tied head is the same array, not a copy."""
+    """Token ids to logits. `embedding` is `[vocab, d]`; a tied head is the same array, not a copy.
+
+    The residual stream may be rotated (`jquant.rotation`): by `norm.rotation`, from `embed` until the last norm turns
+    it back, so that embedding and head stay what they are, and tied.
+    """
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         self.config = config
@@ -141,7 +152,8 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         """The residual stream before the first layer."""
-        return self.embedding.get_value()[tokens]
+        x = self.embedding.get_value()[tokens]
+        return x if self.norm.rotation is None else hadamard.apply(x, self.norm.rotation)
 
     def hidden(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         """States after the last norm, from which `logits` reads: 80 times smaller than the logits they stand for."""
@@ -170,11 +182,11 @@ def blocks(decoder: Decoder) -> Iterator[Block]:
 
 
 def with_blocks(decoder: Decoder, layers: Sequence[Block]) -> Decoder:
-    """The decoder with other layers; consecutive ones whose kernels have the same formats make one segment."""
+    """The decoder with other layers; consecutive ones alike in all but their numbers make one segment."""
 
     def kind(layer: Block) -> tuple[Any, ...]:
         leaves, structure = jax.tree.flatten(nnx.state(layer))
-        return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
+        return layer.mlp.rotation, structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
 
     segments = []
     for _, run in groupby(layers, key=kind):

@@ -29,9 +29,17 @@ class Site:
 
 @dataclass(frozen=True)
 class Family:
-    """Names in the decoder -> names in files. `{}` stands for the layer; both formats store kernels `[out, in]`."""
+    """A block's sites, and names in the decoder -> names in files.
+
+    Attributes:
+      sites: in the order in which a block computes them; those that a norm's gain produces read the residual stream.
+      writers: the projections whose outputs are added to the residual stream.
+      hf: names in Hugging Face's files; `{}` stands for the layer. Both formats store kernels `[out, in]`.
+      gguf: names in GGUF files.
+    """
 
     sites: tuple[Site, ...]
+    writers: tuple[str, ...]
     hf: dict[str, str]
     gguf: dict[str, str]
 
@@ -50,6 +58,7 @@ LLAMA = Family(
         Site("mlp_input", ("mlp.gate.kernel", "mlp.up.kernel"), "mlp_norm.scale"),
         Site("mlp_output", ("mlp.down.kernel",), "mlp.up.kernel"),
     ),
+    writers=("attention.o.kernel", "mlp.down.kernel"),
     hf={
         "embedding": "model.embed_tokens.weight",
         "norm.scale": "model.norm.weight",

@@ -1,15 +1,20 @@
-"""GPTQ (arXiv 2210.17323) in its back-substitution form (arXiv 2507.18553).
+"""GPTQ in its back-substitution form (arXiv 2507.18553) and in the paper's own (arXiv 2210.17323).
 
 Minimising trace((W − Ŵ)ᵀ H (W − Ŵ)) over the grid is a closest-vector problem in the lattice spanned by R, where
 H = Rᵀ R and R is upper triangular. Babai's nearest plane solves it greedily from the last row to the first:
 
-    ŵⱼ = Q(wⱼ + Σₖ₍ₖ>ⱼ₎ (rⱼₖ / rⱼⱼ) (wₖ − ŵₖ))
+    ŵⱼ = Q(tⱼ),  tⱼ = wⱼ + Σₖ₍ₖ>ⱼ₎ (rⱼₖ / rⱼⱼ) (wₖ − ŵₖ)
 
-which is what GPTQ computes with the Cholesky factor of H⁻¹, rows taken in the opposite order, without ever inverting H.
-The paper's own form lives in tests/oracle.py; both give the same codes.
+The paper takes the rows in the opposite order and moves those still to come by what each one lost against its *moved*
+value, with the Cholesky factor of the inverse, H⁻¹ = Vᵀ V, V lower triangular once the rows are numbered as above:
+
+    tⱼ = wⱼ − Σₖ₍ₖ>ⱼ₎ (vₖⱼ / vₖₖ) (tₖ − ŵₖ)
+
+Both are one sweep with one unit triangular matrix, and give the same codes but where float rounding decides a tie.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +23,8 @@ from jaxtyping import Float, Int, UInt8
 
 from jquant.errors import InputError
 from jquant.formats import Format
-from jquant.qtensor import QTensor, Stored, dequantize, from_codes, settle
-from jquant.rounding.info import SolveInfo, output_energy
+from jquant.qtensor import QTensor, Stored, from_codes, settle
+from jquant.rounding.info import SolveInfo, output_energy, solve_info
 from jquant.stats import check_gram
 
 
@@ -28,21 +33,44 @@ class GPTQ:
     """Error-compensating rounding against the Gram matrix H of the layer's inputs.
 
     Attributes:
-      damping: added to H's diagonal, as a multiple of its mean. Raised tenfold until the factorisation is finite.
-      act_order: round the rows with the largest Hᵢᵢ first. Scales are fixed beforehand (static groups), so the order
-        costs nothing at inference; without it rows go first to last, as in the paper.
+      damping: added to H's diagonal, as a multiple of its mean over the inputs that fired. Raised tenfold until the
+        factorisation is finite. Of several, each is tried and the one whose codes err least on the held-out windows is
+        kept.
+      order: which row is rounded first. Scales are fixed beforehand (static groups), so no order costs anything at
+        inference. "activation": the largest Hᵢᵢ (act-order). "pivot": the row that a Cholesky factorisation which
+        always eliminates the smallest remaining diagonal eliminates last (min-pivot, arXiv 2507.18553); it keeps the
+        sum of the squared pivots low, which bounds the error. "rows": first to last, as in the paper.
       block: rows per lazy update. Any value gives the same codes up to float rounding; 32 keeps a block of the
         default model's widest matrix in the CPU's second-level cache.
+      form: "babai" factorises H once; "inverse" inverts it and factorises that too, as the paper does (Algorithm 1).
 
     Raises:
-      InputError: no Gram matrix.
+      InputError: no Gram matrix; several dampings and no held-out one; an option that is not there.
     """
 
-    damping: float = 0.01
-    act_order: bool = True
+    damping: float | tuple[float, ...] = 0.01
+    order: Literal["activation", "pivot", "rows"] = "activation"
     block: int = 32
+    form: Literal["babai", "inverse"] = "babai"
 
-    needs = frozenset({"gram"})
+    def __post_init__(self) -> None:
+        if self.order not in ("activation", "pivot", "rows"):
+            raise InputError(f'GPTQ takes order="activation", "pivot" or "rows", not {self.order!r}.')
+        if self.form not in ("babai", "inverse"):
+            raise InputError(f'GPTQ takes form="babai" or "inverse", not {self.form!r}.')
+        if not self._dampings or not all(damping >= 0 for damping in self._dampings):
+            raise InputError(f"GPTQ takes a damping of at least 0, or several, not {self.damping!r}.")
+        if self.block < 1:
+            raise InputError(f"GPTQ takes blocks of at least 1 row, not {self.block}.")
+
+    @property
+    def _dampings(self) -> tuple[float, ...]:
+        return self.damping if isinstance(self.damping, tuple) else (self.damping,)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """See `Rounding`; the held-out Gram matrix only where there are several dampings to choose from."""
+        return frozenset({"gram", "held_out"} if len(self._dampings) > 1 else {"gram"})
 
     def __call__(
         self,
@@ -51,82 +79,163 @@ class GPTQ:
         zero: Stored,
         gram: Float[Array, "in in"] | None,
         format: Format,
+        held_out: Float[Array, "in in"] | None = None,
     ) -> tuple[QTensor, SolveInfo]:
         """See `Rounding`. A row whose input never fired (Hᵢᵢ = 0) takes the code nearest to zero, as in the paper."""
         if gram is None:
             raise InputError("GPTQ needs the Gram matrix of the layer's inputs: give it calibration text.")
+        if held_out is None and "held_out" in self.needs:
+            raise InputError("GPTQ chooses among dampings by a second Gram matrix: give it held-out windows.")
         check_gram(gram, w)
-        diagonal = jnp.diagonal(gram)
-        dead = diagonal == 0
-        order = jnp.argsort(diagonal, stable=True) if self.act_order else jnp.arange(w.shape[0])[::-1]
-        factor, damping, attempts = _factorize(gram + jnp.diag(dead.astype(gram.dtype)), order, self.damping)
-
+        check_gram(held_out, w)
+        w = w.astype(jnp.float32)
         stored, at = settle(scale, zero, format, w.shape)
-        target = jnp.where(dead[:, None], 0, w).astype(jnp.float32)
-        rows = jax.tree.map(lambda v: jnp.broadcast_to(v, w.shape)[order], (target, *at))
-        codes = _sweep(rows, factor, format, self.block)
-        q = from_codes(jnp.zeros_like(codes).at[order].set(codes), *stored, format)
-        error = output_energy(w - dequantize(q), gram)
-        return q, SolveInfo(error, output_energy(w, gram), damping, attempts, jnp.sum(dead))
+        dead = jnp.diagonal(gram) == 0
+        target = jnp.where(dead[:, None], 0, w)
+        rows = jax.tree.map(lambda v: jnp.broadcast_to(v, w.shape), (target, *at))
+        live = _enliven(gram, dead)
+
+        def solve(damping: Array) -> tuple[Array, Array, Array]:
+            unit, order, used, attempts = self._factorize(live, damping)
+            codes = _sweep(jax.tree.map(lambda v: v[order], rows), unit, format, self.block, self.form == "inverse")
+            return jnp.zeros_like(codes).at[order].set(codes), used, attempts
+
+        def choose(best: tuple[Array, ...], damping: Array):
+            codes, *done = solve(damping)
+            new = (output_energy(w - format.decode(codes, *at), held_out), codes, *done)
+            better = (new[0] < best[0]) | (best[-1] == 0)  # anything is better than nothing tried yet
+            return jax.tree.map(lambda a, b: jnp.where(better, a, b), new, best), None
+
+        dampings = jnp.array(self._dampings, jnp.float32)
+        if len(dampings) == 1:
+            codes, used, attempts = solve(dampings[0])
+        else:
+            # A scan holds one candidate and the best: memory does not grow with their number.
+            best = (jnp.float32(jnp.nan), jnp.zeros(w.shape, jnp.uint8), dampings[0], jnp.int32(0))
+            (_, codes, used, attempts), _ = jax.lax.scan(choose, best, dampings)
+        q = from_codes(codes, *stored, format)
+        return q, solve_info(w, q, gram, held_out, used, attempts)
+
+    def _factorize(
+        self, gram: Float[Array, "n n"], damping: Array
+    ) -> tuple[Float[Array, "n n"], Int[Array, " n"], Array, Array]:
+        """The sweep's unit triangular matrix, last row rounded first; the row at each place; damping used; attempts."""
+        n, mean = len(gram), jnp.mean(jnp.diagonal(gram))
+
+        def attempt(state):
+            *_, used, attempts = state
+            # 1e-6 is the least that float32 can see beside the mean.
+            used = jnp.where(attempts == 0, damping, jnp.maximum(10 * used, 1e-6))
+            damped = gram + used * mean * jnp.eye(n, dtype=gram.dtype)
+            order = self._order(gram, damped)
+            return _unit_factor(damped[order][:, order], self.form == "inverse"), order, used, attempts + 1
+
+        def failed(state):
+            unit, _, used, attempts = state
+            # Past 1000 times the mean the matrix itself is not finite; the identity below then means plain rounding.
+            return (attempts == 0) | (~jnp.all(jnp.isfinite(unit)) & (used < 1e3))
+
+        blank = (jnp.zeros_like(gram), jnp.arange(n), jnp.zeros_like(damping), jnp.int32(0))
+        unit, order, used, attempts = jax.lax.while_loop(failed, attempt, blank)
+        return jnp.where(jnp.all(jnp.isfinite(unit)), unit, jnp.eye(n, dtype=gram.dtype)), order, used, attempts
+
+    def _order(self, gram: Float[Array, "n n"], damped: Float[Array, "n n"]) -> Int[Array, " n"]:
+        """The row at each place of the factorisation; the last place is rounded first."""
+        match self.order:
+            case "activation":
+                return jnp.argsort(jnp.diagonal(gram), stable=True)
+            case "pivot":
+                return min_pivot(damped, self.block)
+        return jnp.arange(len(gram))[::-1]
 
 
-def _factorize(
-    gram: Float[Array, "n n"], order: Int[Array, " n"], damping: float
-) -> tuple[Float[Array, "n n"], Array, Array]:
-    """U = diag(R)⁻¹ R, unit upper-triangular, of the reordered, damped Gram matrix; the damping used; attempts made."""
-    gram = gram[order][:, order]
-    mean, eye = jnp.mean(jnp.diagonal(gram)), jnp.eye(len(gram), dtype=gram.dtype)
+def _enliven(gram: Float[Array, "n n"], dead: Array) -> Float[Array, "n n"]:
+    """The Gram matrix with the live inputs' mean square in the place of the dead ones', where the paper's code puts 1.
 
-    def attempt(amount: Array, attempts: Array):
-        return jnp.linalg.cholesky(gram + amount * mean * eye), amount, attempts
+    So neither dead inputs nor the unit of the activations change what the damping means.
+    """
+    count = jnp.sum(~dead)
+    mean = jnp.where(count == 0, 1, jnp.sum(jnp.diagonal(gram)) / jnp.maximum(count, 1))
+    return gram + jnp.diag(jnp.where(dead, mean, 0).astype(gram.dtype))
 
-    def failed(state):
-        lower, amount, _ = state
-        # Past 1000 times the mean the matrix itself is not finite; the identity below then means plain rounding.
-        return ~jnp.all(jnp.isfinite(lower)) & (amount < 1e3)
 
-    first = attempt(jnp.float32(damping), jnp.int32(1))
-    # 1e-6 is the least that float32 can see beside the mean.
-    again = lambda state: attempt(jnp.maximum(10 * state[1], 1e-6), state[2] + 1)  # noqa: E731
-    lower, amount, attempts = jax.lax.while_loop(failed, again, first)
-    unit = (lower / jnp.diagonal(lower)).T
-    return jnp.where(jnp.all(jnp.isfinite(unit)), unit, eye), amount, attempts
+def _unit_factor(gram: Float[Array, "n n"], inverse: bool) -> Float[Array, "n n"]:
+    """Unit upper triangular: rⱼₖ / rⱼⱼ, or −vₖⱼ / vₖₖ above the diagonal; not finite where a factorisation fails."""
+    lower = jnp.linalg.cholesky(gram)
+    if not inverse:
+        return (lower / jnp.diagonal(lower)).T
+    # Numbered from the end, as the paper does, V is upper triangular, the transpose of a lower Cholesky factor.
+    inverted = jax.scipy.linalg.cho_solve((lower, True), jnp.eye(len(gram), dtype=gram.dtype))
+    lower = jnp.linalg.cholesky(inverted[::-1, ::-1])
+    return -(lower / jnp.diagonal(lower))[::-1, ::-1]
+
+
+def min_pivot(gram: Float[Array, "n n"], block: int = 32) -> Int[Array, " n"]:
+    """The order in which a Cholesky factorisation eliminates rows if it always takes the least remaining diagonal.
+
+    Blocked: within a block only the pivots' columns are computed, from a panel of those before them; the whole Schur
+    complement is updated by one matrix product a block (n³ operations in all).
+    """
+    n = len(gram)
+
+    def eliminate_block(state, start):
+        schur = state[0]
+
+        def eliminate(k, state):
+            panel, diagonal, done, order = state
+            # Without the bound an infinite diagonal would be no larger than what is done, and a row come twice.
+            pivot = jnp.argmin(jnp.where(done, jnp.inf, jnp.minimum(diagonal, jnp.finfo(diagonal.dtype).max)))
+            size = diagonal[pivot]
+            done = done.at[pivot].set(True)
+            column = schur[pivot] - jnp.matmul(panel, panel[pivot], precision="highest")
+            # A pivot that float rounding made negative will fail the factorisation; here it eliminates nothing.
+            column = jnp.where(done | ~(size > 0), 0, column * jax.lax.rsqrt(size))
+            # Places past n, of a short last block, are dropped.
+            return panel.at[:, k].set(column), diagonal - column**2, done, order.at[start + k].set(pivot)
+
+        panel, *rest = jax.lax.fori_loop(0, block, eliminate, (jnp.zeros((n, block), gram.dtype), *state[1:]))
+        return (schur - jnp.matmul(panel, panel.T, precision="highest"), *rest), None
+
+    blank = (gram, jnp.diagonal(gram), jnp.zeros(n, bool), jnp.zeros(n, int))
+    (*_, order), _ = jax.lax.scan(eliminate_block, blank, jnp.arange(0, n, block))
+    return order
 
 
 def _sweep(
-    rows: tuple[Array, Array, Array | None], factor: Float[Array, "n n"], format: Format, block: int
+    rows: tuple[Array, Array, Array | None], unit: Float[Array, "n n"], format: Format, block: int, moved: bool
 ) -> UInt8[Array, "n out"]:
     """Rounds rows of weights from last to first, each to its own scale and zero (`[n, out]`, all three).
 
-    Rows go in blocks. A block first gathers what all later rows owe it in one matrix product (2 n² out operations in
-    all), then is swept row by row. Both loops are lax loops: the program's size does not depend on the matrix.
+    Row j's target is wⱼ + Σₖ₍ₖ>ⱼ₎ uⱼₖ eₖ with the unit matrix U; eₖ is what row k lost, counted from its target if
+    `moved`, from the weight itself if not. Rows go in blocks. A block first gathers what all later rows owe it in one
+    matrix product (2 n² out operations in all), then is swept row by row. Both loops are lax loops: the program's size
+    does not depend on the matrix.
     """
-    n = len(factor)
+    n = len(unit)
     pad = -n % block
     rows = jax.tree.map(lambda v: jnp.pad(v, ((0, pad), (0, 0)), "edge"), rows)  # not every scale's dtype has a 0
-    factor = jnp.pad(factor, ((0, pad), (0, pad)))  # rows of the filling owe nothing to others
+    unit = jnp.pad(unit, ((0, pad), (0, pad)))  # rows of the filling owe nothing to others
 
     def sweep_block(carry, index):
         errors, codes = carry
         start = index * block
         cut = lambda v: jax.lax.dynamic_slice_in_dim(v, start, block)  # noqa: E731
-        debts = cut(factor)
+        debts = cut(unit)
         within = jax.lax.dynamic_slice_in_dim(debts, start, block, axis=1)
         weights, scales, zeros = jax.tree.map(cut, rows)
         targets = weights + jnp.matmul(debts, errors, precision="highest")
 
         def sweep_row(i, state):
-            targets, deltas, codes = state
+            targets, lost, codes = state
             row = block - 1 - i
             at = jax.tree.map(lambda v: v[row], (scales, zeros))
             code = format.encode(targets[row], *at)
-            # The debt is counted from the original weight: wₖ − ŵₖ, not from the compensated target.
-            delta = weights[row] - format.decode(code, *at)
-            return targets + within[:, row, None] * delta, deltas.at[row].set(delta), codes.at[row].set(code)
+            loss = (targets if moved else weights)[row] - format.decode(code, *at)
+            return targets + within[:, row, None] * loss, lost.at[row].set(loss), codes.at[row].set(code)
 
         blank = (targets, jnp.zeros_like(targets), jnp.zeros(targets.shape, jnp.uint8))
-        _, deltas, block_codes = jax.lax.fori_loop(0, block, sweep_row, blank)
-        errors = jax.lax.dynamic_update_slice_in_dim(errors, deltas, start, 0)
+        _, lost, block_codes = jax.lax.fori_loop(0, block, sweep_row, blank)
+        errors = jax.lax.dynamic_update_slice_in_dim(errors, lost, start, 0)
         return (errors, jax.lax.dynamic_update_slice_in_dim(codes, block_codes, start, 0)), None
 
     blank = (jnp.zeros_like(rows[0]), jnp.zeros(rows[0].shape, jnp.uint8))

@@ -1,6 +1,6 @@
-"""What a rounding returns beside the codes."""
+"""The contract of every rounding, and what it returns beside the codes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -9,7 +9,11 @@ from jax import Array
 from jaxtyping import Float
 
 from jquant.formats import Format
-from jquant.qtensor import QTensor, Stored
+from jquant.qtensor import QTensor, Stored, dequantize
+
+
+def _unknown() -> Array:
+    return jnp.float32(jnp.nan)
 
 
 @jax.tree_util.register_dataclass
@@ -23,6 +27,8 @@ class SolveInfo:
       damping: what was added to H's diagonal, as a multiple of its mean.
       attempts: factorisations tried before one was finite.
       dead: inputs that were never active.
+      held_out_error: the error on other windows than those that H was observed on; NaN without them.
+      held_out_energy: the energy there.
     """
 
     error: Any
@@ -30,6 +36,8 @@ class SolveInfo:
     damping: Any
     attempts: Any
     dead: Any
+    held_out_error: Any = field(default_factory=_unknown)
+    held_out_energy: Any = field(default_factory=_unknown)
 
 
 @runtime_checkable
@@ -38,7 +46,7 @@ class Rounding(Protocol):
 
     @property
     def needs(self) -> frozenset[str]:
-        """What it must be given beside weight and grid: a subset of {"gram"}."""
+        """What it must be given beside weight and grid: a subset of {"gram", "held_out"}."""
         ...
 
     def __call__(
@@ -48,11 +56,42 @@ class Rounding(Protocol):
         zero: Stored,
         gram: Float[Array, "in in"] | None,
         format: Format,
+        held_out: Float[Array, "in in"] | None = None,
     ) -> tuple[QTensor, SolveInfo]:
-        """Codes of `w` on the grid, and what was done."""
+        """Codes of `w` on the grid, and what was done.
+
+        Args:
+          w: the weight.
+          scale: of each group, `[groups, columns]`, as a range chose it.
+          zero: of each group, or None.
+          gram: mean x xᵀ over the calibration windows.
+          format: what a code means.
+          held_out: mean x xᵀ over other windows.
+        """
         ...
 
 
 def output_energy(delta: Float[Array, "in out"], gram: Float[Array, "in in"] | None) -> Float[Array, ""]:
     """trace(Δᵀ H Δ); NaN where no Gram matrix was observed."""
-    return jnp.float32(jnp.nan) if gram is None else jnp.sum(delta * jnp.matmul(gram, delta, precision="highest"))
+    return _unknown() if gram is None else jnp.sum(delta * jnp.matmul(gram, delta, precision="highest"))
+
+
+def solve_info(
+    w: Float[Array, "in out"],
+    q: QTensor,
+    gram: Float[Array, "in in"] | None,
+    held_out: Float[Array, "in in"] | None,
+    damping: Array | float = 0.0,
+    attempts: Array | int = 0,
+) -> SolveInfo:
+    """What a rounding of `w` to `q` did."""
+    delta = w - dequantize(q)
+    return SolveInfo(
+        error=output_energy(delta, gram),
+        energy=output_energy(w, gram),
+        damping=jnp.float32(damping),
+        attempts=jnp.int32(attempts),
+        dead=jnp.int32(0) if gram is None else jnp.sum(jnp.diagonal(gram) == 0),
+        held_out_error=output_energy(delta, held_out),
+        held_out_energy=output_energy(w, held_out),
+    )

@@ -2,19 +2,18 @@
 
 from dataclasses import dataclass
 
-import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
 from jquant.formats import Format
-from jquant.qtensor import QTensor, Stored, dequantize, quantize
-from jquant.rounding.info import SolveInfo, output_energy
+from jquant.qtensor import QTensor, Stored, quantize
+from jquant.rounding.info import SolveInfo, solve_info
 from jquant.stats import check_gram
 
 
 @dataclass(frozen=True)
 class Nearest:
-    """Each weight takes its nearest code; the Gram matrix serves only to report the error."""
+    """Each weight takes its nearest code; the Gram matrices serve only to report the error."""
 
     needs = frozenset()
 
@@ -25,10 +24,10 @@ class Nearest:
         zero: Stored,
         gram: Float[Array, "in in"] | None,
         format: Format,
+        held_out: Float[Array, "in in"] | None = None,
     ) -> tuple[QTensor, SolveInfo]:
         """See `Rounding`."""
         check_gram(gram, w)
+        check_gram(held_out, w)
         q = quantize(w, scale, zero, format)
-        dead = jnp.int32(0) if gram is None else jnp.sum(jnp.diagonal(gram) == 0)
-        error = output_energy(w - dequantize(q), gram)
-        return q, SolveInfo(error, output_energy(w, gram), jnp.float32(0), jnp.int32(0), dead)
+        return q, solve_info(w, q, gram, held_out)

@@ -1,5 +1,9 @@
 """Exact rewrites of the network before rounding."""
 
 from jquant.transforms.awq import AWQ
+from jquant.transforms.base import Transform
+from jquant.transforms.hadamard import Rotation
+from jquant.transforms.permutation import row_magnitude, sort_channels
+from jquant.transforms.smoothquant import SmoothQuant
 
-__all__ = ["AWQ"]
+__all__ = ["AWQ", "Rotation", "SmoothQuant", "Transform", "row_magnitude", "sort_channels"]

@@ -6,8 +6,9 @@ For a scale s per input channel, W is replaced by diag(s) W and the layer's inpu
 over all calibration tokens, from their Gram matrix: trace(Δᵀ H Δ) for Δ = diag(1/s) Q(diag(s) W) − W.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,21 +34,20 @@ class AWQ:
     steps: int = 20
     range: Range = field(default_factory=MinMax)
 
+    needs = frozenset({"gram", "abs_mean"})
+
     def __call__(
-        self,
-        weights: Sequence[Float[Array, "in _"]],
-        grams: Sequence[Float[Array, "in in"]],
-        abs_mean: Float[Array, " in"],
-        formats: Sequence[Format],
+        self, weights: Sequence[Float[Array, "in _"]], stats: Mapping[str, Any], formats: Sequence[Format]
     ) -> Float[Array, " in"]:
         """The scale s by which input channels are multiplied (and their producer divided), `[in]`, positive.
 
         Args:
           weights: the matrices that read the input.
-          grams: the Gram matrix of each one's input (they may weight tokens differently).
-          abs_mean: mean |x| of each input channel, already averaged over channels that must share a scale.
+          stats: "gram", a list of the Gram matrix `[in, in]` of each one's input (they may weight tokens differently);
+            "abs_mean", `[in]`: mean |x| of each input channel, already averaged over channels that must share a scale.
           formats: what each weight will be rounded to.
         """
+        grams, abs_mean = stats["gram"], stats["abs_mean"]
 
         def scale_at(alpha: Array) -> Array:
             s = jnp.maximum(abs_mean, 1e-5) ** alpha

@@ -1,0 +1,169 @@
+"""Exact rewrites of a whole decoder before it is quantized: rotations, and permutations of the MLP's channels.
+
+RMSNorm without gain commutes with an orthogonal matrix, so a network whose residual stream, value heads and MLP
+activations are rotated computes what it did before, from weights and activations without outliers (QuaRot, arXiv
+2404.00456, §4; SpinQuant, arXiv 2405.16406, Fig. 1, R1, R2 and R4). Quantize the rotated decoder by any method.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.nnx.traversals import flatten_mapping, unflatten_mapping
+from jax import Array
+from jaxtyping import Float, Int
+
+from jquant.errors import InputError
+from jquant.models.decoder import Block, Decoder
+from jquant.models.families import LLAMA, V
+from jquant.qtensor import QTensor
+from jquant.transforms.hadamard import Kind, Rotation, apply
+
+Stack = dict[str, Array]  # "attention.q.kernel" -> a parameter of one layer, or of several, stacked
+
+SITES = {site.tap: site for site in LLAMA.sites}
+
+
+def rotate(
+    decoder: Decoder,
+    residual: bool = True,
+    heads: bool = True,
+    mlp: bool = True,
+    seed: int | None = 0,
+    kind: Kind = "hadamard",
+) -> Decoder:
+    """A decoder with the same logits whose weights and activations are rotated; computed in float32.
+
+    Args:
+      decoder: float; left untouched. Embedding, head and last norm are shared with it, so tied ones stay tied.
+      residual: fold the gains of the blocks' norms into the projections that read them, and rotate the residual stream;
+        while the model runs, one fast transform after the embedding and one before the last norm.
+      heads: rotate each value head's channels, and the rows of `o` that read them; costs nothing when the model runs.
+      mlp: rotate what `down` reads, by a fast transform when the model runs. A transform that scales those channels
+        (AWQ, SmoothQuant) can then no longer be folded into `up`.
+      seed: of the rotations' random signs; None for none.
+      kind: see `Rotation`.
+
+    Raises:
+      InputError: a block's weight is quantized; the residual stream or the MLP is rotated already.
+    """
+    _check_float(decoder, "rotate")
+    if residual and decoder.norm.rotation is not None:
+        raise InputError("The decoder's residual stream is rotated already: rotate the original model.")
+    if mlp and any(segment.mlp.rotation is not None for segment in decoder.segments):
+        raise InputError("The decoder's MLP is rotated already: rotate the original model.")
+    config = decoder.config
+    widths = {"stream": (residual, config.hidden), "head": (heads, config.head_dim), "inner": (mlp, config.ffn)}
+    rotations = {name: Rotation(width, seed, kind) for name, (wanted, width) in widths.items() if wanted}
+    new = nnx.clone(decoder)
+    for segment in new.segments:
+        _update(segment, _rotate_stack(_flat(segment), **rotations))
+        segment.mlp.rotation = rotations.get("inner", segment.mlp.rotation)
+    new.norm.rotation = rotations.get("stream", new.norm.rotation)
+    return new
+
+
+def permute_mlp(decoder: Decoder, order: Int[Array | np.ndarray, "layers ffn"]) -> Decoder:
+    """A decoder with the same logits whose MLPs hold their inner channels in another order.
+
+    Columns of `gate` and `up` and rows of `down` move together, so that the groups of `down` hold the channels that
+    `order` puts side by side (`transforms.sort_channels` makes one).
+
+    Args:
+      decoder: float; left untouched.
+      order: per layer, the old channel that comes first, second, …
+
+    Raises:
+      InputError: a block's weight is quantized; the MLP is rotated already; a row of `order` is no permutation.
+    """
+    _check_float(decoder, "permute")
+    layers, ffn = decoder.config.layers, decoder.config.ffn
+    if order.shape != (layers, ffn):
+        raise InputError(f"{layers} layers with {ffn} inner channels cannot take an order of shape {order.shape}.")
+    for index, row in enumerate(np.asarray(order)):
+        if not np.array_equal(np.sort(row), np.arange(ffn)):
+            raise InputError(f"The order of layer {index} is no permutation of its {ffn} inner channels.")
+    if any(segment.mlp.rotation is not None for segment in decoder.segments):
+        raise InputError("The decoder's MLP is rotated, and what follows a rotation cannot be permuted: permute first.")
+    new, first = nnx.clone(decoder), 0
+    for segment, stack in _stacks(new):
+        count = len(stack[V])
+        _update(segment, _permute_stack(stack, jnp.asarray(order[first : first + count])))
+        first += count
+    return new
+
+
+@partial(jax.jit, static_argnames=("stream", "head", "inner"))
+def _rotate_stack(
+    stack: Stack, stream: Rotation | None = None, head: Rotation | None = None, inner: Rotation | None = None
+) -> Stack:
+    """Layer by layer, so that one layer's float32 copies are alive at a time."""
+    return jax.lax.map(partial(_rotate_layer, stream=stream, head=head, inner=inner), stack)
+
+
+def _rotate_layer(layer: Stack, stream: Rotation | None, head: Rotation | None, inner: Rotation | None) -> Stack:
+    new = {path: leaf.astype(jnp.float32) for path, leaf in layer.items()}
+    if stream is not None:
+        for site in LLAMA.sites:
+            if site.producer.endswith(".scale"):
+                for path in site.weights:
+                    new[path] = _rotate_rows(new[site.producer][:, None] * new[path], stream)
+                new[site.producer] = jnp.ones_like(new[site.producer])
+        for path in LLAMA.writers:
+            new[path] = apply(new[path], stream)
+    if head is not None:
+        new[V] = _rotate_heads(new[V], head)
+        for path in SITES["attention_output"].weights:
+            new[path] = _rotate_heads(new[path].T, head).T
+    if inner is not None:
+        for path in SITES["mlp_output"].weights:
+            new[path] = _rotate_rows(new[path], inner)
+    return {path: leaf.astype(layer[path].dtype) for path, leaf in new.items()}
+
+
+def _rotate_rows(w: Float[Array, "in out"], rotation: Rotation) -> Float[Array, "in out"]:
+    """Qᵀ w, which reads x Q as w reads x."""
+    return apply(w.T, rotation).T
+
+
+def _rotate_heads(w: Float[Array, "in out"], rotation: Rotation) -> Float[Array, "in out"]:
+    """Every head's columns by the same rotation: query heads that share a value head must, the others may."""
+    return apply(w.reshape(len(w), -1, rotation.size), rotation).reshape(w.shape)
+
+
+@jax.jit
+def _permute_stack(stack: Stack, order: Int[Array, "l ffn"]) -> Stack:
+    new = dict(stack)
+    for path in SITES["mlp_input"].weights:
+        new[path] = jnp.take_along_axis(new[path], order[:, None, :], -1)
+    for path in SITES["mlp_output"].weights:
+        new[path] = jnp.take_along_axis(new[path], order[:, :, None], -2)
+    return new
+
+
+def _check_float(decoder: Decoder, verb: str) -> None:
+    first = 0
+    for _, stack in _stacks(decoder):
+        for path, leaf in stack.items():
+            if isinstance(leaf, QTensor):
+                raise InputError(f"layers.{first}.{path} is quantized: {verb} the float model.")
+        first += jax.tree.leaves(stack)[0].shape[0]
+
+
+def _stacks(decoder: Decoder) -> Iterator[tuple[Block, dict[str, Any]]]:
+    """Every segment with its parameters by name."""
+    for segment in decoder.segments:
+        yield segment, _flat(segment)
+
+
+def _flat(segment: Block) -> dict[str, Any]:
+    state = flatten_mapping(nnx.to_pure_dict(nnx.state(segment)))
+    return {".".join(map(str, path)): leaf for path, leaf in state.items()}
+
+
+def _update(segment: Block, stack: Stack) -> None:
+    nnx.update(segment, unflatten_mapping({tuple(path.split(".")): leaf for path, leaf in stack.items()}))

@@ -1,0 +1,140 @@
+"""Scales, and float zeros, fitted anew to codes that stay."""
+
+from dataclasses import dataclass, field, replace
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from jquant.errors import InputError
+from jquant.formats import Format, block_shape, expand, unpack
+from jquant.qtensor import QTensor, Stored, dequantize, is_integer, stored_grid
+from jquant.rounding.gptq import GPTQ
+from jquant.rounding.info import Rounding, SolveInfo, solve_info
+from jquant.stats import check_gram
+
+NOISE = 1e-6  # of the terms that make it up: below that a float32 sum may be nothing but rounding
+
+
+@dataclass(frozen=True)
+class Refit:
+    """Rounds with another rounding, then moves each group's scale to where its codes err least.
+
+    With the codes fixed, ŵ = s q + z in a group of scale s and float zero z, q being what the codes mean under a scale
+    of 1 (integer zeros stay, as part of q). Along one group's scale, the others fixed, trace((W − Ŵ)ᵀ H (W − Ŵ)) is
+    least at
+
+        s_g + (eᵀ H_{·g} q_g) / (q_gᵀ H_gg q_g),  e = w − ŵ,
+
+    and likewise along scale and zero together. Every group in turn takes that step, each column on its own: coordinate
+    descent with exact steps. The new scale is taken as it will be stored, and only where the error falls: it never
+    rises. Columns that share a scale, in blocks or under "tensor", sum both terms. H is not damped.
+
+    Scales that are quantized in turn (k-quants, double quantization, NVFP4) stay as they are; powers of two (MX) move
+    where a neighbouring power is better.
+
+    Attributes:
+      start: the rounding that chooses the codes.
+      passes: over all groups.
+
+    Raises:
+      InputError: no Gram matrix; fewer than 1 pass.
+    """
+
+    start: Rounding = field(default_factory=GPTQ)
+    passes: int = 2
+
+    def __post_init__(self) -> None:
+        if self.passes < 1:
+            raise InputError(f"Refit takes at least 1 pass, not {self.passes}.")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """See `Rounding`."""
+        return self.start.needs | {"gram"}
+
+    def __call__(
+        self,
+        w: Float[Array, "in out"],
+        scale: Stored,
+        zero: Stored,
+        gram: Float[Array, "in in"] | None,
+        format: Format,
+        held_out: Float[Array, "in in"] | None = None,
+    ) -> tuple[QTensor, SolveInfo]:
+        """See `Rounding`; damping and attempts are those of `start`."""
+        if gram is None:
+            raise InputError("Refit needs the Gram matrix of the layer's inputs: give it calibration text.")
+        check_gram(gram, w)
+        q, info = self.start(w, scale, zero, gram, format, held_out)
+        if isinstance(format.scale, str):
+            q = _refit(w.astype(jnp.float32), q, gram, self.passes, format.scale)
+        return q, solve_info(w, q, gram, held_out, info.damping, info.attempts)
+
+
+def _refit(w: Float[Array, "in out"], q: QTensor, gram: Float[Array, "in in"], passes: int, dtype: str) -> QTensor:
+    """The same codes under scales, and float zeros, that err less."""
+    (n, out), (rows, columns) = w.shape, block_shape(q.format, q.shape)
+    pad = -n % rows
+    scale, zero = stored_grid(q)
+    # A zero that is not free has the direction 0: it never moves and never counts.
+    free = None if is_integer(zero) else zero
+    inside = jax.tree.map(lambda v: expand(v, (rows, columns), w.shape), zero if free is None else jnp.zeros((1, 1)))
+    basis = q.format.decode(unpack(q.codes, q.format.bits, n), jnp.ones((1, 1)), inside)
+
+    def tiles(v: Array) -> Array:
+        return jnp.pad(v, ((0, pad), (0, 0))).reshape(-1, rows, v.shape[1])
+
+    def per_block(v: Array) -> Array:
+        wide = jnp.pad(jnp.broadcast_to(v, (rows, out)), ((0, 0), (0, -out % columns)))
+        return jnp.sum(wide.reshape(rows, -1, columns), (0, 2))
+
+    def step(errors: Array, group: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
+        index, lines, s, z, w, *grid = group
+        own = jax.lax.dynamic_slice_in_dim(lines, index * rows, rows, 1)
+        pull = jnp.matmul(lines, errors.reshape(-1, out), precision="highest")
+        bent, tilted = (jnp.matmul(own, v, precision="highest") for v in (s, z))
+        size = jnp.diagonal(own)[:, None]
+        terms = (s * pull, z * pull, s * bent, z * bent, z * tilted, size * s**2, size * z**2)
+        grid = _descend(tuple(grid), tuple(map(per_block, terms)), dtype)
+        at_s, at_z = (expand(v[None], (1, columns), (1, out)) for v in grid)
+        return errors.at[index].set(w - (s * at_s + z * at_z)), grid
+
+    direction = tiles(jnp.full((n, 1), float(free is not None), jnp.float32))
+    groups = (tiles(jnp.pad(gram, ((0, 0), (0, pad)))), tiles(basis), direction, tiles(w))
+    indices = jnp.arange(len(direction))
+
+    def one_pass(_, state):
+        errors, grid = state
+        return jax.lax.scan(step, errors, (indices, *groups, *grid))
+
+    wide = scale.astype(jnp.float32)
+    start = tiles(w - dequantize(q)), (wide, jnp.zeros_like(wide) if free is None else free.astype(jnp.float32))
+    _, (new_scale, new_zero) = jax.lax.fori_loop(0, passes, one_pass, start)
+    return replace(q, scale=new_scale.astype(dtype), zero=q.zero if free is None else new_zero.astype(dtype))
+
+
+def _descend(grid: tuple[Array, ...], terms: tuple[Array, ...], dtype: str) -> tuple[Array, Array]:
+    """The best scale and zero of each block, as stored; the old ones where those err no less (`[columns]`, all).
+
+    With (σ, ζ) the change of scale and zero, the error falls by 2 σ pull_s + 2 ζ pull_z − σ² ss − 2 σ ζ sz − ζ² zz.
+    The sizes are Σ Hᵢᵢ sᵢ² and Σ Hᵢᵢ zᵢ², what curvatures are compared with.
+    """
+    (scale, zero), (pull_s, pull_z, ss, sz, zz, size_s, size_z) = grid, terms
+
+    def quotient(a: Array, b: Array, size: Array) -> Array:
+        real = b > NOISE * size
+        return jnp.where(real, a / jnp.where(real, b, 1), 0)
+
+    stored = lambda v: v.astype(dtype).astype(jnp.float32)  # noqa: E731
+    # The zero is eliminated first, then fitted to the scale as stored.
+    share = quotient(sz, zz, size_z)
+    new_scale = stored(scale + quotient(pull_s - share * pull_z, ss - share * sz, size_s))
+    change = new_scale - scale
+    new_zero = jnp.where(zz > 0, stored(zero + quotient(pull_z - change * sz, zz, size_z)), zero)
+    shift = new_zero - zero
+    gain = 2 * (change * pull_s + shift * pull_z)
+    loss = (change**2 * ss, 2 * change * shift * sz, shift**2 * zz)
+    better = gain - sum(loss) > NOISE * sum(map(jnp.abs, loss))
+    return jnp.where(better, new_scale, scale), jnp.where(better, new_zero, zero)

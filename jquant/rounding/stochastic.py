@@ -1,0 +1,72 @@
+"""Stochastic rounding: right on average."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, UInt32
+
+from jquant.formats import Format
+from jquant.qtensor import QTensor, Stored, from_codes, settle
+from jquant.rounding.info import SolveInfo, solve_info
+from jquant.rounding.neighbours import neighbours
+from jquant.stats import check_gram
+
+
+@dataclass(frozen=True)
+class Stochastic:
+    """Each weight takes one of the two grid values around it, the nearer the likelier, so that E[ŵ] = w.
+
+    Weights beyond the grid take its end. (Croci et al. 2022, "Stochastic rounding: implementation, error analysis and
+    applications", mode 1.) The Gram matrices serve only to report the error.
+
+    Attributes:
+      seed: of the draws. Every column draws from a key of its own, folded from the seed, the column's index and a hash
+        of its weights: the same weight gets the same codes, other weights of that shape independent ones, and no
+        device must know more than its own columns.
+    """
+
+    seed: int = 0
+
+    needs = frozenset()
+
+    def __call__(
+        self,
+        w: Float[Array, "in out"],
+        scale: Stored,
+        zero: Stored,
+        gram: Float[Array, "in in"] | None,
+        format: Format,
+        held_out: Float[Array, "in in"] | None = None,
+    ) -> tuple[QTensor, SolveInfo]:
+        """See `Rounding`."""
+        check_gram(gram, w)
+        check_gram(held_out, w)
+        stored, grid = settle(scale, zero, format, w.shape)
+        codes = neighbours(w, grid, format)
+        below, above = (format.decode(code, *grid) for code in codes)
+        gap = above - below
+        chance = jnp.where(gap > 0, (w.astype(jnp.float32) - below) / jnp.where(gap > 0, gap, 1), 0)
+        q = from_codes(jnp.where(_draws(w, self.seed) < chance, codes[1], codes[0]), *stored, format)
+        return q, solve_info(w, q, gram, held_out)
+
+
+def _draws(w: Float[Array, "in out"], seed: int) -> Float[Array, "in out"]:
+    """Uniform in [0, 1), column by column."""
+    rows, out = w.shape
+
+    def column(index: Array, hashed: Array) -> Array:
+        # Named, so that no setting of JAX changes the codes.
+        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), index)
+        return jax.random.uniform(jax.random.fold_in(key, hashed), (rows,), jnp.float32)
+
+    return jax.vmap(column, out_axes=1)(jnp.arange(out, dtype=jnp.uint32), _hash(w))
+
+
+def _hash(w: Float[Array, "in out"]) -> UInt32[Array, " out"]:
+    """A hash of each column modulo 2³²: its bits times odd factors, spread by Fibonacci hashing's multiplier."""
+    bits = jax.lax.bitcast_convert_type(w.astype(jnp.float32), jnp.uint32)
+    bits ^= bits >> 16  # else the signs of w and −w, all in the top bit, would add up to nothing
+    factors = (2 * jnp.arange(len(w), dtype=jnp.uint32) + 1) * jnp.uint32(2654435769)
+    return jnp.sum(bits * factors[:, None], 0, dtype=jnp.uint32)

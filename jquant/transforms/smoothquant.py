@@ -1,0 +1,52 @@
+"""SmoothQuant (arXiv 2211.10438): move the outliers of a layer's inputs into its weights, so that both fit 8 bits.
+
+For a scale s per input channel, W is replaced by diag(s) W and the layer's input by x / s, which whatever produces x
+absorbs exactly, as with AWQ. Eq. 4: sⱼ = max|Xⱼ|^α / max|Wⱼ|^(1 − α), both maxima of input channel j.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from jquant.errors import InputError
+from jquant.formats import Format
+
+# Both maxima are at least this, as in the reference implementation (smoothquant/smooth.py): dead channels stay finite.
+FLOOR = 1e-5
+
+
+@dataclass(frozen=True)
+class SmoothQuant:
+    """Shares the range of each input channel between activations and weights; for formats that quantize both.
+
+    Attributes:
+      alpha: α, from 0 (the weights' rows become equally large) to 1 (the inputs' channels do). At 1/2 channel j is
+        √(max|Xⱼ| · max|Wⱼ|) on either side.
+    """
+
+    alpha: float = 0.5
+
+    needs = frozenset({"abs_max"})
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise InputError(f"SmoothQuant's alpha lies between 0 and 1; {self.alpha} does not.")
+
+    def __call__(
+        self, weights: Sequence[Float[Array, "in _"]], stats: Mapping[str, Any], formats: Sequence[Format]
+    ) -> Float[Array, " in"]:
+        """The scale s by which input channels are multiplied (and their producer divided), `[in]`, positive.
+
+        Args:
+          weights: the matrices that read the input; max|Wⱼ| is over them all.
+          stats: "abs_max", `[in]`: max|x| of each input channel over the calibration tokens and over the channels
+            that must share a scale.
+          formats: what each weight will be rounded to; Eq. 4 does not ask.
+        """
+        largest = jnp.max(jnp.stack([jnp.max(jnp.abs(w), -1) for w in weights]), 0)
+        inputs = jnp.maximum(stats["abs_max"], FLOOR)
+        return inputs**self.alpha / jnp.maximum(largest, FLOOR) ** (1 - self.alpha)

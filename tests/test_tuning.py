@@ -1,0 +1,108 @@
+"""Tuning after rounding: it brings the student closer, changes nothing it must not, and refuses what it can't do."""
+
+import checkpoints
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoints import refused
+from test_pipeline import leaves, same_bytes
+
+import jquant
+from jquant.evaluation.perplexity import Reference, Scores, score
+from jquant.formats import Format
+from jquant.io.load import load_model
+from jquant.methods import Method, Tuning, method
+from jquant.models.decoder import Decoder
+from jquant.pipeline import quantize_decoder
+from jquant.qtensor import QTensor, bits_per_weight, dequantize
+from jquant.tuning import _values, tune
+
+TOKENS = np.random.default_rng(5).integers(0, checkpoints.VOCAB, (8, 32), np.int32)
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory) -> Decoder:
+    small = checkpoints.llama(initializer_range=0.08, hidden_size=32, intermediate_size=64, num_attention_heads=2)
+    return load_model(checkpoints.save(tmp_path_factory.mktemp("tiny"), small)).decoder
+
+
+def compared(decoder: Decoder, quantized: Decoder) -> Scores:
+    return score(quantized, TOKENS, reference=Reference(decoder, score(decoder, TOKENS).hidden))
+
+
+def quantized_leaves(decoder: Decoder) -> dict[str, QTensor]:
+    return {path: leaf for path, leaf in leaves(decoder).items() if isinstance(leaf, QTensor)}
+
+
+FORMATS = [jquant.Int(3, 16), jquant.Int(3, 16, symmetric=True), jquant.Int(3, 16, zero="float"), jquant.NF3(16),
+           jquant.Int(3, "channel"), jquant.Float(2, 1, 16)]  # fmt: skip
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_tuned_scales_come_closer_to_the_float_model_under_the_same_codes_and_bits(decoder, format: Format):
+    quantized, _ = quantize_decoder(decoder, Method(format))
+    before = jax.tree.map(np.array, leaves(quantized))
+    tuned = tune(quantized, decoder, TOKENS, Tuning(STEPS, windows=8, rate=3e-3))
+    assert compared(decoder, tuned).kl.mean() < 0.9 * compared(decoder, quantized).kl.mean()
+    assert same_bytes(before, leaves(quantized))
+    after = leaves(tuned)
+    assert bits_per_weight(quantized_leaves(tuned)) == bits_per_weight(quantized_leaves(quantized))
+    for path, leaf in after.items():
+        if isinstance(leaf, QTensor):
+            assert same_bytes(leaf.codes, before[path].codes), path
+            assert leaf.format == format
+            assert leaf.scale.dtype == before[path].scale.dtype
+        else:
+            assert same_bytes(leaf, before[path]), path
+
+
+def test_codes_move_when_they_have_a_rate(decoder):
+    quantized, _ = quantize_decoder(decoder, method("rtn", 2, 16))
+    scales, both = (tune(quantized, decoder, TOKENS, Tuning(STEPS, 8, 3e-3, code_rate=r)) for r in (0.0, 0.01))
+    for a, b in zip(quantized_leaves(quantized).values(), quantized_leaves(both).values(), strict=True):
+        assert 0 < np.mean(np.asarray(a.codes) != np.asarray(b.codes)) < 0.9
+    assert compared(decoder, both).kl.mean() < compared(decoder, scales).kl.mean()
+
+
+def test_the_text_as_target_lowers_perplexity_below_the_float_models_and_keeps_less_of_it(decoder):
+    quantized, _ = quantize_decoder(decoder, method("rtn", 3, 16))
+    text, model = (
+        tune(quantized, decoder, TOKENS, Tuning(STEPS, 8, 1e-2, target=target)) for target in ("text", "model")
+    )
+    text, model = compared(decoder, text), compared(decoder, model)
+    assert text.perplexity < score(decoder, TOKENS).perplexity
+    assert text.kl.mean() > model.kl.mean()
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_what_is_learned_starts_at_the_quantized_weight(format):
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(32, 8)), jnp.float32)
+    chosen = Method(format)
+    q, _ = chosen.rounding(w, *chosen.range(w, format), None, format)
+    groups = q.scale.shape
+    at_rest = {"log_scale": jnp.zeros(groups)}
+    np.testing.assert_array_equal(_values(q, at_rest), dequantize(q))
+    np.testing.assert_array_equal(_values(q, at_rest | {"behind": jnp.zeros(w.shape)}), dequantize(q))
+
+
+def test_the_same_twice_gives_the_same_bytes(decoder):
+    quantized, _ = quantize_decoder(decoder, method("rtn", 3, 16))
+    first, again = (tune(quantized, decoder, TOKENS, Tuning(3)) for _ in range(2))
+    assert same_bytes(leaves(first), leaves(again))
+
+
+def test_progress_counts_steps(decoder):
+    calls = []
+    quantized, _ = quantize_decoder(decoder, method("rtn", 3, 16))
+    tune(quantized, decoder, TOKENS, Tuning(2), progress=lambda *call: calls.append(call))
+    assert calls == [("tune", 1, 2), ("tune", 2, 2)]
+
+
+def test_what_cannot_be_tuned_is_refused(decoder):
+    with refused("nothing to tune"):
+        tune(decoder, decoder, TOKENS)
+    nested, _ = quantize_decoder(decoder, Method(jquant.NF4(16, jquant.double_quantized())))
+    with refused("attention.k.kernel", "quantized themselves"):
+        tune(nested, decoder, TOKENS)
