@@ -1,5 +1,7 @@
 """Set-up shared by all tests: eight virtual devices, run-time shape checks, the default model and the texts."""
 
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -19,6 +21,14 @@ from jquant.io.load import LanguageModel, load_model  # noqa: E402
 jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
 
 WIKITEXT = Path(__file__).parents[2] / "shared/data/wikitext-2-raw"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs() -> Iterator[None]:
+    """Every loaded program holds memory maps, of which Linux grants a process 65,530; past them XLA crashes."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
