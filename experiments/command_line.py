@@ -1,5 +1,6 @@
 """What every experiment's command line does alike: one sentence for a user's error, progress bars, measurements."""
 
+import math
 import os
 import resource
 import sys
@@ -13,9 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jquant.errors import InputError
+from jquant.io.load import Progress as Report
 
 console = Console()
-Report = Callable[[str, int, int], None]
 
 
 def run(main: Callable[[], None]) -> None:
@@ -49,22 +50,30 @@ def _sentence(error: BaseException) -> str:
 
 @contextmanager
 def progress_bars(row: str) -> Iterator[Report]:
-    """A bar per stage of one row: what, how many of how many, time left."""
+    """A bar per stage of one row: what, how many of how many, the stage's figures so far, time left."""
     columns = (
-        TextColumn("{task.description:<24}"),
-        BarColumn(),
+        TextColumn("{task.description:<24}", markup=False),
+        BarColumn(bar_width=16),  # the line fits a terminal of 80 columns
         MofNCompleteColumn(),
-        TextColumn("{task.fields[unit]}, left"),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[unit]}{task.fields[figures]}, left"),
+        TimeRemainingColumn(compact=True),
     )
-    units = {"load": "tensors", "quantize": "layers", "evaluate": "windows", "generate": "tokens", "observe": "layers"}
+    units = {
+        "load": "tensors",
+        "observe": "layers",
+        "quantize": "layers",
+        "tune": "steps",
+        "evaluate": "windows",
+        "generate": "tokens",
+    }
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         tasks = {}
 
-        def report(stage: str, done: int, total: int) -> None:
+        def report(stage: str, done: int, total: int, /, **figures: float) -> None:
             if stage not in tasks:
-                tasks[stage] = bars.add_task(f"{row}: {stage}", unit=units.get(stage, ""), total=total)
-            bars.update(tasks[stage], completed=done, total=total)
+                tasks[stage] = bars.add_task(f"{row}: {stage}", unit=units.get(stage, ""), figures="", total=total)
+            told = "".join(f", {name} {value:.3g}" for name, value in figures.items() if not math.isnan(value))
+            bars.update(tasks[stage], completed=done, total=total, figures=told)
 
         yield report
 

@@ -2,12 +2,18 @@
 
 A file holds either one method, its parts named as in `jquant` (`_target_: jquant.NF4`), or `rules`, each a regular
 expression over weights' names (`layers.3.attention.v.kernel`) and the name of a row of METHODS; the first that is found
-decides, and a rule without a method leaves its weights float.
+decides, and a rule without a method leaves its weights float. `${bits}`, `${group}` and `${symmetric}` stand for the
+settings, so that one file serves every width.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 import jquant
 from jquant import METHODS, InputError, Method, method
@@ -18,46 +24,76 @@ FOLDER = Path(__file__).parents[1] / "configs" / "method"
 
 
 def find_method(name: str, bits: int, group: Any, symmetric: bool) -> "Method | Plan":
-    """The method or plan of that name; the rest completes what it leaves open. "gptq-3" is gptq at 3 bits.
+    """The method or plan of that name; the rest completes what it leaves open.
+
+    "gptq-3" is gptq at 3 bits, and so for every row and every file that takes bits.
 
     Raises:
-      InputError: no such name; a file that composes something else than jquant's parts.
+      InputError: no such name; a file that composes something else than jquant's parts, or refers to something else
+        than the settings.
     """
-    row, dash, width = name.rpartition("-")
-    if dash and width.isdigit() and takes_bits(row):
-        return method(row, int(width), group, symmetric)
+    row, _, width = name.rpartition("-")
+    if name not in _known() and width.isdecimal() and takes_bits(row):
+        name, bits = row, int(width)
     if name in METHODS:
         return method(name, bits, group, symmetric)
-    written = sorted(path.stem for path in FOLDER.glob("*.yaml"))
-    if name not in written:
-        raise InputError(f"There is no method {name!r}; known: {', '.join([*METHODS, *written])}.")
-    config = load_config("method", name)
-    if "rules" not in config:
-        composed = _compose(config, name)
-        if not isinstance(composed, Method):
-            raise InputError(f"configs/method/{name}.yaml is neither a jquant.Method nor rules.")
-        return composed
-    for rule in config["rules"]:
-        if "weights" not in rule or rule.keys() - {"weights", "method"}:
-            raise InputError(f"configs/method/{name}.yaml: a rule has weights and method, not {', '.join(rule)}.")
-    activation = _compose(config["activation"], name) if "activation" in config else None
-
-    def complete(row: str | None) -> Method | None:
-        chosen = None if row is None else method(row, bits, group, symmetric)
-        return chosen and (replace(chosen, activation=activation) if activation else chosen)
-
-    return [(rule["weights"], complete(rule.get("method"))) for rule in config["rules"]]
+    if name not in _known():
+        raise InputError(f"There is no method {name!r}; known: {', '.join(_known())}.")
+    settings = {"bits": bits, "group": group, "symmetric": symmetric}
+    config = _read(name, settings)
+    if "rules" in config:
+        return _plan(config, name, settings)
+    composed = _compose(config, name)
+    if not isinstance(composed, Method):
+        raise InputError(f"configs/method/{name}.yaml is neither a jquant.Method nor rules.")
+    return composed
 
 
 def takes_bits(name: str) -> bool:
-    """Whether a row of METHODS leaves the width to the settings."""
-    return name in METHODS and METHODS[name](3, 64, False) != METHODS[name](4, 64, False)
+    """Whether a row of METHODS or a file leaves the width to the settings."""
+    return name in _known() and find_method(name, 3, 64, False) != find_method(name, 4, 64, False)
+
+
+def needs_of(plan: "Method | Plan | None") -> frozenset[str]:
+    """What calibration must bring for all of its methods (`Method.needs`)."""
+    methods = [one for _, one in plan] if isinstance(plan, Sequence) else [plan]
+    return frozenset[str]().union(*(one.needs for one in methods if isinstance(one, Method)))
 
 
 def needs_calibration(plan: "Method | Plan") -> bool:
     """Whether any of its methods looks at activations."""
-    methods = [plan] if isinstance(plan, Method) else [one for _, one in plan]
-    return any(isinstance(one, Method) and one.needs_calibration for one in methods)
+    return bool(needs_of(plan))
+
+
+def _known() -> list[str]:
+    return [*METHODS, *sorted(path.stem for path in FOLDER.glob("*.yaml"))]
+
+
+def _read(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The file, with the settings in the places of their names."""
+    try:
+        both = OmegaConf.create({**settings, "method": load_config("method", name)})
+        resolved: Any = OmegaConf.to_container(both, resolve=True)
+        return resolved["method"]
+    except OmegaConfBaseException as wrong:
+        reason = str(wrong).splitlines()[0]
+        raise InputError(f"configs/method/{name}.yaml: {reason}; it may refer to {', '.join(settings)}.") from None
+    except YAMLError as wrong:
+        raise InputError(f"configs/method/{name}.yaml is no YAML: {' '.join(str(wrong).split())}.") from None
+
+
+def _plan(config: dict[str, Any], name: str, settings: dict[str, Any]) -> Plan:
+    rules = config["rules"] if isinstance(config["rules"], list) else [config["rules"]]
+    for rule in rules:
+        if not isinstance(rule, dict) or "weights" not in rule or rule.keys() - {"weights", "method"}:
+            raise InputError(f"configs/method/{name}.yaml: a rule has weights and method, which {rule} has not.")
+    activation = _compose(config["activation"], name) if "activation" in config else None
+
+    def complete(row: str | None) -> Method | None:
+        chosen = None if row is None else method(row, **settings)
+        return chosen and (replace(chosen, activation=activation) if activation else chosen)
+
+    return [(rule["weights"], complete(rule.get("method"))) for rule in rules]
 
 
 def _compose(config: Any, name: str) -> Any:

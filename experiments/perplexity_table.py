@@ -4,14 +4,18 @@
     python -m experiments.perplexity_table name=mine methods=[fp32,rtn,gptq] bits=3 evaluation.data=my.txt
     python -m experiments.perplexity_table --config-name formats      # every format, rounded to nearest
     python -m experiments.perplexity_table --config-name ranges       # every range, at 4 and 3 bits
+    python -m experiments.perplexity_table --config-name rounding     # GPTQ, one ingredient added or removed a row
 
 All settings: configs/perplexity_table.yaml. Results land in results/<name>/: table.md, table.csv, table.jsonl (one row
 an object, with its whole configuration) and the figure. Rows that are already there, from the same settings, code,
 packages and machine, are not computed again; they are written one by one, so that nothing finished is lost.
 """
 
+import re
 import time
 from collections.abc import Iterable
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments import provenance, tables
 from experiments.command_line import Report, console, one_sentence, peak_rss_mb, progress_bars, reset_peak_rss, run
-from experiments.compositions import find_method, needs_calibration
+from experiments.compositions import find_method, needs_calibration, needs_of
 from jquant import InputError, LanguageModel, bits_per_weight, load_text
 from jquant.data import check_disjoint, sample_windows
 from jquant.evaluation.generation import generate_ids
@@ -36,6 +40,17 @@ from jquant.pipeline import check_plan, quantize_decoder
 from paper_figures import perplexity_bits
 
 FLOAT = "fp32"
+# The least that a setting takes.
+LEAST = {
+    "seed": 0,
+    "calibration.samples": 1,
+    "calibration.context": 1,
+    "calibration.passes": 1,
+    "calibration.held_out": 0,
+    "evaluation.windows": 1,
+    "evaluation.context": 2,
+    "generation.tokens": 0,
+}
 
 
 @hydra.main(version_base=None, config_path="../configs", config_name="perplexity_table")
@@ -49,16 +64,17 @@ def make_table(settings: dict[str, Any]) -> None:
     """Computes the rows that are missing, writes and prints the table."""
     folder = Path(settings["results"]) / str(settings["name"])
     methods = check_methods(settings)
+    check_settings(settings, methods)
     with progress_bars(settings["model"]["name"]) as report:
         model = load_from_config(settings["model"], progress=report)
     for chosen in filter(None, methods.values()):
         check_plan(model.decoder, chosen)
     evaluation, calibration = prepare_tokens(model, settings, methods.values())
     rows = compute_rows(model, methods, evaluation, calibration, settings, folder)
-    tables.write_table(folder, rows)
+    tables.write_table(folder, rows, settings["baseline"])
     figures = perplexity_bits.draw(rows, folder)
-    console.print(tables.terminal_table(rows))
-    console.print(tables.caption(rows[0]), highlight=False, soft_wrap=True)
+    console.print(tables.terminal_table(rows, settings["baseline"]))
+    console.print(tables.caption(rows[0], settings["baseline"]), highlight=False, soft_wrap=True)
     console.print(
         f"Results: {folder}/table.md, table.csv, table.jsonl. Figure: {', '.join(map(str, figures))}.", soft_wrap=True
     )
@@ -70,10 +86,42 @@ def check_methods(settings: dict[str, Any]) -> dict[str, Method | Plan | None]:
     Raises:
       InputError: an unknown method, or bits or a group that no format takes: before any work is done.
     """
+    if not isinstance(settings["methods"], list):
+        raise InputError(f"methods is a list, e.g. methods=[fp32,gptq], not {settings['methods']!r}.")
     if not settings["methods"]:
         raise InputError("methods=[] leaves nothing to compute.")
+    if type(settings["symmetric"]) is not bool:
+        raise InputError(f"symmetric is true or false, not {settings['symmetric']!r}.")
     shape = (settings["bits"], settings["group"], settings["symmetric"])
     return {name: None if name == FLOAT else find_method(name, *shape) for name in map(str, settings["methods"])}
+
+
+def check_settings(settings: dict[str, Any], methods: dict[str, Method | Plan | None]) -> None:
+    """Finds out before any work what would stop a row.
+
+    Raises:
+      InputError: a number out of range; an option that is not there; held-out windows or quantized inputs that a method
+        needs and does not get; a baseline that is not among the methods.
+    """
+    for name, least in LEAST.items():
+        *sections, key = name.split(".")
+        value = reduce(getitem, sections, settings)[key]
+        # null windows are the whole text; True is no number.
+        if not (type(value) is int and value >= least) and not (name == "evaluation.windows" and value is None):
+            raise InputError(f"{name} takes a whole number from {least}, not {value!r}.")
+    sampling, baseline, bos = settings["calibration"], settings["baseline"], settings["evaluation"]["bos"]
+    if type(bos) is not bool:
+        raise InputError(f"evaluation.bos is true or false, not {bos!r}.")
+    if sampling["inputs"] not in ("quantized", "float"):
+        raise InputError(f"calibration.inputs is quantized or float, not {sampling['inputs']!r}.")
+    for name, chosen in methods.items():
+        needs = needs_of(chosen)
+        if "held_out" in needs and not sampling["held_out"]:
+            raise InputError(f"{name} chooses by held-out windows: set calibration.held_out to 1 or more.")
+        if "cross" in needs and sampling["inputs"] == "float":
+            raise InputError(f"{name} makes up for errors in quantized inputs: calibration.inputs=float leaves none.")
+    if baseline is not None and not any(re.fullmatch(rf"{re.escape(str(baseline))}(-\d+)?", name) for name in methods):
+        raise InputError(f"baseline={baseline} is not among the methods: {', '.join(methods)}.")
 
 
 def prepare_tokens(
@@ -135,7 +183,7 @@ def measure(
     float_scores: Scores,
     settings: dict[str, Any],
     report: Report,
-) -> dict[str, float | None]:
+) -> dict[str, Any]:
     """The figures of one row."""
     decoder, scores, seconds = model.decoder, float_scores, 0.0
     if chosen is not None:
@@ -156,6 +204,7 @@ def measure(
         "tokens_per_second": tokens_per_second(model, decoder, settings["generation"], report),
         "quantize_seconds": seconds,
         "peak_rss_mb": peak_rss_mb(),
+        "window_nll": scores.window_nll.tolist(),
     }
 
 
@@ -185,7 +234,7 @@ def describe(
 ) -> dict[str, Any]:
     """Everything a row's figures depend on, and a fingerprint of it."""
     uses = calibration if chosen is not None and needs_calibration(chosen) else None
-    config = {key: value for key, value in settings.items() if key not in ("methods", "name", "results")}
+    config = {key: value for key, value in settings.items() if key not in ("methods", "baseline", "name", "results")}
     config["evaluation"] = config["evaluation"] | {"windows": len(evaluation)}
     protocol = {
         "model": str(config["model"].get("path") or config["model"]["name"]),

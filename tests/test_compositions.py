@@ -1,6 +1,7 @@
 """Methods by name: every written file and every config's list is usable; what a file may not say is refused."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from checkpoints import refused
 from hydra import compose, initialize_config_dir
 
 from experiments import compositions
-from experiments.compositions import find_method, needs_calibration, takes_bits
+from experiments.compositions import find_method, needs_calibration, needs_of, takes_bits
 from jquant import AWQ, GPTQ, METHODS, NF4, Activation, Codebook, Int, Method, MinMax, Search, method
 from jquant.formats import Format, block_shape
 from jquant.methods import assign
@@ -21,7 +22,20 @@ SHAPES = {  # the default model's
     "mlp.gate": (576, 1536), "mlp.up": (576, 1536), "mlp.down": (1536, 576),
 }  # fmt: skip
 NAMES = {f"layers.{layer}.{path}.kernel": shape for layer in range(30) for path, shape in SHAPES.items()}
-LISTS = ["formats", "ranges", "sensitivity", "perplexity_table"]
+LISTS = ["formats", "ranges", "rounding", "sensitivity", "perplexity_table"]
+BASE = method("gptq", 3, 32, True)
+INGREDIENTS = {  # what each file changes in gptq, at 3 bits, groups of 32, symmetric
+    "awq_gptq": replace(BASE, transform=AWQ()),
+    "gptq_damping": replace(BASE, rounding=GPTQ((0.001, 0.003, 0.01, 0.03, 0.1))),
+    "gptq_gram_range": replace(BASE, range=Search("gram")),
+    "gptq_minmax": replace(BASE, range=MinMax()),
+    "gptq_norm": replace(BASE, token_weights="norm"),
+    "gptq_pivot": replace(BASE, rounding=GPTQ(order="pivot")),
+    "gptq_propagated": replace(BASE, error_propagation=0.5),
+    "gptq_rows": replace(BASE, rounding=GPTQ(order="rows")),
+    "gptq_uniform": replace(BASE, token_weights="uniform"),
+}
+OPEN = "{_target_: jquant.Method, format: {_target_: jquant.Int, bits: '${bits}', group: '${group}'}}"
 
 
 def find(name: str, bits: int = 4, group: int = 64, symmetric: bool = False):
@@ -66,6 +80,22 @@ def test_every_file_suits_the_default_models_weights(name):
 def test_files_compose_what_they_say():
     assert find("awq_gptq") == Method(Int(4, 64), Search("diagonal"), GPTQ(), AWQ())
     assert find("gptq_nf4", bits=3, group=32) == Method(NF4(64), Search("diagonal"), GPTQ())
+
+
+@pytest.mark.parametrize("name", INGREDIENTS)
+def test_an_ingredients_file_is_gptq_but_for_that_ingredient_at_every_width(name):
+    assert find(name, 3, 32, True) == INGREDIENTS[name] != BASE
+    assert find(f"{name}-2", 3, 32, True) == find(name, 2, 32, True) != find(name, 3, 32, True)
+
+
+def test_the_ablation_holds_every_ingredient_of_gptq_at_each_width():
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        settings = compose("rounding", return_hydra_config=True)
+    every = {"rtn", "awq", *(name for name in [*METHODS, *WRITTEN] if "gptq" in name and takes_bits(name))}
+    assert every >= {"gptq_plain", "gptq_refit", "gptq_loss", "gptq_tuned", *INGREDIENTS}
+    assert set(settings.methods) == {"fp32", *(f"{name}-{bits}" for name in every for bits in (4, 3, 2))}
+    assert settings.baseline == "gptq"
+    assert settings.calibration.held_out > 0  # gptq_damping
 
 
 @pytest.mark.parametrize("config", LISTS)
@@ -113,11 +143,31 @@ def test_a_width_that_no_format_takes_is_refused(name):
         find(name)
 
 
+def test_a_file_that_refers_to_the_settings_serves_every_width(written):
+    written(OPEN)
+    assert takes_bits("mine")
+    assert find("mine", bits=5, group=16) == Method(Int(5, 16))
+    assert find("mine-3", bits=5, group=16) == Method(Int(3, 16))
+    assert find("mine", group="channel") == Method(Int(4, "channel"))
+    written("{_target_: jquant.Method, format: {_target_: jquant.Int, bits: 4, symmetric: '${symmetric}'}}")
+    assert not takes_bits("mine")
+    assert find("mine", bits=5, symmetric=True) == Method(Int(4, 128, symmetric=True))
+    with refused("'mine-3'"):
+        find("mine-3")
+
+
+def test_a_plan_of_rows_that_leave_the_width_open_does_too(written):
+    written("rules:\n- {weights: 'mlp', method: rtn}\n- {weights: '', method: q8_0}\n")
+    assert find("mine-3") == [("mlp", method("rtn", 3)), ("", method("q8_0"))]
+
+
 def test_only_rows_that_leave_the_width_open_take_bits():
     taking = {name for name in METHODS if takes_bits(name)}
     assert {"rtn", "gptq", "awq", "rtn_loss", "rtn_float_zero"} <= taking
     assert not taking & {"int8", "nf4", "q4_k", "mxfp4", "w8a8"}
     assert not takes_bits("gptq_nf4")
+    assert not takes_bits("gptq-3")
+    assert not takes_bits("nothing")
 
 
 def test_a_plan_needs_calibration_where_one_of_its_methods_does():
@@ -125,6 +175,8 @@ def test_a_plan_needs_calibration_where_one_of_its_methods_does():
     assert not needs_calibration(method("rtn"))
     assert needs_calibration([("mlp", method("rtn")), ("", method("gptq"))])
     assert not needs_calibration([("mlp", method("rtn")), ("", None)])
+    assert needs_of([("mlp", find("gptq_damping")), ("", find("gptq_propagated"))]) == {"gram", "held_out", "cross"}
+    assert needs_of(None) == needs_of(method("rtn")) == set()
 
 
 # ---- what a file may and may not say --------------------------------------------------------------------------------
@@ -165,6 +217,11 @@ BAD = {
     "a part that is no method": ("{_target_: jquant.NF4}", "neither"),
     "no method at all": ("{bits: 3}", "'None'"),
     "a rule with a misspelt key": ("{rules: [{weights: '', methd: rtn}]}", "methd"),
+    "a reference to no setting": (OPEN.replace("${bits}", "${bit}"), "'bit'"),
+    "a reference that does not end": (OPEN.replace("${bits}", "${bits"), "bits, group, symmetric"),
+    "text that is no YAML": ("{_target_: jquant.Method", "is no YAML"),
+    "a rule that is a name": ("{rules: [rtn]}", "which rtn has not"),
+    "a rule that is a number": ("{rules: 3}", "a rule has weights"),
     "a rule without weights": ("{rules: [{method: rtn}]}", "a rule has weights"),
     "an unknown row": ("{rules: [{weights: '', method: gptqq}]}", "'gptqq'"),
 }
@@ -174,8 +231,9 @@ BAD = {
 def test_a_file_that_names_what_is_not_jquants_is_refused(written, case):
     text, part = BAD[case]
     written(text)
-    with refused(part, *(() if "row" in case else ("mine.yaml",))):
-        find("mine")
+    for name in ("mine", "mine-3"):
+        with refused(part, *(() if "row" in case else ("mine.yaml",))):
+            find(name)
 
 
 def test_lists_in_a_file_become_what_a_format_takes(written):

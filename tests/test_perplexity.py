@@ -112,6 +112,14 @@ def test_the_summary_formulas_hold_on_numbers_worked_by_hand():
     assert scores.stderr == pytest.approx(4.0 * np.log(2) * (4 / 3) ** 0.5 / 2, rel=1e-6)
 
 
+def test_each_window_has_the_mean_of_its_own_tokens(tiny, tokens, logits):
+    scores = score(tiny.decoder, tokens)
+    expected = [np.log(oracle.perplexity(*window)) for window in zip(logits, tokens, strict=True)]
+    assert scores.window_nll.dtype == np.float64
+    np.testing.assert_allclose(scores.window_nll, expected, rtol=1e-5)
+    assert np.exp(scores.window_nll.mean()) == pytest.approx(scores.perplexity, rel=1e-12)
+
+
 def test_bos_opens_every_window_and_is_not_scored(tiny, text):
     result = jquant.perplexity(tiny, text, context=CONTEXT, windows=COUNT, bos=True)
     cut = windows(tiny.tokenizer.encode(text), CONTEXT, COUNT, bos=tiny.tokenizer.bos_id)

@@ -1,6 +1,7 @@
 """The perplexity table as its users run it: real processes, a tiny checkpoint that transformers wrote, local text."""
 
 import csv
+import io
 import json
 import os
 import signal
@@ -11,16 +12,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checkpoints import refused
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
-from experiments import tables
+from experiments import command_line, tables
+from experiments.perplexity_table import check_methods, check_settings
 from paper_figures import perplexity_bits
 
 ROOT = Path(__file__).parents[1]
 FIELDS = {
     "method", "perplexity", "perplexity_stderr", "kl", "top1_agreement", "bits_per_weight", "weight_mb",
     "tokens_per_second", "quantize_seconds", "peak_rss_mb", "config", "protocol", "code_version", "packages", "device",
-    "seed",
+    "seed", "window_nll",
 }  # fmt: skip
 METHODS = ["fp32", "int8", "rtn", "gptq", "awq", "nf4"]
 
@@ -81,7 +87,7 @@ def rows_of(folder: Path) -> list[dict]:
 
 
 def test_one_command_writes_the_table_the_rows_and_the_figure_and_a_second_reuses_them(workplace):
-    done = table(workplace, "name=whole")
+    done = table(workplace, "name=whole", "baseline=rtn")
     assert done.returncode == 0, done.stderr
     folder = workplace / "results" / "whole"
     rows = rows_of(folder)
@@ -96,15 +102,21 @@ def test_one_command_writes_the_table_the_rows_and_the_figure_and_a_second_reuse
     assert all(row["protocol"]["scored_tokens"] == 4 * 63 for row in rows)
     assert all(row["tokens_per_second"] > 0 and row["peak_rss_mb"] > 100 for row in rows)
     with (folder / "table.csv").open() as file:
-        assert [row["method"] for row in csv.DictReader(file)] == METHODS
+        written = list(csv.DictReader(file))
+    assert [row["method"] for row in written] == METHODS
+    change, low, high = tables.paired_change(by_name["gptq"], by_name["rtn"])
+    assert [float(written[3][f"vs rtn %{end}"]) for end in ("", " low", " high")] == [change, low, high]
+    assert change == pytest.approx(100 * (by_name["gptq"]["perplexity"] / by_name["rtn"]["perplexity"] - 1), rel=1e-9)
     markdown = (folder / "table.md").read_text()
     assert all(f"{row['perplexity']:.3f}" in markdown for row in rows)
     assert "4 windows of 64 tokens" in markdown
+    assert f"{change:+.2f} [{low:+.2f}, {high:+.2f}]" in markdown
+    assert "vs rtn" in done.stdout
     assert (folder / "perplexity_bits.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "perplexity_bits.pdf").read_bytes().startswith(b"%PDF")
     assert str(folder) in done.stdout
 
-    again = table(workplace, "name=whole")
+    again = table(workplace, "name=whole")  # what rows are compared with does not make them others
     assert again.stdout.count("(kept)") == len(METHODS)
     assert rows_of(folder) == rows
 
@@ -134,6 +146,7 @@ BAD = {
     "bits out of range": (["bits=9"], "9"),
     "a group larger than a weight": (["group=4096"], "4096"),
     "an option that does not exist": (["evaluation.windws=3"], "evaluation.windws"),
+    "an option that only a later row needs": (["methods=[fp32,gptq]", "calibration.passes=0"], "calibration.passes"),
     "results that cannot be written": (["results=/dev/null/results", "methods=[fp32]"], "/dev/null/results"),
 }
 
@@ -205,3 +218,155 @@ def test_a_figure_of_many_rows_has_a_line_each_and_none_presses_the_others_toget
     assert left.get_xlim()[1] < 5 * min(row["perplexity"] for row in rows)
     shown = {float(line.get_xdata()[0]) for line in left.get_lines()}
     assert {round(x, 9) for x in shown} >= {round(r["perplexity"], 9) for r in rows if r["perplexity"] < 90}
+
+
+# ---- settings -------------------------------------------------------------------------------------------------------
+
+
+def check(*overrides: str) -> None:
+    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+        settings = OmegaConf.to_container(compose("perplexity_table", [*overrides]), resolve=True)
+    check_settings(settings, check_methods(settings))
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    {
+        "seed=-1": "seed takes a whole number from 0, not -1",
+        "calibration.samples=0": "calibration.samples",
+        "calibration.context=half": "calibration.context takes a whole number from 1, not 'half'",
+        "calibration.passes=1.5": "calibration.passes",
+        "calibration.passes=true": "calibration.passes",
+        "calibration.held_out=-1": "calibration.held_out",
+        "calibration.inputs=exact": "calibration.inputs is quantized or float, not 'exact'",
+        "evaluation.windows=0": "evaluation.windows",
+        "evaluation.context=1": "evaluation.context",
+        "evaluation.bos=maybe": "evaluation.bos is true or false, not 'maybe'",
+        "symmetric=1": "symmetric",
+        "methods=gptq": "methods is a list",
+        "generation.tokens=null": "generation.tokens",
+        "methods=[fp32,gptq_damping-3]": "gptq_damping-3 chooses by held-out windows: set calibration.held_out",
+        "baseline=gptq-3": "baseline=gptq-3 is not among the methods: fp32, int8",
+        "baseline=gpt": "baseline=gpt",
+    }.items(),
+)
+def test_settings_are_checked_before_the_model_is_loaded(override, named):
+    with refused(named):
+        check(override)
+
+
+def test_quantized_inputs_are_asked_for_where_a_method_needs_them():
+    with refused("gptq_propagated", "calibration.inputs=float"):
+        check("methods=[gptq,gptq_propagated]", "calibration.inputs=float")
+    check("methods=[gptq,gptq_propagated]")
+    check("methods=[gptq]", "calibration.inputs=float")
+
+
+@pytest.mark.parametrize("baseline", ["gptq", "gptq-3", "null"])
+def test_what_suits_passes(baseline):
+    rest = ("calibration.held_out=2", "evaluation.windows=null", "calibration.inputs=float")
+    check("methods=[fp32,rtn-3,gptq-3,gptq_damping]", f"baseline={baseline}", *rest)
+
+
+# ---- paired comparison ----------------------------------------------------------------------------------------------
+
+# Student's t for a two-sided 95 % interval, from printed tables, by degrees of freedom.
+STUDENT = {1: 12.706205, 4: 2.776445, 31: 2.039513}
+
+
+def row_of(nll: np.ndarray, method: str = "rtn", text: str = "a") -> dict:
+    return {"method": method, "window_nll": list(nll), "protocol": {"evaluation_sha256": text}}
+
+
+@pytest.mark.parametrize("freedom", STUDENT)
+def test_the_paired_interval_equals_the_oracles(freedom):
+    rng = np.random.default_rng(freedom)
+    base = rng.normal(3, 0.5, freedom + 1)
+    nll = base + rng.normal(0.03, 0.02, freedom + 1)
+    total, square = 0.0, 0.0
+    for a, b in zip(nll, base, strict=True):
+        total, square = total + (a - b), square + (a - b) ** 2
+    n = freedom + 1
+    error = ((square - total**2 / n) / (n - 1) / n) ** 0.5
+    ends = [total / n + sign * STUDENT[freedom] * error for sign in (0, -1, 1)]
+    expected = [100 * (np.exp(end) - 1) for end in ends]
+    assert tables.paired_change(row_of(nll), row_of(base)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_interval_holds_the_truth_in_95_of_100_samples_and_the_windows_own_spread_does_not_widen_it():
+    rng = np.random.default_rng(0)
+    base = rng.normal(3, 0.5, (2000, 8))  # windows differ far more than models do
+    nll = base + rng.normal(0.02, 0.01, base.shape)
+    changes = np.array([tables.paired_change(row_of(a), row_of(b)) for a, b in zip(nll, base, strict=True)])
+    truth = 100 * np.expm1(0.02)
+    held = np.mean((changes[:, 1] < truth) & (truth < changes[:, 2]))
+    assert abs(held - 0.95) < 0.015  # three standard errors
+    assert np.median(changes[:, 2] - changes[:, 1]) < 2
+
+
+def test_one_window_tells_the_change_and_no_interval():
+    change, low, high = tables.paired_change(row_of([2.0]), row_of([1.0]))
+    assert change == pytest.approx(100 * (np.e - 1))
+    assert np.isnan([low, high]).all()
+
+
+def test_rows_that_cannot_be_compared_are_refused():
+    base = row_of(np.ones(3), "gptq")
+    with refused("rtn", "window_nll"):
+        tables.paired_change({key: value for key, value in row_of(np.ones(3)).items() if key != "window_nll"}, base)
+    with refused("rtn and gptq", "different windows"):
+        tables.paired_change(row_of(np.ones(3), text="b"), base)
+    with refused("rtn and gptq", "different windows"):
+        tables.paired_change(row_of(np.ones(4)), base)
+
+
+def test_a_row_is_compared_with_the_baseline_of_its_own_width():
+    names = ["fp32", "rtn", "rtn-3", "gptq", "gptq-3", "gptq_nf4", "int8"]
+    rows = [{"method": name} for name in names]
+    found = [tables.base_of(row, rows, "gptq") for row in rows]
+    assert [one and one["method"] for one in found] == ["gptq", "gptq", "gptq-3", "gptq", "gptq-3", "gptq", "gptq"]
+    assert tables.base_of(rows[1], rows[2:3], "gptq") is None
+    assert tables.base_of(rows[1], rows, "gptq-3") is rows[4]
+
+
+def test_old_rows_print_beside_new_ones_with_an_empty_cell_and_columns_that_none_fills_are_left_out(tmp_path):
+    kept = {row["method"]: row for row in tables.read_rows(ROOT / "experiments" / "results" / "ranges")}
+    rows = [kept[name] | {"tokens_per_second": None} for name in ("gptq-4", "gptq-3", "rtn-3")]
+    rows[0].pop("window_nll", None)
+    for row in rows[1:]:
+        row["window_nll"] = [np.log(row["perplexity"]) + 0.25, np.log(row["perplexity"]) - 0.25]
+    rows[2]["window_nll"][0] += 0.5
+    tables.write_table(tmp_path, rows, "gptq")
+    heading, _, *lines = [line.split("|")[1:-1] for line in (tmp_path / "table.md").read_text().splitlines()[:5]]
+    assert heading[-1].strip() == "vs gptq %"
+    assert not any("tok/s" in column or "published" in column for column in heading)
+    change, low, high = tables.paired_change(rows[2], rows[1])
+    assert [line[-1].strip() for line in lines] == ["", "+0.00", f"{change:+.2f} [{low:+.2f}, {high:+.2f}]"]
+    with (tmp_path / "table.csv").open() as file:
+        assert [row["vs gptq %"] for row in csv.DictReader(file)] == ["", "0.0", str(change)]
+
+
+def test_a_narrow_terminal_cuts_no_figure():
+    rows = tables.read_rows(ROOT / "experiments" / "results" / "ranges")
+    for index, row in enumerate(rows):
+        row["window_nll"] = [np.log(row["perplexity"]), np.log(row["perplexity"]) + 0.01 * index]
+    shown = io.StringIO()
+    Console(file=shown, width=80).print(tables.terminal_table(rows, "gptq"))
+    assert "vs gptq" in shown.getvalue()
+    assert "…" not in shown.getvalue()
+
+
+# ---- progress -------------------------------------------------------------------------------------------------------
+
+
+def test_a_bar_shows_stage_and_row_how_many_the_figures_so_far_and_the_time_left(monkeypatch):
+    shown = io.StringIO()
+    monkeypatch.setattr(command_line, "console", Console(file=shown, force_terminal=True, width=100))
+    with command_line.progress_bars("gptq-3") as report:
+        report("evaluate", 4, 32)
+        for done in range(1, 4):
+            report("quantize", done, 30, error=0.1234567 * done, loss=float("nan"))
+    last = shown.getvalue().replace("\x1b", "\n\x1b")
+    for part in ("gptq-3: evaluate", " 4/32", "windows, left", "gptq-3: quantize", " 3/30", "layers, error 0.37, left"):
+        assert part in last
+    assert "loss" not in last

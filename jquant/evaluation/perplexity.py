@@ -39,6 +39,11 @@ class Scores:
         return float(np.exp(self.nll.mean(dtype=np.float64)))
 
     @property
+    def window_nll(self) -> np.ndarray:
+        """Each window's mean negative log likelihood, float64 `[windows]`: what two models are compared by in pairs."""
+        return self.nll.mean(-1, dtype=np.float64)
+
+    @property
     def stderr(self) -> float:
         """Its standard error by the delta method, tokens taken as independent (as llama.cpp reports it)."""
         return self.perplexity * float(self.nll.std(dtype=np.float64, ddof=1)) / self.nll.size**0.5

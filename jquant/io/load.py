@@ -1,6 +1,5 @@
 """From a name or a path to a decoder with its tokenizer."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -59,7 +58,13 @@ class Checkpoint(Protocol):
         ...
 
 
-Progress = Callable[[str, int, int], None]  # stage, done, total
+@runtime_checkable
+class Progress(Protocol):
+    """Told by a computation how far it is."""
+
+    def __call__(self, stage: str, done: int, total: int, /, **figures: float) -> None:
+        """`done` of `total` steps of a stage are over; `figures` are what it can say by then, e.g. error=0.12."""
+        ...
 
 
 def load_model(model: str | Path, *, dtype: str | None = None, progress: Progress | None = None) -> LanguageModel:
