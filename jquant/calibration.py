@@ -11,7 +11,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jquant.errors import InputError
-from jquant.loss import learn_clips, token_gradients
+from jquant.loss import token_gradients
 from jquant.methods import Method
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Block, Decoder, Taps, rotary_table
@@ -66,13 +66,12 @@ class Calibration:
         batches = np.split(tokens, starts[1:])
         self.config, self.inputs = decoder.config, inputs
         self.fit = sum(start < fit for start in starts)  # batches, from the first, that statistics are fitted to
-        self.clips = learn_clips(decoder, layers, tokens[:fit])
         by_loss = any(one.token_weights == "loss" for one in methods)
         self.gradients = [token_gradients(decoder, one) if by_loss else {} for one in batches]
         self.rotary = rotary_table(decoder.config, jnp.arange(tokens.shape[1]))
         self.seen = [_embed(decoder, one) for one in batches]
         # What the float model reads: a second stream, where a method looks at both.
-        two = inputs == "quantized" and "cross" in needs
+        two = "outputs" in needs or (inputs == "quantized" and "cross" in needs)
         self.exact = [_embed(decoder, one) for one in batches] if two else None
 
     def observe(self, block: Block, exact: Block, choices: Choices, layer: int) -> Stats:
@@ -90,13 +89,21 @@ class Calibration:
                 stats[tap] |= site
         return stats
 
+    def advance_exact(self, block: Block) -> None:
+        """Replaces what the float model reads by the float block's outputs, where that is kept."""
+        for i, x in enumerate(self.exact or ()):
+            assert self.exact is not None
+            self.exact[i] = _forward(block, x, self.rotary)
+
     def advance(self, block: Block, quantized: Block) -> None:
         """Replaces a block's inputs by its outputs."""
         for i, x in enumerate(self.seen):
             self.seen[i] = _forward(block if self.inputs == "float" else quantized, x, self.rotary)
-        for i, x in enumerate(self.exact or ()):
-            assert self.exact is not None
-            self.exact[i] = _forward(block, x, self.rotary)
+
+    def windows(self) -> tuple[Float[Array, "n t d"], Float[Array, "n t d"]]:
+        """A block's inputs and, after `advance_exact`, what the float model makes of its own; no held-out windows."""
+        assert self.exact is not None
+        return jnp.concatenate(self.seen[: self.fit]), jnp.concatenate(self.exact[: self.fit])
 
 
 def weighting(site: Site, path: str, chosen: Method) -> str:

@@ -38,28 +38,30 @@ from jquant.transforms import AWQ, SmoothQuant, Transform
 
 @dataclass(frozen=True)
 class Tuning:
-    """How scales, and codes if asked, are learned after rounding, all weights together (`jquant.tuning`).
+    """How scales, and codes if asked, are learned after rounding (`jquant.tuning`).
 
     Attributes:
       steps: Adam's, its rates falling to 0 along a cosine.
       windows: calibration windows a step, taken in turn.
       rate: of Adam on the scales' logarithm (and on float zeros, in units of the scale).
       code_rate: of Adam on the weights behind the codes, in units of the scale; 0 keeps the codes. Rounding passes the
-        gradient straight through.
-      target: "model" minimises the KL divergence from the float model, "text" the cross-entropy.
+        gradient straight through; a weight starts where its code is, half a unit from the next.
+      target: "block" brings each block's outputs close to the float model's, once it is rounded and before the next;
+        the others learn all weights together, in the end: "model" minimises the KL divergence from the float model,
+        "text" the cross-entropy.
     """
 
     steps: int = 128
     windows: int = 2
     rate: float = 1e-3
     code_rate: float = 0.0
-    target: Literal["model", "text"] = "model"
+    target: Literal["block", "model", "text"] = "model"
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.windows < 1 or not self.rate > 0 or self.code_rate < 0:
             raise InputError(f"Tuning takes steps, windows and a rate above 0 and a code_rate from 0, not {self}.")
-        if self.target not in ("model", "text"):
-            raise InputError(f'Tuning takes target="model" or "text", not {self.target!r}.')
+        if self.target not in ("block", "model", "text"):
+            raise InputError(f'Tuning takes target="block", "model" or "text", not {self.target!r}.')
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Method:
       error_propagation: α of a target that makes up for what the blocks before have done to the input, 0 to 1
         (`pipeline.propagate_error`).
       activation: how the inputs that meet the weight are quantized, or None.
-      tuning: how scales and codes are learned once every weight is rounded, or None.
+      tuning: how scales and codes are learned after rounding, stage by stage: blocks before the whole model.
     """
 
     format: Format
@@ -90,7 +92,7 @@ class Method:
     token_weights: Literal["attention", "loss", "norm", "uniform"] = "attention"
     error_propagation: float = 0.0
     activation: Activation | None = None
-    tuning: Tuning | None = None
+    tuning: tuple[Tuning, ...] = ()
 
     def __post_init__(self) -> None:
         if self.token_weights not in ("attention", "loss", "norm", "uniform"):
@@ -99,14 +101,19 @@ class Method:
             )
         if not 0 <= self.error_propagation <= 1:
             raise InputError(f"Method takes an error_propagation from 0 to 1, not {self.error_propagation}.")
+        targets = [stage.target for stage in self.tuning]
+        if targets != sorted(targets, key=lambda target: target != "block"):
+            raise InputError(f"Blocks are tuned before the whole model, not {' after '.join(targets[::-1])}.")
 
     @property
     def needs(self) -> frozenset[str]:
         """What calibration must bring: a subset of {"gram", "held_out", "cross", "abs_mean", "abs_max", "clips",
-        "text"}."""
+        "outputs", "text"}."""
         parts = [self.range, self.rounding, self.transform]
         static = self.activation is not None and self.activation.static
-        own = ({"abs_max"} if static else set()) | ({"text"} if self.tuning else set())
+        own = {"outputs" if stage.target == "block" else "text" for stage in self.tuning} | (
+            {"abs_max"} if static else set()
+        )
         lag = {"gram", "cross"} if self.error_propagation else set()
         return frozenset(own | lag).union(*(part.needs for part in parts if part is not None))
 
@@ -141,7 +148,7 @@ METHODS: dict[str, Callable[[int, Group, bool], Method]] = {
         Int(bits, group, symmetric), Search("diagonal"), GPTQ(), token_weights="loss"
     ),
     "gptq_tuned": lambda bits, group, symmetric: Method(
-        Int(bits, group, symmetric), Search("diagonal"), GPTQ(), tuning=Tuning()
+        Int(bits, group, symmetric), Search("diagonal"), GPTQ(), tuning=(Tuning(),)
     ),
     # Ranges.
     "rtn_percentile": lambda bits, group, symmetric: Method(Int(bits, group, symmetric), Percentile()),

@@ -4,9 +4,11 @@ By default each block sees the inputs that the quantized blocks before it produc
 earlier errors. Only one block's statistics are ever alive.
 """
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from operator import itemgetter
 from typing import Any, Literal
 
@@ -23,14 +25,15 @@ from jquant.data import sample_windows
 from jquant.errors import InputError
 from jquant.formats import Group, block_shape
 from jquant.io.load import LanguageModel, Progress
-from jquant.methods import Method, Plan, assign
+from jquant.loss import learn_clips
+from jquant.methods import Method, Plan, Tuning, assign
 from jquant.methods import method as named_method
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Block, Decoder, blocks, with_blocks
 from jquant.models.families import LLAMA, Site, shared_channels
 from jquant.qtensor import QTensor
 from jquant.rounding import SolveInfo
-from jquant.tuning import tune
+from jquant.tuning import tune, tune_block
 
 Params = dict[str, Any]  # "attention.q.kernel" -> Array or QTensor
 Report = dict[tuple[int, str], SolveInfo]
@@ -59,7 +62,8 @@ def quantize_decoder(
         own quantized projections produce.
       held_out: windows at the end of `tokens` that nothing is fitted to: `SolveInfo` has the error on them, and GPTQ
         may choose its damping by it.
-      progress: called with ("quantize", blocks done, blocks in all), and ("tune", steps done, steps in all).
+      progress: called with ("quantize", blocks done, blocks in all) and the error so far, the share of their outputs'
+        energy that projections lose, averaged; and with ("tune", steps done, steps in all) and the loss.
 
     Returns:
       The quantized decoder, and what was done to each weight: (layer, path) -> SolveInfo.
@@ -68,33 +72,83 @@ def quantize_decoder(
       InputError: what `check_plan` finds; an option out of range; a method needs calibration tokens, or held-out ones,
         and there are none.
     """
+    options: Any = {"batch": batch, "inputs": inputs, "passes": passes, "held_out": held_out, "progress": progress}
+    return quantize_decoders(decoder, {"": method}, tokens, **options)[""]
+
+
+def quantize_decoders(
+    decoder: Decoder,
+    methods: Mapping[str, Method | Plan],
+    tokens: Int[np.ndarray, "n context"] | None = None,
+    *,
+    batch: int = 8,
+    inputs: Literal["quantized", "float"] = "float",
+    passes: int = 1,
+    held_out: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, tuple[Decoder, Report]]:
+    """`quantize_decoder` for several methods on one way through the blocks.
+
+    Forward passes, and statistics that methods share, are computed once, so every block must read what the float blocks
+    before it produce. Arguments and errors are those of `quantize_decoder`; results come by the methods' names.
+    """
     if inputs not in ("quantized", "float") or passes < 1:
         raise InputError(f'Blocks take inputs="quantized" or "float" and 1 pass or more, not {inputs!r}, {passes}.')
-    choices = check_plan(decoder, method)
-    needs = [any(chosen.needs - {"text"} for _, chosen in layer) for layer in choices]
-    tuning = next((chosen.tuning for layer in choices for _, chosen in layer), None)
-    if tuning and tokens is None:
+    plans = {name: check_plan(decoder, method) for name, method in methods.items()}
+    # What the statistics of a block must serve: every weight's methods, each once.
+    wanted = [tuple(dict.fromkeys(chain.from_iterable(layer))) for layer in zip(*plans.values(), strict=True)]
+    needs = [any(chosen.needs - {"text"} for _, chosen in layer) for layer in wanted]
+    if len(plans) > 1 and inputs == "quantized" and any(needs):
+        raise InputError('Methods can share a calibration pass only with inputs="float".')
+    if tokens is None and any(chosen.tuning for layer in wanted for _, chosen in layer):
         raise InputError("Tuning learns from text: give it calibration tokens.")
     calibration = None
     if any(needs):
-        calibration = Calibration(decoder, choices, tokens, batch=batch, inputs=inputs, held_out=held_out)
-    done, transformed, report = [], [], {}
+        calibration = Calibration(decoder, wanted, tokens, batch=batch, inputs=inputs, held_out=held_out)
+    fit = np.empty((0, 0), np.int32) if tokens is None else tokens[: len(tokens) - held_out]
+    clips = {name: learn_clips(decoder, plan, fit) for name, plan in plans.items()}
+    done: dict[str, list[Block]] = {name: [] for name in plans}
+    reports: dict[str, Report] = {name: {} for name in plans}
     for index, block in enumerate(blocks(decoder)):
-        exact, quantized, infos = _quantize_block(block, choices[index], calibration, index, passes)
+        stats = calibration.observe(block, block, wanted[index], index) if calibration and needs[index] else {}
+        for name, plan in plans.items():
+            again = partial(calibration.observe, layer=index) if calibration and passes > 1 else None
+            learned = clips[name].get(index, {})
+            quantized, infos = _quantize_block(block, plan[index], stats, learned, again, passes)
+            done[name].append(quantized)
+            reports[name] |= {(index, path): info for path, info in jax.device_get(infos).items()}
+        if calibration and any(needs[index:]):
+            calibration.advance_exact(block)
+            for name, plan in plans.items():
+                done[name][-1] = _tune_block(done[name][-1], plan[index], calibration)
         if calibration and any(needs[index + 1 :]):
-            calibration.advance(block, quantized)
-        done.append(quantized)
-        transformed += [exact] if tuning else []
-        report |= {(index, path): info for path, info in infos.items()}
-        jax.block_until_ready(infos)
+            calibration.advance(block, next(iter(done.values()))[-1])
         if progress:
-            progress("quantize", index + 1, decoder.config.layers)
-    quantized = with_blocks(decoder, done)
-    if tuning and tokens is not None:
-        quantized = tune(
-            quantized, with_blocks(decoder, transformed), tokens[: len(tokens) - held_out], tuning, progress=progress
-        )
-    return quantized, jax.device_get(report)
+            progress("quantize", index + 1, decoder.config.layers, error=_relative_error(reports.values()))
+    decoders = {name: with_blocks(decoder, layers) for name, layers in done.items()}
+    for name, plan in plans.items():
+        for stage in _stages(plan):
+            if stage.target != "block":
+                decoders[name] = tune(decoders[name], decoder, fit, stage, progress=progress)
+    return {name: (decoders[name], reports[name]) for name in plans}
+
+
+def _stages(layers: Sequence[Choices]) -> tuple[Tuning, ...]:
+    """How the weights of a plan are tuned, all alike (`check_plan`)."""
+    return next((chosen.tuning for layer in layers for _, chosen in layer), ())
+
+
+def _tune_block(block: Block, choices: Choices, calibration: Calibration) -> Block:
+    for stage in _stages([choices]):
+        if stage.target == "block":
+            block = tune_block(block, *calibration.windows(), calibration.rotary, stage)
+    return block
+
+
+def _relative_error(reports: Iterable[Report]) -> float:
+    """Share of the projections' output energy that the rounding loses, averaged over what is done; NaN if unknown."""
+    shares = [info.error / info.energy for report in reports for info in report.values() if info.energy > 0]
+    return float(np.mean(shares)) if shares else math.nan
 
 
 def check_plan(decoder: Decoder, method: Method | Plan) -> list[Choices]:
@@ -172,7 +226,7 @@ def quantize(
       context: tokens per calibration window.
       held_out: further windows that nothing is fitted to (`quantize_decoder`).
       seed: of the draw.
-      progress: called with ("quantize", blocks done, blocks in all).
+      progress: as for `quantize_decoder`.
 
     Returns:
       A model whose kernels are QTensors, with `report` filled.
@@ -199,26 +253,27 @@ def quantize(
 
 
 def _quantize_block(
-    block: Block, choices: Choices, calibration: Calibration | None, layer: int, passes: int
-) -> tuple[Block, Block, dict[str, SolveInfo]]:
-    """The block transformed, and then quantized, and what was done to its weights."""
+    block: Block,
+    choices: Choices,
+    stats: Stats,
+    clips: Mapping[str, Array],
+    again: Callable[[Block, Block, Choices], Stats] | None,
+    passes: int,
+) -> tuple[Block, dict[str, SolveInfo]]:
+    """The block transformed and rounded, and what was done to its weights; `again` observes it for the next pass."""
     if not choices:
-        return block, block, {}
-    flat, stats, clips, infos = _flat(block), {}, {}, {}
+        return block, {}
+    flat, infos = _flat(block), {}
     params = {path: leaf.astype(jnp.float32) for path, leaf in flat.items()}
-    if calibration:
-        clips = calibration.clips.get(layer, {})
-        if any(chosen.needs for _, chosen in choices):
-            stats = calibration.observe(block, block, choices, layer)
     if any(chosen.transform is not None for _, chosen in choices):
         params, stats = _transform_block(params, stats, choices, block.attention.config)
     exact = quantized = _with_params(block, {path: leaf.astype(flat[path].dtype) for path, leaf in params.items()})
     for number in range(passes):
-        if number and calibration and stats:
-            stats = calibration.observe(quantized, exact, choices, layer)
+        if number and again and any(chosen.needs for _, chosen in choices):
+            stats = again(quantized, exact, choices)
         rounded, infos = _round_block(params, stats, clips, choices)
         quantized = _with_params(exact, rounded)
-    return exact, quantized, infos
+    return quantized, infos
 
 
 @partial(jax.jit, static_argnames=("choices", "config"))

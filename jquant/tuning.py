@@ -1,12 +1,13 @@
-"""After rounding: scales (and codes) of all weights together, learned on what the whole float model says of the text.
+"""After rounding: scales (and codes) learned by gradients, block by block or through the whole model.
 
-A layer's output error is a stand-in. Here the quantized decoder is a student whose next-token distribution shall be
-the float one's, and gradients go through all of it: EfficientQAT's end-to-end phase (arXiv 2407.11062 §3.3), towards
-the float model's distribution in place of the text's next token. The text would teach the student the text as well:
-perplexity falls further than the distance to the float model does, and says less about the quantization.
+A layer's output error, which roundings minimise, is a stand-in for what the model says of the text, and so is a block's
+(AutoRound, arXiv 2309.05516; EfficientQAT's first phase, arXiv 2407.11062 §3.2). Through the whole model the quantized
+decoder is a student whose next-token distribution shall be the float one's: EfficientQAT's end-to-end phase (§3.3),
+towards the float model's distribution in place of the text's next token. The text would teach the student the text as
+well: perplexity falls further than the distance to the float model does, and says less about the quantization.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -24,8 +25,8 @@ from jquant.errors import InputError
 from jquant.formats import block_shape, expand, pack, unpack
 from jquant.io.load import Progress
 from jquant.methods import Tuning
-from jquant.models.decoder import Decoder, blocks
-from jquant.qtensor import QTensor, dequantize, stored_grid
+from jquant.models.decoder import Block, Decoder
+from jquant.qtensor import QTensor, stored_grid
 
 # Tokens whose logits are alive at a time.
 ROWS = 256
@@ -44,34 +45,84 @@ def tune(
 
     Args:
       quantized: as `quantize_decoder` returns it; left untouched.
-      decoder: the float decoder it was made from, transformed as it is: codes move from its weights.
+      decoder: the float decoder it was made from.
       tokens: calibration windows.
+      tuning: how, with target "model" or "text".
+      progress: called with ("tune", steps done, steps in all) and the loss before the step.
+
+    Raises:
+      InputError: nothing is quantized, or scales are quantized themselves; a tuning of single blocks.
+    """
+    tuning = tuning or Tuning()
+    if tuning.target == "block":
+        raise InputError('Blocks are tuned one by one as they are rounded (Method.tuning): target is not "block" here.')
+    graph, rest, weights = _split(quantized)
+
+    def slopes(learned: Learned, which: Int[np.ndarray, " windows"]) -> tuple[Array, Learned]:
+        return _model_slopes(learned, graph, rest, weights, decoder, tokens[which], tuning.target)
+
+    final = _learn(weights, slopes, len(tokens), tuning, progress)
+    return nnx.merge(graph, nnx.State(unflatten_mapping(rest | final)))
+
+
+def tune_block(
+    quantized: Block,
+    inputs: Float[Array, "n context d"],
+    outputs: Float[Array, "n context d"],
+    rotary: Float[Array, "context half 2"],
+    tuning: Tuning,
+) -> Block:
+    """The quantized block with scales, and codes if asked, learned to give the outputs.
+
+    The loss is the squared error of each token's output over its squared length, averaged: a next block sees its input
+    normalised, and one attention sink is a thousand times as long as the rest.
+
+    Args:
+      quantized: left untouched.
+      inputs: calibration windows as the block reads them: from the quantized blocks before it.
+      outputs: what the float block makes of the float model's.
+      rotary: see `rotary_table`.
       tuning: how.
-      progress: called with ("tune", steps done, steps in all).
 
     Raises:
       InputError: nothing is quantized, or scales are quantized themselves.
     """
-    tuning = tuning or Tuning()
-    graph, state = nnx.split(quantized)
+    graph, rest, weights = _split(quantized)
+
+    def slopes(learned: Learned, which: Int[np.ndarray, " windows"]) -> tuple[Array, Learned]:
+        return _block_slopes(learned, graph, rest, weights, inputs, outputs, rotary, which)
+
+    final = _learn(weights, slopes, len(inputs), tuning, None)
+    return nnx.merge(graph, nnx.State(unflatten_mapping(rest | final)))
+
+
+def _split(module: nnx.Module) -> tuple[Any, dict[tuple[Any, ...], Array], dict[tuple[Any, ...], QTensor]]:
+    """Structure, parameters that stay, and quantized kernels."""
+    graph, state = nnx.split(module)
     params = flatten_mapping(nnx.to_pure_dict(state))
     weights = {path: leaf for path, leaf in params.items() if isinstance(leaf, QTensor)}
     _check(weights)
-    rest = {path: leaf for path, leaf in params.items() if path not in weights}
+    return graph, {path: leaf for path, leaf in params.items() if path not in weights}, weights
+
+
+def _learn(
+    weights: Mapping[tuple[Any, ...], QTensor],
+    slopes: Callable[[Learned, Int[np.ndarray, " windows"]], tuple[Array, Learned]],
+    windows: int,
+    tuning: Tuning,
+    progress: Progress | None,
+) -> dict[tuple[Any, ...], QTensor]:
+    """The weights after Adam's steps down the slopes, each over the next few windows."""
     learned = {path: _start(q, tuning) for path, q in weights.items()}
-    if tuning.code_rate:
-        for path, w in _stacked_like(decoder, quantized).items():
-            learned[path]["behind"] = _offset(weights[path], w)
-    optimizer = _optimizer(tuning)
-    moments = optimizer.init(learned)
+    moments = _optimizer(tuning).init(learned)
     for number in range(tuning.steps):
-        batch = np.take(tokens, range(number * tuning.windows, (number + 1) * tuning.windows), 0, mode="wrap")
-        learned, moments, _ = _step(graph, decoder, rest, weights, batch, learned, moments, tuning)
-        jax.block_until_ready(moments)
+        which = np.arange(number * tuning.windows, (number + 1) * tuning.windows) % windows
+        loss, slope = slopes(learned, which)
+        learned, moments = _step(learned, slope, moments, tuning)
+        loss = float(loss)  # waits, so that one step's activations are alive at a time
         if progress:
-            progress("tune", number + 1, tuning.steps)
-    final = {path: _finished(q, learned[path]) for path, q in weights.items()}
-    return nnx.merge(graph, nnx.State(unflatten_mapping(params | final)))
+            progress("tune", number + 1, tuning.steps, loss=loss)
+    return {path: _finished(q, learned[path]) for path, q in weights.items()}
 
 
 def _check(weights: Mapping[tuple[Any, ...], QTensor]) -> None:
@@ -135,32 +186,9 @@ def _start(q: QTensor, tuning: Tuning) -> dict[str, Array]:
     learned = {"log_scale": jnp.zeros(scale.shape, jnp.float32)}
     if zero is not None and jnp.issubdtype(zero.dtype, jnp.floating):
         learned["shift"] = jnp.zeros(zero.shape, jnp.float32)
+    if tuning.code_rate:
+        learned["behind"] = jnp.zeros(q.shape, jnp.float32)
     return learned
-
-
-@jax.jit
-def _offset(q: QTensor, w: Float[Array, "*l in out"]) -> Float[Array, "*l in out"]:
-    """Steps from each rounded value towards the float one, less than the half that would change the code.
-
-    A weight whose nearest value it is not, because another rounding chose its code, starts next to the border.
-    """
-    scale = expand(stored_grid(q)[0], block_shape(q.format, q.shape), q.shape).astype(jnp.float32)
-    steps = (w.astype(jnp.float32) - dequantize(q)) / jnp.where(scale == 0, 1, jnp.abs(scale))
-    return jnp.clip(steps, -0.45, 0.45)
-
-
-def _stacked_like(decoder: Decoder, quantized: Decoder) -> dict[tuple[Any, ...], Array]:
-    """The float decoder's kernels, stacked in the quantized one's segments."""
-    layers, found = list(blocks(decoder)), {}
-    for number, segment in enumerate(quantized.segments):
-        count = jax.tree.leaves(nnx.state(segment))[0].shape[0]
-        run, layers = layers[:count], layers[count:]
-        flat = [flatten_mapping(nnx.to_pure_dict(nnx.state(layer))) for layer in run]
-        there = flatten_mapping(nnx.to_pure_dict(nnx.state(segment)))
-        for path, leaf in there.items():
-            if isinstance(leaf, QTensor):
-                found["segments", number, *path] = jnp.stack([one[path] for one in flat])
-    return found
 
 
 @jax.jit
@@ -187,28 +215,60 @@ def _optimizer(tuning: Tuning) -> optax.GradientTransformation:
     return optax.multi_transform(rates, named)
 
 
-@partial(jax.jit, static_argnames=("graph", "tuning"), donate_argnames=("learned", "moments"))
-def _step(
+@partial(jax.jit, static_argnames="tuning", donate_argnames=("learned", "moments"))
+def _step(learned: Learned, slope: Learned, moments: Any, tuning: Tuning) -> tuple[Learned, Any]:
+    updates, moments = _optimizer(tuning).update(slope, moments)
+    return optax.apply_updates(learned, updates), moments  # pyright: ignore[reportReturnType]
+
+
+@partial(jax.jit, static_argnames="graph")
+def _block_slopes(
+    learned: Learned,
     graph: Any,
-    teacher: Decoder,
     rest: Mapping[tuple[Any, ...], Array],
     weights: Mapping[tuple[Any, ...], QTensor],
-    tokens: Int[Array, "b t"],
-    learned: Learned,
-    moments: Any,
-    tuning: Tuning,
-) -> tuple[Learned, Any, Array]:
-    """One of Adam's steps, and the loss before it."""
+    inputs: Float[Array, "n t d"],
+    outputs: Float[Array, "n t d"],
+    rotary: Array,
+    which: Int[Array, " windows"],
+) -> tuple[Array, Learned]:
+    wanted = outputs[which].astype(jnp.float32)
 
     def loss(learned: Learned) -> Array:
-        students = {path: _Student(q, learned[path]) for path, q in weights.items()}
-        student = nnx.merge(graph, nnx.State(unflatten_mapping({**rest, **students})))
-        exact = teacher.hidden(tokens) if tuning.target == "model" else None
+        got = _student(graph, rest, weights, learned)(inputs[which], rotary)[0].astype(jnp.float32)
+        return jnp.mean(jnp.sum((got - wanted) ** 2, -1) / jnp.maximum(jnp.sum(wanted**2, -1), 1e-12))
+
+    return jax.value_and_grad(loss)(learned)
+
+
+@partial(jax.jit, static_argnames=("graph", "target"))
+def _model_slopes(
+    learned: Learned,
+    graph: Any,
+    rest: Mapping[tuple[Any, ...], Array],
+    weights: Mapping[tuple[Any, ...], QTensor],
+    teacher: Decoder,
+    tokens: Int[Array, "b t"],
+    target: str,
+) -> tuple[Array, Learned]:
+    exact = teacher.hidden(tokens) if target == "model" else None
+
+    def loss(learned: Learned) -> Array:
+        student = _student(graph, rest, weights, learned)
         return _loss(student, student.hidden(tokens), teacher, exact, tokens)
 
-    value, slopes = jax.value_and_grad(loss)(learned)
-    updates, moments = _optimizer(tuning).update(slopes, moments)
-    return optax.apply_updates(learned, updates), moments, value  # pyright: ignore[reportReturnType]
+    return jax.value_and_grad(loss)(learned)
+
+
+def _student(
+    graph: Any,
+    rest: Mapping[tuple[Any, ...], Array],
+    weights: Mapping[tuple[Any, ...], QTensor],
+    learned: Learned,
+) -> Any:
+    """The decoder or block, its kernels functions of what is learned."""
+    students = {path: _Student(q, learned[path]) for path, q in weights.items()}
+    return nnx.merge(graph, nnx.State(unflatten_mapping({**rest, **students})))
 
 
 def _loss(

@@ -12,15 +12,16 @@ from checkpoints import refused
 from flax import nnx
 from test_pipeline import GRID, PROJECTIONS, TAPS, TOKENS, block, energy, leaves, outlier_llama, same_bytes, taps
 
+from jquant.calibration import Calibration
 from jquant.io.load import load_model
 from jquant.loss import token_gradients
 from jquant.methods import Method
 from jquant.models.decoder import Decoder
-from jquant.pipeline import propagate_error, quantize_decoder
+from jquant.pipeline import propagate_error, quantize_decoder, quantize_decoders
 from jquant.qtensor import dequantize
-from jquant.ranges import Search
+from jquant.ranges import LossSearch, Search
 from jquant.rounding import GPTQ
-from jquant.transforms import SmoothQuant
+from jquant.transforms import AWQ, SmoothQuant
 
 FITTED = Method(GRID, Search("diagonal"), GPTQ())
 TORCH_NAMES = {
@@ -194,3 +195,36 @@ def test_calibration_leaves_the_float_decoder_as_it_was(decoder):
     before = jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(decoder)))
     run(decoder, Method(GRID, rounding=GPTQ(), token_weights="loss", error_propagation=0.5), held_out=4, passes=2)
     assert same_bytes(before, nnx.to_pure_dict(nnx.state(decoder)))
+
+
+# ---- several methods, one pass ---------------------------------------------------------------------------------------
+
+SEVERAL = {
+    "rtn": Method(GRID),
+    "gptq": FITTED,
+    "awq": Method(GRID, Search("gram"), transform=AWQ(steps=4)),
+    "first": [(r"layers\.0\.", FITTED)],
+    "learned": Method(GRID, LossSearch(steps=2)),
+}
+
+
+def test_methods_that_share_a_pass_get_what_each_gets_alone(decoder):
+    together = quantize_decoders(decoder, SEVERAL, TOKENS, batch=4)
+    assert list(together) == list(SEVERAL)
+    for name, method in SEVERAL.items():
+        alone, report = run(decoder, method, inputs="float")
+        assert same_bytes(leaves(together[name][0]), leaves(alone)), name
+        assert together[name][1].keys() == report.keys(), name
+
+
+def test_methods_that_share_a_pass_share_its_forward_passes(decoder, monkeypatch):
+    calls = []
+    observe = Calibration.observe
+    monkeypatch.setattr(Calibration, "observe", lambda *args, **kwargs: calls.append(args) or observe(*args, **kwargs))
+    quantize_decoders(decoder, SEVERAL, TOKENS, batch=4)
+    assert len(calls) == decoder.config.layers
+
+
+def test_methods_cannot_share_inputs_that_each_quantizes_its_own_way(decoder):
+    with refused("float"):
+        quantize_decoders(decoder, SEVERAL, TOKENS, inputs="quantized")

@@ -144,7 +144,7 @@ def rounded_by_oracle(w: np.ndarray, name: str) -> np.ndarray:
 
 def test_progress_counts_blocks(decoder):
     calls = []
-    run(decoder, method("rtn", group=32), progress=lambda *call: calls.append(call))
+    run(decoder, method("rtn", group=32), progress=lambda *call, **_: calls.append(call))
     assert calls == [("quantize", 1, 2), ("quantize", 2, 2)]
 
 

@@ -76,7 +76,7 @@ def test_a_mask_of_one_weight_changes_that_weight_alone(decoder):
 @pytest.fixture(scope="module")
 def figures(decoder) -> dict:
     told, settings = [], {"layer_windows": 2, "matrix_windows": 1}
-    report = lambda stage, done, total: told.append((stage, done, total))  # noqa: E731
+    report = lambda stage, done, total, **_: told.append((stage, done, total))  # noqa: E731
     found = measure(decoder, RTN, TOKENS, None, score(decoder, TOKENS), settings, report)
     assert told[-1] == ("evaluate", 1 + 7 + 2 + 14, 1 + 7 + 2 + 14)
     return found
@@ -114,7 +114,7 @@ def test_every_selection_scores_as_the_pipelines_own_plan_of_it(decoder, figures
 
 def test_layers_and_matrices_are_left_out_on_request(decoder):
     settings = {"layer_windows": 0, "matrix_windows": 0}
-    found = measure(decoder, RTN, TOKENS[:1], None, score(decoder, TOKENS[:1]), settings, lambda *_: None)
+    found = measure(decoder, RTN, TOKENS[:1], None, score(decoder, TOKENS[:1]), settings, lambda *_, **__: None)
     assert (found["layers"], found["matrices"]) == ([], [])
     assert set(found["projections"]) == set(NAMES)
 
@@ -122,7 +122,7 @@ def test_layers_and_matrices_are_left_out_on_request(decoder):
 def test_a_bfloat16_model_is_measured_too(checkpoint):
     decoder = load_model(checkpoint, dtype="bfloat16").decoder
     settings = {"layer_windows": 0, "matrix_windows": 0}
-    found = measure(decoder, RTN, TOKENS[:1], None, score(decoder, TOKENS[:1]), settings, lambda *_: None)
+    found = measure(decoder, RTN, TOKENS[:1], None, score(decoder, TOKENS[:1]), settings, lambda *_, **__: None)
     assert found["all"]["kl"] > found["projections"]["k"]["kl"] > 0
 
 

@@ -1,5 +1,7 @@
 """Tuning after rounding: it brings the student closer, changes nothing it must not, and refuses what it can't do."""
 
+from dataclasses import replace
+
 import checkpoints
 import jax
 import jax.numpy as jnp
@@ -13,10 +15,10 @@ from jquant.evaluation.perplexity import Reference, Scores, score
 from jquant.formats import Format
 from jquant.io.load import load_model
 from jquant.methods import Method, Tuning, method
-from jquant.models.decoder import Decoder
+from jquant.models.decoder import Decoder, blocks, rotary_table
 from jquant.pipeline import quantize_decoder
 from jquant.qtensor import QTensor, bits_per_weight, dequantize
-from jquant.tuning import _values, tune
+from jquant.tuning import _values, tune, tune_block
 
 TOKENS = np.random.default_rng(5).integers(0, checkpoints.VOCAB, (8, 32), np.int32)
 STEPS = 20
@@ -60,7 +62,7 @@ def test_tuned_scales_come_closer_to_the_float_model_under_the_same_codes_and_bi
 
 def test_codes_move_when_they_have_a_rate(decoder):
     quantized, _ = quantize_decoder(decoder, method("rtn", 2, 16))
-    scales, both = (tune(quantized, decoder, TOKENS, Tuning(STEPS, 8, 3e-3, code_rate=r)) for r in (0.0, 0.01))
+    scales, both = (tune(quantized, decoder, TOKENS, Tuning(STEPS, 8, 3e-3, code_rate=r)) for r in (0.0, 0.05))
     for a, b in zip(quantized_leaves(quantized).values(), quantized_leaves(both).values(), strict=True):
         assert 0 < np.mean(np.asarray(a.codes) != np.asarray(b.codes)) < 0.9
     assert compared(decoder, both).kl.mean() < compared(decoder, scales).kl.mean()
@@ -96,11 +98,55 @@ def test_the_same_twice_gives_the_same_bytes(decoder):
 def test_progress_counts_steps(decoder):
     calls = []
     quantized, _ = quantize_decoder(decoder, method("rtn", 3, 16))
-    tune(quantized, decoder, TOKENS, Tuning(2), progress=lambda *call: calls.append(call))
-    assert calls == [("tune", 1, 2), ("tune", 2, 2)]
+    tune(quantized, decoder, TOKENS, Tuning(2), progress=lambda *call, **figures: calls.append((call, figures)))
+    assert [call for call, _ in calls] == [("tune", 1, 2), ("tune", 2, 2)]
+    assert all(0 < figures["loss"] < np.inf for _, figures in calls)
+
+
+@pytest.mark.parametrize("code_rate", [0.0, 0.05])
+def test_blocks_tuned_one_by_one_end_closer_to_the_float_ones(decoder, code_rate):
+    stage = Tuning(STEPS, 8, 3e-3, code_rate, target="block")
+    plain, tuned = (
+        quantize_decoder(decoder, replace(method("rtn", 2, 16), tuning=stages), TOKENS)[0] for stages in ((), (stage,))
+    )
+    exact = decoder.hidden(jnp.asarray(TOKENS))
+    misses = [float(jnp.mean((one.hidden(jnp.asarray(TOKENS)) - exact) ** 2)) for one in (plain, tuned)]
+    assert misses[1] < 0.9 * misses[0]
+    for a, b in zip(quantized_leaves(plain).values(), quantized_leaves(tuned).values(), strict=True):
+        assert np.any(np.asarray(a.codes) != np.asarray(b.codes)) == (code_rate > 0)
+        assert np.any(np.asarray(a.scale) != np.asarray(b.scale))
+
+
+def test_a_block_is_tuned_on_inputs_of_the_quantized_blocks_before_it_towards_float_outputs(decoder):
+    """The second block's loss is least at what undoes the first one's error, so its float weights are no optimum."""
+    quantized, _ = quantize_decoder(decoder, [(r"layers\.0\.", method("rtn", 2, 16))])
+    first, second = blocks(decoder)
+    broken = next(iter(blocks(quantized)))
+    rotary = rotary_table(decoder.config, jnp.arange(TOKENS.shape[1]))
+    x = decoder.embed(jnp.asarray(TOKENS))
+    seen, wanted = broken(x, rotary)[0], second(first(x, rotary)[0], rotary)[0]
+    fine, _ = quantize_decoder(decoder, Method(jquant.Int(8, 16)))
+    start = list(blocks(fine))[1]
+    tuned = tune_block(start, seen, wanted, rotary, Tuning(40, 8, 3e-3, target="block"))
+    misses = [float(jnp.mean((one(seen, rotary)[0] - wanted) ** 2)) for one in (second, start, tuned)]
+    assert misses[2] < 0.97 * min(misses[:2])
+
+
+def test_stages_follow_one_another_and_blocks_come_first(decoder):
+    stages = (Tuning(2, 8, target="block"), Tuning(2, 8))
+    calls = []
+    two = replace(method("rtn", 2, 16), tuning=stages)
+    whole, _ = quantize_decoder(decoder, two, TOKENS, progress=lambda *call, **_: calls.append(call))
+    first, _ = quantize_decoder(decoder, replace(two, tuning=stages[:1]), TOKENS)
+    assert same_bytes(leaves(whole), leaves(tune(first, decoder, TOKENS, stages[1])))
+    assert calls == [("quantize", 1, 2), ("quantize", 2, 2), ("tune", 1, 2), ("tune", 2, 2)]
+    with refused("before the whole model"):
+        replace(two, tuning=stages[::-1])
 
 
 def test_what_cannot_be_tuned_is_refused(decoder):
+    with refused("one by one"):
+        tune(decoder, decoder, TOKENS, Tuning(target="block"))
     with refused("nothing to tune"):
         tune(decoder, decoder, TOKENS)
     nested, _ = quantize_decoder(decoder, Method(jquant.NF4(16, jquant.double_quantized())))
