@@ -1,32 +1,53 @@
-"""GPTQ's solve: compile time and run time against the number of columns.
+"""GPTQ's solve: compile time and run time against the number of columns, and both beside qwix's.
 
-    python -m benchmarks.gptq_solve
+    pip install --constraint constraints.txt --editable '.[bench]'     # qwix; without it, jquant's rows alone
+    OPENBLAS_NUM_THREADS=1 python -m benchmarks.gptq_solve
 
-One square weight, Int4 g64 asymmetric, min-max grid, act-order. The solve is n²·out multiplications and as many
-additions for the lazy updates (twice what the triangle needs: the loop's shapes are fixed) and n³/3 for the Cholesky
-factor; the rate counts the useful n²·out + n³/3 operations and is set beside the machine's own matrix product.
+One OpenBLAS thread, because on a CPU the Cholesky factor comes from SciPy's OpenBLAS, whose threads wait for each other
+by spinning: on cores that others use too, two of them took 1.17 s for a factor of 1,024 columns and one 0.014 s.
+
+Sizes: one square weight, Int4 g64 asymmetric, min-max grid, act-order. The rate counts n²·out + n³/3 operations, those
+of the triangle's lazy updates and of the Cholesky factor, and is set beside the machine's own float32 matrix product.
+
+qwix: one weight and one Gram matrix, damping 0.01, symmetric Int4 g64 with scales absmax / 7.5 (its core raises on
+asymmetric ones). It rounds rows first to last and takes each scale when it reaches the group. So jquant runs twice:
+with the scales that qwix came to and in its order, where both solve the same problem; and as it is, with the scales of
+the given weight and act-order. "cold" is a call with nothing compiled: trace, compile and solve. qwix runs under jit,
+and operation by operation, as its `quantize_params` calls it. The error is trace((W − Ŵ)ᵀ H (W − Ŵ)) in float64 NumPy.
 """
 
+import importlib
+import importlib.util
 import json
+import os
 import statistics
 import time
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jaxtyping import Float
 from rich.console import Console
 from rich.table import Table
 
 from experiments.provenance import versions
 from jquant import GPTQ, Int, MinMax
+from jquant.qtensor import QTensor, dequantize, from_codes
 
-COLUMNS = (512, 1024, 4096)
+COLUMNS, PRODUCT = (512, 1024, 4096), 4096
 FORMAT, RANGE, ROUNDING = Int(4, 64), MinMax(), GPTQ()
+COMPARED = 1024
+SYMMETRIC = Int(4, 64, symmetric=True, scale="float32")  # qwix keeps its scales in float32
 
 
 def main() -> None:
-    """Times every size and prints the table and the JSON line."""
-    peak = product_rate(2048)
+    """Times every size, then both cores, and prints the tables and the JSON line."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    peak = product_rate(PRODUCT)
     rows = [measure(n) | {"columns": n} for n in COLUMNS]
     table = Table("columns", "compile s", "solve s", "GFLOP/s", "share of matrix product", "program lines")
     for row in rows:
@@ -39,20 +60,29 @@ def main() -> None:
         "rows": rows,
         "compile_ratio": max(compile_times) / min(compile_times),
         "matrix_product_gflops": peak,
+        "openblas_threads": os.environ.get("OPENBLAS_NUM_THREADS", "all"),
         **versions(),
     }
+    if importlib.util.find_spec("qwix"):
+        figures |= {"against_qwix": compare(COMPARED)}
+    else:
+        print("qwix is not installed (the bench extra has it), so its rows are left out.")
     print(json.dumps(figures))
 
 
-def measure(n: int) -> dict[str, float]:
-    """Compile time (median of 3, no cache), solve time (median of 3) and useful rate of an n × n weight."""
+def problem(n: int) -> tuple[Float[Array, "n n"], Float[Array, "n n"]]:
+    """A weight, and the Gram matrix of 2 n inputs whose features differ twentyfold in size."""
     keys = jax.random.split(jax.random.key(0), 2)
     x = jax.random.normal(keys[0], (2 * n, n)) * jnp.linspace(0.1, 2, n)
-    w, gram = jax.random.normal(keys[1], (n, n)), x.T @ x / len(x)
+    return jax.random.normal(keys[1], (n, n)), jnp.matmul(x.T, x, precision="highest") / len(x)
+
+
+def measure(n: int) -> dict[str, float]:
+    """Compile time (median of 3, no cache), solve time and useful rate of an n × n weight."""
+    w, gram = problem(n)
 
     def solve(w, gram):
-        q, info = ROUNDING(w, *RANGE(w, FORMAT), gram, FORMAT)
-        return q, info.error
+        return ROUNDING(w, *RANGE(w, FORMAT), gram, FORMAT)[0]
 
     compiling, compiled = [], None
     for _ in range(3):
@@ -71,13 +101,73 @@ def measure(n: int) -> dict[str, float]:
     }
 
 
+def compare(n: int) -> dict[str, Any]:
+    """qwix's core and jquant's on one n × n problem; prints the table."""
+    w, gram = problem(n)
+    qwix = qwix_core()
+
+    def jquant(w, gram, scale, order):
+        return GPTQ(0.01, order)(w, scale, None, gram, SYMMETRIC)[0]
+
+    @jax.jit
+    def alone(w, gram):
+        return jquant(w, gram, jnp.max(jnp.abs(w.reshape(-1, SYMMETRIC.group, n)), 1) / 7.5, "activation")
+
+    q, jitted = trial(jax.jit(qwix), w, gram, repeats=1)
+    same = jax.jit(lambda w, gram, scale: jquant(w, gram, scale, "rows"))
+    rows = {
+        "qwix, jit": jitted,
+        "qwix, op by op": trial(qwix, w, gram, repeats=1)[1],
+        "jquant, qwix's grid": trial(same, w, gram, q.scale, repeats=5)[1],
+        "jquant": trial(alone, w, gram, repeats=5)[1],
+    }
+    best = rows["jquant"]
+    table = Table(f"{n} columns", "cold s", "ratio", "solve s", "ratio", "output error", "ratio")
+    for name, row in rows.items():
+        formats = {"cold_s": ".2f", "solve_s": ".4f", "error": ".2f"}
+        cells = [(f"{row[key]:{digits}}", f"{row[key] / best[key]:.3g}") for key, digits in formats.items()]
+        table.add_row(name, *sum(cells, ()))
+    Console().print(table)
+    return {"columns": n, "version": metadata.version("qwix"), "rows": rows}
+
+
+def qwix_core() -> Callable[[Array, Array], QTensor]:
+    """qwix's GPTQ of an `[in, out]` weight, its result as jquant's tensor."""
+    core = importlib.import_module("qwix.contrib.gptq_core")
+    how = core.qarray.HowToQuantize(qtype=jnp.int4, channelwise_axes=(0,), tiled_axes={1: SYMMETRIC.group})
+
+    def solve(w: Array, gram: Array) -> QTensor:
+        q, _ = core.quantize_weight(w.T, gram, how, percdamp=0.01)
+        return from_codes((q.qvalue.T.astype(jnp.int8) + 8).astype(jnp.uint8), q.scale.T, None, SYMMETRIC)
+
+    return solve
+
+
+def trial(function: Callable[..., QTensor], w: Array, *arguments: Array, repeats: int) -> tuple[QTensor, dict]:
+    """The result; seconds of a call with nothing compiled (median of `repeats`) and of a later one; output error."""
+    cold = []
+    for _ in range(repeats):
+        jax.clear_caches()
+        begin = time.perf_counter()
+        jax.block_until_ready(function(w, *arguments))
+        cold.append(time.perf_counter() - begin)
+    seconds, q = timed(function, w, *arguments), function(w, *arguments)
+    return q, {"cold_s": statistics.median(cold), "solve_s": seconds, "error": output_error(w, q, arguments[0])}
+
+
+def output_error(w: Array, q: QTensor, gram: Array) -> float:
+    """trace((W − Ŵ)ᵀ H (W − Ŵ)) in float64."""
+    delta = np.asarray(w, np.float64) - np.asarray(dequantize(q), np.float64)
+    return float(np.sum(delta * (np.asarray(gram, np.float64) @ delta)))
+
+
 def product_rate(n: int) -> float:
     """GFLOP/s of an n × n float32 matrix product."""
     a = jnp.asarray(np.random.default_rng(0).normal(size=(n, n)), jnp.float32)
-    return 2 * n**3 / timed(jax.jit(jnp.matmul), a, a) / 1e9
+    return 2 * n**3 / timed(jax.jit(lambda a: jnp.matmul(a, a, precision="highest")), a) / 1e9
 
 
-def timed(function, *arguments) -> float:
+def timed(function: Callable[..., Any], *arguments: Array) -> float:
     """Median seconds of 3 calls after one that is not counted."""
     jax.block_until_ready(function(*arguments))
     times = []

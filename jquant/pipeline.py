@@ -114,7 +114,7 @@ def quantize_decoders(
         for name, plan in plans.items():
             again = partial(calibration.observe, layer=index) if calibration and passes > 1 else None
             learned = clips[name].get(index, {})
-            quantized, infos = _quantize_block(block, plan[index], stats, learned, again, passes)
+            quantized, infos = quantize_block(block, plan[index], stats, learned, again, passes)
             done[name].append(quantized)
             reports[name] |= {(index, path): info for path, info in jax.device_get(infos).items()}
         if calibration and any(needs[index:]):
@@ -252,15 +252,24 @@ def quantize(
     return replace(model, decoder=decoder, report=report)
 
 
-def _quantize_block(
+def quantize_block(
     block: Block,
     choices: Choices,
     stats: Stats,
-    clips: Mapping[str, Array],
-    again: Callable[[Block, Block, Choices], Stats] | None,
-    passes: int,
+    clips: Mapping[str, Array] | None = None,
+    again: Callable[[Block, Block, Choices], Stats] | None = None,
+    passes: int = 1,
 ) -> tuple[Block, dict[str, SolveInfo]]:
-    """The block transformed and rounded, and what was done to its weights; `again` observes it for the next pass."""
+    """The block transformed and rounded, and what was done to its weights.
+
+    Args:
+      block: float.
+      choices: the methods of its weights.
+      stats: what the methods look at (`Calibration.observe`).
+      clips: factors on the scales that a `LossSearch` learned, by weight.
+      again: observes the block, quantized, for the next pass.
+      passes: how often it is rounded.
+    """
     if not choices:
         return block, {}
     flat, infos = _flat(block), {}
@@ -271,7 +280,7 @@ def _quantize_block(
     for number in range(passes):
         if number and again and any(chosen.needs for _, chosen in choices):
             stats = again(quantized, exact, choices)
-        rounded, infos = _round_block(params, stats, clips, choices)
+        rounded, infos = _round_block(params, stats, clips or {}, choices)
         quantized = _with_params(exact, rounded)
     return quantized, infos
 

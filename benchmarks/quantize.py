@@ -1,0 +1,88 @@
+"""Where the seconds of quantizing a model go: forward passes, Gram matrices, ranges and transforms, solves.
+
+    python -m benchmarks.quantize
+
+The default model, C4 128 × 512, first 4 blocks; the first is left out, for its programs are compiled. A block's
+forward passes and Gram matrices are one program, and so are its ranges and solves: the parts are differences, of the
+program with and without them.
+"""
+
+import json
+import time
+from dataclasses import replace
+from functools import partial
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from experiments.provenance import versions
+from jquant import Nearest, load_text, method
+from jquant.calibration import Calibration
+from jquant.data import sample_windows
+from jquant.io.load import load_model
+from jquant.methods import Method
+from jquant.models.decoder import blocks
+from jquant.pipeline import check_plan, quantize_block
+
+MODEL, CALIBRATION, SAMPLES, CONTEXT = "smollm2_135m", "c4_utf8", 128, 512
+METHODS, BLOCKS = ("gptq", "awq"), 4
+
+
+def main() -> None:
+    """Times every method and prints the table and the JSON line."""
+    model = load_model(MODEL)
+    tokens = sample_windows(model.tokenizer.encode(load_text(CALIBRATION)), CONTEXT, SAMPLES, seed=0)
+    rows = {name: measure(model.decoder, method(name), tokens) for name in METHODS}
+    table = Table("method", "first block s", *next(iter(rows.values()))["seconds"], title="seconds a block")
+    for name, row in rows.items():
+        total = sum(row["seconds"].values())
+        cells = [f"{value:.2f} ({100 * value / total:.0f} %)" for value in row["seconds"].values()]
+        table.add_row(name, f"{row['first_block_s']:.1f}", *cells)
+    Console().print(table)
+    print(json.dumps({"rows": rows, "blocks": BLOCKS, "tokens": tokens.size, **versions()}))
+
+
+def measure(decoder, chosen: Method, tokens: np.ndarray) -> dict:
+    """Median seconds a block of each part, and those of the first block, compilation with them."""
+    plan = check_plan(decoder, chosen)
+    calibration = Calibration(decoder, plan, tokens, batch=8, inputs="quantized", held_out=0)
+    unsolved = tuple((path, replace(one, rounding=Nearest())) for path, one in plan[0])
+    parts: dict[str, list[float]] = {"forward": [], "Gram": [], "range and transform": [], "solve": []}
+    whole = []
+    for index, block in list(zip(range(BLOCKS), blocks(decoder), strict=False)):
+        begin = time.perf_counter()
+        observing, stats = timed(partial(calibration.observe, block, block, plan[index], index))
+        quantize = lambda choices, stats=stats, block=block: timed(  # noqa: E731
+            lambda: jax.tree.leaves(quantize_block(block, choices, stats))
+        )[0]
+        quantizing = quantize(plan[index])
+        advancing, _ = timed(partial(advanced, calibration, block, quantize_block(block, plan[index], stats)[0]))
+        whole.append(time.perf_counter() - begin)
+        ranging = quantize(unsolved)
+        parts["forward"].append(2 * advancing)
+        parts["Gram"].append(observing - advancing)
+        parts["range and transform"].append(ranging)
+        parts["solve"].append(quantizing - ranging)
+    return {
+        "first_block_s": whole[0],
+        "seconds": {name: float(np.median(values[1:])) for name, values in parts.items()},
+    }
+
+
+def advanced(calibration: Calibration, block, quantized) -> list:
+    """The streams after a block."""
+    calibration.advance(block, quantized)
+    return calibration.seen
+
+
+def timed(function):
+    """Seconds of one call, and its result."""
+    begin = time.perf_counter()
+    result = jax.block_until_ready(function())
+    return time.perf_counter() - begin, result
+
+
+if __name__ == "__main__":
+    main()
