@@ -16,7 +16,7 @@ from jquant.evaluation.perplexity import perplexity
 from jquant.formats import FP4, FP8_E4M3, FP8_E5M2, GGUF, MXFP4, NF3, NF4, NVFP4, Codebook, Float, Int, double_quantized
 from jquant.io.load import LanguageModel, load_model
 from jquant.methods import METHODS, Method, Tuning, method
-from jquant.pipeline import quantize, quantize_decoder
+from jquant.pipeline import quantize, quantize_decoder, quantize_decoders
 from jquant.products import matmul
 from jquant.qtensor import QTensor, bits_per_weight, dequantize
 from jquant.ranges import LlamaCpp, LossSearch, MinMax, Percentile, Search
@@ -70,6 +70,7 @@ __all__ = [
     "perplexity",
     "quantize",
     "quantize_decoder",
+    "quantize_decoders",
     "rotate",
     "tune",
 ]

@@ -47,7 +47,7 @@ def tune(
       quantized: as `quantize_decoder` returns it; left untouched.
       decoder: the float decoder it was made from.
       tokens: calibration windows.
-      tuning: how, with target "model" or "text".
+      tuning: how, with target "model".
       progress: called with ("tune", steps done, steps in all) and the loss before the step.
 
     Raises:
@@ -59,7 +59,7 @@ def tune(
     graph, rest, weights = _split(quantized)
 
     def slopes(learned: Learned, which: Int[np.ndarray, " windows"]) -> tuple[Array, Learned]:
-        return _model_slopes(learned, graph, rest, weights, decoder, tokens[which], tuning.target)
+        return _model_slopes(learned, graph, rest, weights, decoder, tokens[which], tuning.text)
 
     final = _learn(weights, slopes, len(tokens), tuning, progress)
     return nnx.merge(graph, nnx.State(unflatten_mapping(rest | final)))
@@ -270,7 +270,7 @@ def _block_slopes(
     return jax.value_and_grad(loss)(learned)
 
 
-@partial(jax.jit, static_argnames=("graph", "target"))
+@partial(jax.jit, static_argnames=("graph", "text"))
 def _model_slopes(
     learned: Learned,
     graph: Any,
@@ -278,19 +278,21 @@ def _model_slopes(
     weights: Mapping[tuple[Any, ...], QTensor],
     teacher: Decoder,
     tokens: Int[Array, "b t"],
-    target: str,
+    text: float,
 ) -> tuple[Array, Learned]:
     structure, state = nnx.split(teacher)
     params = flatten_mapping(nnx.to_pure_dict(state))
     kernels = {path: leaf for path, leaf in params.items() if path[0] == "segments" and path[-1] == "kernel"}
     exact = None
-    if target == "model":
+    if text < 1:
         exact = _student(structure, params, kernels, dict.fromkeys(kernels)).hidden(tokens)
     # Embedding and head are not quantized: student and teacher share them.
     head = teacher.embedding.get_value().T if teacher.head is None else teacher.head.kernel.get_value()
 
     def loss(learned: Learned) -> Array:
-        return _loss(_student(graph, rest, weights, learned).hidden(tokens), exact, head.astype(jnp.bfloat16), tokens)
+        return _loss(
+            _student(graph, rest, weights, learned).hidden(tokens), exact, head.astype(jnp.bfloat16), tokens, text
+        )
 
     return jax.value_and_grad(loss)(learned)
 
@@ -311,8 +313,9 @@ def _loss(
     exact: Float[Array, "b t d"] | None,
     head: Float[Array, "d vocab"],
     tokens: Int[Array, "b t"],
+    text: float,
 ) -> Float[Array, ""]:
-    """Mean KL divergence from the teacher, or cross-entropy, ROWS tokens' logits at a time."""
+    """Mean KL divergence from the teacher, a share of it cross-entropy instead, ROWS tokens' logits at a time."""
     count = tokens.shape[0] * (tokens.shape[1] - 1)
     flat = lambda a: a[:, :-1].reshape(count, -1)  # noqa: E731
     columns = [flat(hidden), flat(hidden if exact is None else exact), tokens[:, 1:].reshape(count), jnp.ones(count)]
@@ -323,11 +326,10 @@ def _loss(
     def add(total: Array, chunk: Any) -> tuple[Array, None]:
         states, others, targets, real = chunk
         log_q = jax.nn.log_softmax(product(states, head).astype(jnp.float32))
-        if exact is None:
-            each = -jnp.take_along_axis(log_q, targets[:, None], -1)[:, 0]
-        else:
+        each = -text * jnp.take_along_axis(log_q, targets[:, None], -1)[:, 0]
+        if text < 1:
             log_p = jax.nn.log_softmax(product(others, head).astype(jnp.float32))
-            each = jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1)
+            each += (1 - text) * jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1)
         return total + jnp.sum(each * real), None
 
     return jax.lax.scan(add, jnp.float32(0), tuple(chunks))[0] / count

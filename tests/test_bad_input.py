@@ -96,6 +96,8 @@ for use in (
     lambda: Int(4, "row"),
     lambda: Method(format, token_weights="mass"),
     lambda: Tuning(target="teacher"),
+    lambda: Tuning(text=1.5),
+    lambda: Tuning(target="block", text=0.5),
     lambda: GPTQ(order="columns"),
 ):
     try:
@@ -108,13 +110,15 @@ for use in (
 def test_wrong_shapes_are_named_without_run_time_type_checks():
     done = subprocess.run([sys.executable, "-c", SHAPES], capture_output=True, text=True, check=True)
     said = done.stdout.splitlines()
-    assert len(said) == 10
+    assert len(said) == 12
     assert all("(5, 5)" in line for line in said[:5])
     assert "(16,)" in said[5]
     assert "'row'" in said[6]
     assert "'mass'" in said[7]
     assert "'teacher'" in said[8]
-    assert "'columns'" in said[9]
+    assert "1.5" in said[9]
+    assert "0.5" in said[10]
+    assert "'columns'" in said[11]
 
 
 def test_scales_of_another_grid_are_refused():

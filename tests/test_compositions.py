@@ -91,7 +91,7 @@ def test_an_ingredients_file_is_gptq_but_for_that_ingredient_at_every_width(name
 def test_the_ablation_holds_every_ingredient_of_gptq_at_each_width():
     with initialize_config_dir(str(CONFIGS), version_base=None):
         settings = compose("rounding", return_hydra_config=True)
-    every = {"rtn", "awq", *(name for name in [*METHODS, *WRITTEN] if "gptq" in name and takes_bits(name))}
+    every = {"rtn", "awq", "learned", *(name for name in [*METHODS, *WRITTEN] if "gptq" in name and takes_bits(name))}
     assert every >= {"gptq_plain", "gptq_refit", "gptq_loss", "gptq_tuned", *INGREDIENTS}
     assert set(settings.methods) == {"fp32", *(f"{name}-{bits}" for name in every for bits in (4, 3, 2))}
     assert settings.baseline == "gptq"

@@ -18,7 +18,7 @@ from jquant.methods import Method, Tuning, method
 from jquant.models.decoder import Decoder, blocks, rotary_table
 from jquant.pipeline import quantize_decoder
 from jquant.qtensor import QTensor, bits_per_weight, dequantize
-from jquant.tuning import _values, tune, tune_block
+from jquant.tuning import _values, product, tune, tune_block
 
 TOKENS = np.random.default_rng(5).integers(0, checkpoints.VOCAB, (8, 32), np.int32)
 STEPS = 20
@@ -70,9 +70,7 @@ def test_codes_move_when_they_have_a_rate(decoder):
 
 def test_the_text_as_target_lowers_perplexity_below_the_float_models_and_keeps_less_of_it(decoder):
     quantized, _ = quantize_decoder(decoder, method("rtn", 3, 16))
-    text, model = (
-        tune(quantized, decoder, TOKENS, Tuning(STEPS, 8, 1e-2, target=target)) for target in ("text", "model")
-    )
+    text, model = (tune(quantized, decoder, TOKENS, Tuning(STEPS, 8, 1e-2, text=share)) for share in (1.0, 0.0))
     text, model = compared(decoder, text), compared(decoder, model)
     assert text.perplexity < score(decoder, TOKENS).perplexity
     assert text.kl.mean() > model.kl.mean()
@@ -87,6 +85,17 @@ def test_what_is_learned_starts_at_the_quantized_weight(format):
     at_rest = {"log_scale": jnp.zeros(groups)}
     np.testing.assert_array_equal(_values(q, at_rest), dequantize(q))
     np.testing.assert_array_equal(_values(q, at_rest | {"behind": jnp.zeros(w.shape)}), dequantize(q))
+
+
+def test_a_tunings_product_is_that_of_bfloat16_factors_forwards_and_backwards():
+    rng = np.random.default_rng(1)
+    x, w, slope = (rng.normal(size=shape).astype(np.float32) for shape in ((3, 5, 16), (16, 4), (3, 5, 4)))
+    short = lambda a: a.astype(jnp.bfloat16).astype(np.float64)  # noqa: E731
+    y, back = jax.vjp(product, x, w)
+    at_x, at_w = back(jnp.asarray(slope))
+    np.testing.assert_allclose(y, short(x) @ short(w), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(at_x, short(slope) @ short(w).T, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(at_w, np.einsum("bti,bto->io", short(x), short(slope)), rtol=1e-5, atol=1e-5)
 
 
 def test_the_same_twice_gives_the_same_bytes(decoder):
