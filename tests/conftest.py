@@ -1,6 +1,7 @@
 """Set-up shared by all tests: eight virtual devices, run-time shape checks, the default model and the texts."""
 
 import gc
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from jquant.io.load import LanguageModel, load_model  # noqa: E402
 
 # Programs compiled once serve every later run: most of the suite's time is compilation.
 jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
+
+# A shell ignores interrupts for what it starts in the background, and processes that tests interrupt would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 WIKITEXT = Path(__file__).parents[2] / "shared/data/wikitext-2-raw"
 

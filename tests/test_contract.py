@@ -229,7 +229,7 @@ def test_an_unknown_method_is_refused_with_the_names_there_are():
 FORMATS = sorted({make(name).format for name in NAMES}, key=repr)
 # llama.cpp's own search suits its own types only; they are among the formats.
 ROWS = [make(name) for name in NAMES]
-SAME = {"format": FORMATS[0], "activation": None, "token_weights": "attention", "tuning": None}
+SAME = {"format": FORMATS[0], "activation": None, "token_weights": "attention", "tuning": ()}
 COMPOSITIONS = sorted({replace(one, **SAME) for one in ROWS if not isinstance(one.range, LlamaCpp)}, key=repr)
 
 
