@@ -21,7 +21,7 @@ from jquant.io.load import LanguageModel, load_model  # noqa: E402
 # Programs compiled once serve every later run: most of the suite's time is compilation.
 jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
 
-# A shell ignores interrupts for what it starts in the background, and processes that tests interrupt would inherit that.
+# What a shell starts in the background ignores interrupts, and processes that tests interrupt would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 WIKITEXT = Path(__file__).parents[2] / "shared/data/wikitext-2-raw"
