@@ -4,8 +4,8 @@
 
 The default model, C4 128 × 512, first 4 blocks; the first is left out, for its programs are compiled. A block's
 forward passes and Gram matrices are one program, and so are its ranges and solves: the parts are differences, of the
-program with and without them. The forward pass to observe a block is taken to cost what the one to move on does; it lacks
-the last projection's product, so the Gram matrices' share is a lower bound.
+program with and without them. The forward pass that observes a block is taken to cost what the one that moves on does;
+it lacks the last projection's product, so the Gram matrices' share is a lower bound.
 """
 
 import json
