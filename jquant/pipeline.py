@@ -100,8 +100,9 @@ def quantize_decoders(
     needs = [any(chosen.needs - {"text"} for _, chosen in layer) for layer in wanted]
     if len(plans) > 1 and inputs == "quantized" and any(needs):
         raise InputError('Methods can share a calibration pass only with inputs="float".')
-    if tokens is None and any(chosen.tuning for layer in wanted for _, chosen in layer):
-        raise InputError("Tuning learns from text: give it calibration tokens.")
+    windows = 0 if tokens is None else len(tokens)
+    if not 0 <= held_out < windows and any(chosen.tuning for layer in wanted for _, chosen in layer):
+        raise InputError(f"Tuning learns from text: held_out={held_out} of {windows} calibration windows leaves none.")
     calibration = None
     if any(needs):
         calibration = Calibration(decoder, wanted, tokens, batch=batch, inputs=inputs, held_out=held_out)
