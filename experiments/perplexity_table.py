@@ -1,20 +1,23 @@
-"""The perplexity table: RTN, GPTQ, AWQ, NF4 and INT8 beside the float model, on one text.
+"""The perplexity table: RTN, GPTQ, AWQ, NF4 and INT8 beside the float model.
 
     python -m experiments.perplexity_table
     python -m experiments.perplexity_table name=mine methods=[fp32,rtn,gptq] bits=3 evaluation.data=my.txt
     python -m experiments.perplexity_table --config-name formats      # every format, rounded to nearest
     python -m experiments.perplexity_table --config-name ranges       # every range, at 4 and 3 bits
-    python -m experiments.perplexity_table --config-name rounding     # GPTQ, one ingredient added or removed a row
+    python -m experiments.perplexity_table --config-name rounding     # GPTQ and what beats it, at 4, 3 and 2 bits
+    python -m experiments.perplexity_table --config-name ingredients  # GPTQ, one ingredient added or removed a row
 
-All settings: configs/perplexity_table.yaml. Results land in results/<name>/: table.md, table.csv, table.jsonl (one row
-an object, with its whole configuration) and the figure. Rows that are already there, from the same settings, code,
-packages and machine, are not computed again; they are written one by one, so that nothing finished is lost.
+All settings: configs/perplexity_table.yaml; evaluation.data may be a list of texts. Results land in results/<name>/:
+table.md, table.csv, table.jsonl (one row an object, with its whole configuration) and the figure. Rows that are already
+there, from the same settings, code, packages and machine, are not computed again; they are written one by one, so that
+nothing finished is lost. With calibration.inputs=float all methods that look at activations are quantized in one pass.
 """
 
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from functools import reduce
+from itertools import chain
 from operator import getitem
 from pathlib import Path
 from typing import Any
@@ -36,7 +39,7 @@ from jquant.io.hub import cache_dir
 from jquant.io.load import load_from_config
 from jquant.methods import Method, Plan
 from jquant.models.decoder import Decoder
-from jquant.pipeline import check_plan, quantize_decoder
+from jquant.pipeline import check_plan, quantize_decoders
 from paper_figures import perplexity_bits
 
 FLOAT = "fp32"
@@ -69,12 +72,12 @@ def make_table(settings: dict[str, Any]) -> None:
         model = load_from_config(settings["model"], progress=report)
     for chosen in filter(None, methods.values()):
         check_plan(model.decoder, chosen)
-    evaluation, calibration = prepare_tokens(model, settings, methods.values())
-    rows = compute_rows(model, methods, evaluation, calibration, settings, folder)
+    rows = compute_rows(model, methods, one_text_each(settings), folder)
     tables.write_table(folder, rows, settings["baseline"])
     figures = perplexity_bits.draw(rows, folder)
-    console.print(tables.terminal_table(rows, settings["baseline"]))
-    console.print(tables.caption(rows[0], settings["baseline"]), highlight=False, soft_wrap=True)
+    for its in tables.by_text(rows).values():
+        console.print(tables.terminal_table(its, settings["baseline"]))
+        console.print(tables.caption(its, settings["baseline"]), highlight=False, soft_wrap=True)
     console.print(
         f"Results: {folder}/table.md, table.csv, table.jsonl. Figure: {', '.join(map(str, figures))}.", soft_wrap=True
     )
@@ -114,6 +117,11 @@ def check_settings(settings: dict[str, Any], methods: dict[str, Method | Plan | 
         raise InputError(f"evaluation.bos is true or false, not {bos!r}.")
     if sampling["inputs"] not in ("quantized", "float"):
         raise InputError(f"calibration.inputs is quantized or float, not {sampling['inputs']!r}.")
+    texts = settings["evaluation"]["data"]
+    if not isinstance(texts, str) and not (
+        isinstance(texts, list) and texts and all(isinstance(one, str) for one in texts)
+    ):
+        raise InputError(f"evaluation.data is a text or a list of some, not {texts!r}.")
     for name, chosen in methods.items():
         needs = needs_of(chosen)
         if "held_out" in needs and not sampling["held_out"]:
@@ -122,6 +130,13 @@ def check_settings(settings: dict[str, Any], methods: dict[str, Method | Plan | 
             raise InputError(f"{name} makes up for errors in quantized inputs: calibration.inputs=float leaves none.")
     if baseline is not None and not any(re.fullmatch(rf"{re.escape(str(baseline))}(-\d+)?", name) for name in methods):
         raise InputError(f"baseline={baseline} is not among the methods: {', '.join(methods)}.")
+
+
+def one_text_each(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The settings of a table of several texts as those of one table each, so that a row is the same in either."""
+    data = settings["evaluation"]["data"]
+    texts = dict.fromkeys(data if isinstance(data, list) else [data])
+    return [settings | {"evaluation": settings["evaluation"] | {"data": text}} for text in texts]
 
 
 def prepare_tokens(
@@ -144,53 +159,96 @@ def prepare_tokens(
 
 
 def compute_rows(
+    model: LanguageModel, methods: dict[str, Method | Plan | None], texts: list[dict[str, Any]], folder: Path
+) -> list[dict[str, Any]]:
+    """One row a text and method, taken from the folder where it holds one from the same settings, code and machine.
+
+    Methods that are fitted to float inputs share one way through the blocks.
+
+    Args:
+      model: float.
+      methods: by name; None is the float model.
+      texts: the settings, one text each.
+      folder: of the results.
+    """
+    tokens = [prepare_tokens(model, settings, methods.values()) for settings in texts]
+    earlier: dict[Any, Any] = {row.get("fingerprint", n): row for n, row in enumerate(tables.read_rows(folder))}
+    origins = {
+        name: [describe(name, one, model, *both, its) for its, both in zip(texts, tokens, strict=True)]
+        for name, one in methods.items()
+    }
+    for origin in chain.from_iterable(origins.values()):
+        if kept := earlier.get(origin["fingerprint"]):
+            console.print(f"{tables.one_line(kept)}  (kept)", highlight=False, soft_wrap=True)
+    missing = {
+        name: one
+        for name, one in methods.items()
+        if any(origin["fingerprint"] not in earlier for origin in origins[name])
+    }
+    references: dict[int, tuple[Reference, Scores]] = {}
+    for together in _passes(missing, texts[0]):
+        reset_peak_rss()
+        with progress_bars(", ".join(together)) as report:
+            quantized, seconds = quantize_all(model, together, tokens[0][1], texts[0], report)
+        for name in together:
+            decoder = quantized.pop(name)
+            speed = None
+            for index, (settings, (evaluation, _), origin) in enumerate(zip(texts, tokens, origins[name], strict=True)):
+                if origin["fingerprint"] in earlier:
+                    continue
+                with progress_bars(name) as report:
+                    if index not in references:
+                        scores = score(model.decoder, evaluation, progress=report)
+                        references[index] = Reference(model.decoder, scores.hidden), scores
+                    speed = speed or tokens_per_second(model, decoder, settings["generation"], report)
+                    figures = measure(model, decoder, evaluation, *references[index], report)
+                row = {"method": name, **figures, "tokens_per_second": speed, "peak_rss_mb": peak_rss_mb()}
+                row |= {"quantize_seconds": seconds, "quantized_together": len(together), **origin}
+                earlier[origin["fingerprint"]] = row
+                tables.write_rows(folder, list(earlier.values()))
+                console.print(tables.one_line(row), highlight=False, soft_wrap=True)
+    return [earlier[of_one[index]["fingerprint"]] for index in range(len(texts)) for of_one in origins.values()]
+
+
+def _passes(
+    methods: Mapping[str, Method | Plan | None], settings: dict[str, Any]
+) -> Iterator[Mapping[str, Method | Plan | None]]:
+    """Which methods are quantized together: those that look at activations, where these are the float model's."""
+    shared = {name: one for name, one in methods.items() if one is not None and needs_calibration(one)}
+    if settings["calibration"]["inputs"] != "float":
+        shared = {}
+    yield from ({name: one} for name, one in methods.items() if name not in shared)
+    if shared:
+        yield shared
+
+
+def quantize_all(
     model: LanguageModel,
-    methods: dict[str, Method | Plan | None],
-    evaluation: np.ndarray,
+    methods: Mapping[str, Method | Plan | None],
     calibration: np.ndarray | None,
     settings: dict[str, Any],
-    folder: Path,
-) -> list[dict[str, Any]]:
-    """One row a method, taken from the folder where it holds one from the same settings, code and machine."""
-    earlier = tables.read_rows(folder)
-    reference, rows = None, []
-    for name, chosen in methods.items():
-        origin = describe(name, chosen, model, evaluation, calibration, settings)
-        kept = [row for row in earlier if row.get("fingerprint") == origin["fingerprint"]]
-        if kept:
-            console.print(f"{tables.one_line(kept[-1])}  (kept)", highlight=False, soft_wrap=True)
-            rows.append(kept[-1])
-            continue
-        reset_peak_rss()
-        with progress_bars(name) as report:
-            if reference is None:
-                scores = score(model.decoder, evaluation, progress=report)
-                reference = Reference(model.decoder, scores.hidden), scores
-            figures = measure(model, chosen, evaluation, calibration, *reference, settings, report)
-        rows.append({"method": name, **figures, **origin})
-        earlier.append(rows[-1])
-        tables.write_rows(folder, earlier)
-        console.print(tables.one_line(rows[-1]), highlight=False, soft_wrap=True)
-    return rows
+    report: Report,
+) -> tuple[dict[str, Decoder], float]:
+    """Decoders by the methods' names, and how long they took, together."""
+    chosen = {name: one for name, one in methods.items() if one is not None}
+    how = {key: settings["calibration"][key] for key in ("inputs", "passes", "held_out")}
+    begin = time.perf_counter()
+    done = quantize_decoders(model.decoder, chosen, calibration, **how, progress=report) if chosen else {}
+    decoders = {name: done[name][0] if name in done else model.decoder for name in methods}
+    return decoders, time.perf_counter() - begin if chosen else 0.0
 
 
 def measure(
     model: LanguageModel,
-    chosen: Method | Plan | None,
+    decoder: Decoder,
     evaluation: np.ndarray,
-    calibration: np.ndarray | None,
     reference: Reference,
     float_scores: Scores,
-    settings: dict[str, Any],
     report: Report,
 ) -> dict[str, Any]:
-    """The figures of one row."""
-    decoder, scores, seconds = model.decoder, float_scores, 0.0
-    if chosen is not None:
-        begin = time.perf_counter()
-        how = {key: settings["calibration"][key] for key in ("inputs", "passes", "held_out")}
-        decoder, _ = quantize_decoder(model.decoder, chosen, calibration, **how, progress=report)
-        seconds = time.perf_counter() - begin
+    """What one decoder keeps of the model on one text."""
+    scores = float_scores
+    if decoder is not model.decoder:
         scores = score(decoder, evaluation, reference=reference, progress=report)
     projections = nnx.state(decoder.segments, lambda path, _: path[-1] == "kernel")
     return {
@@ -201,9 +259,6 @@ def measure(
         "top1_agreement": 1.0 if scores.agrees is None else float(scores.agrees.mean()),
         "bits_per_weight": bits_per_weight(projections),
         "weight_mb": sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(decoder))) / 1e6,
-        "tokens_per_second": tokens_per_second(model, decoder, settings["generation"], report),
-        "quantize_seconds": seconds,
-        "peak_rss_mb": peak_rss_mb(),
         "window_nll": scores.window_nll.tolist(),
     }
 

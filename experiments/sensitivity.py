@@ -55,6 +55,8 @@ def analyse(settings: dict[str, Any]) -> None:
             raise InputError(f"{name}: sensitivity takes methods that change one weight at a time.")
     with progress_bars(settings["model"]["name"]) as report:
         model = load_from_config(settings["model"], progress=report)
+    if isinstance(settings["evaluation"]["data"], list):
+        raise InputError("evaluation.data is one text here.")
     evaluation, calibration = prepare_tokens(model, settings, methods.values())
     earlier, rows, reference = tables.read_rows(folder, "sensitivity.jsonl"), [], None
     for name, chosen in methods.items():
@@ -186,7 +188,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         lines = zip(*(column.cells for column in table.columns), strict=True)
         cells = [heading, ["---:"] * len(heading), *lines]
         text += f"{table.title}\n\n" + "".join(f"| {' | '.join(map(str, line))} |\n" for line in cells) + "\n"
-    return text + tables.caption(rows[0]) + " Every weight is fitted to the float model's inputs.\n"
+    return text + tables.caption(rows[:1]) + " Every weight is fitted to the float model's inputs.\n"
 
 
 if __name__ == "__main__":

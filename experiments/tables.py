@@ -30,7 +30,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "bits/\nweight": lambda row: f"{row['bits_per_weight']:.3f}",
     "MB": lambda row: f"{row['weight_mb']:.0f}",
     "tok/s": lambda row: "" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:.1f}",
-    "quant\ns": lambda row: f"{row['quantize_seconds']:.1f}",
+    "quant\ns": lambda row: seconds(row),
     "peak\nMB": lambda row: f"{row['peak_rss_mb']:.0f}",
     "published": lambda row: published(row),
 }
@@ -42,6 +42,18 @@ def label(row: Row) -> str:
     if name == "fp32":
         return {"float32": "FP32", "bfloat16": "BF16", "float16": "FP16"}.get(row["protocol"]["dtype"], "float")
     return f"{name.upper()}-{row['config']['bits']}" if takes_bits(name) else name.upper()
+
+
+def seconds(row: Row) -> str:
+    """How long it took to quantize, and with how many methods together, if several."""
+    together = row.get("quantized_together", 1)
+    return f"{row['quantize_seconds']:.1f}" + (f" /{together}" if together > 1 else "")
+
+
+def by_text(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of each text that was evaluated."""
+    texts = dict.fromkeys(row["protocol"]["data"] for row in rows)
+    return {text: [row for row in rows if row["protocol"]["data"] == text] for text in texts}
 
 
 def published(row: Row) -> str:
@@ -106,20 +118,26 @@ def write_rows(folder: Path, rows: Sequence[Row], name: str = "table.jsonl") -> 
 
 
 def write_table(folder: Path, rows: Sequence[Row], baseline: str | None = None) -> None:
-    """Writes this run's rows as table.md and table.csv, compared in pairs with those of `baseline` (`base_of`)."""
-    heading, cells = _cells(rows, baseline)
-    heading = [column.replace("\n", " ") for column in heading]
-    lines = [heading, ["---", *["---:"] * (len(heading) - 1)], *cells]
-    markdown = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    write_text(folder / "table.md", f"{markdown}\n{caption(rows[0], baseline)}\n")
+    """Writes this run's rows as table.md, a table a text, and table.csv; compared with `baseline` (`base_of`)."""
+    sections = by_text(rows)
+    written = [_markdown(its, baseline) for its in sections.values()]
+    write_text(folder / "table.md", "\n".join(written))
     plain = io.StringIO()
     fields = [key for key, value in rows[0].items() if isinstance(value, str | int | float) and key != "composition"]
-    changes = [_change_fields(row, rows, baseline) for row in rows]
+    changes = [_change_fields(row, sections[row["protocol"]["data"]], baseline) for row in rows]
     columns = [*fields, *changes[0], *rows[0]["protocol"]]
     writer = csv.DictWriter(plain, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(row | change | row["protocol"] for row, change in zip(rows, changes, strict=True))
     write_text(folder / "table.csv", plain.getvalue())
+
+
+def _markdown(rows: Sequence[Row], baseline: str | None) -> str:
+    heading, cells = _cells(rows, baseline)
+    heading = [column.replace("\n", " ") for column in heading]
+    lines = [heading, ["---", *["---:"] * (len(heading) - 1)], *cells]
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"{table}\n{caption(rows, baseline)}\n"
 
 
 def terminal_table(rows: Sequence[Row], baseline: str | None = None) -> Table:
@@ -136,14 +154,18 @@ def terminal_table(rows: Sequence[Row], baseline: str | None = None) -> Table:
 
 def one_line(row: Row) -> str:
     """A finished row in one line."""
-    return f"{label(row)}: perplexity {COLUMNS['perplexity'](row)}, {row['bits_per_weight']:.3f} bits/weight"
+    text = Path(row["protocol"]["data"]).name
+    return f"{label(row)} on {text}: perplexity {COLUMNS['perplexity'](row)}, {row['bits_per_weight']:.3f} bits/weight"
 
 
-def caption(row: Row, baseline: str | None = None) -> str:
-    """The protocol, in a sentence or two."""
+def caption(rows: Sequence[Row], baseline: str | None = None) -> str:
+    """The protocol of one text's rows, in a sentence or two."""
+    row = rows[0]
     told, config = row["protocol"], row["config"]
     calibration = config["calibration"]
     published_note = (config["model"].get("published") or {}).get("note")
+    together = max(row.get("quantized_together", 1) for row in rows)
+    shared = f"Seconds with /{together}: all {together} in one pass over float inputs. " if together > 1 else ""
     paired = (
         f"vs {baseline}: change of perplexity, its 95 % interval (Student's t) paired by window. " if baseline else ""
     )
@@ -155,7 +177,7 @@ def caption(row: Row, baseline: str | None = None) -> str:
         f"Groups of {config['group']}, {'symmetric' if config['symmetric'] else 'asymmetric'}. KL and top-1 "
         f"agreement are to the float model; bits/weight counts codes, scales and zeros of the projections; MB is all "
         f"weights, embedding, head and norms in {told['dtype']}; peak MB is resident memory. "
-        f"{paired}{row['device']}." + (f" Published: {published_note}" if published_note else "")
+        f"{shared}{paired}{row['device']}." + (f" Published: {published_note}" if published_note else "")
     )
 
 

@@ -21,12 +21,18 @@ MOST_LABELS = 12
 
 
 def draw(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
-    """Draws one point a row and writes <folder>/perplexity_bits.{png,pdf}; many rows make a chart, a line each."""
-    figure = _scatter(rows) if len(rows) <= MOST_LABELS else ranking(rows)
-    paths = [folder / f"perplexity_bits.{kind}" for kind in ("png", "pdf")]
-    for path in paths:
-        figure.savefig(path, dpi=160)
-    plt.close(figure)
+    """Draws one point a row and writes <folder>/perplexity_bits.{png,pdf}; many rows make a chart, a line each.
+
+    Texts after the first have their name in the file's.
+    """
+    paths: list[Path] = []
+    for text, its in tables.by_text(rows).items():
+        figure = _scatter(its) if len(its) <= MOST_LABELS else ranking(its)
+        name = f"perplexity_bits-{Path(text).stem}" if paths else "perplexity_bits"
+        for kind in ("png", "pdf"):
+            paths.append(folder / f"{name}.{kind}")
+            figure.savefig(paths[-1], dpi=160)
+        plt.close(figure)
     return paths
 
 

@@ -22,7 +22,7 @@ SHAPES = {  # the default model's
     "mlp.gate": (576, 1536), "mlp.up": (576, 1536), "mlp.down": (1536, 576),
 }  # fmt: skip
 NAMES = {f"layers.{layer}.{path}.kernel": shape for layer in range(30) for path, shape in SHAPES.items()}
-LISTS = ["formats", "ranges", "rounding", "sensitivity", "perplexity_table"]
+LISTS = ["formats", "ranges", "rounding", "ingredients", "sensitivity", "perplexity_table"]
 BASE = method("gptq", 3, 32, True)
 INGREDIENTS = {  # what each file changes in gptq, at 3 bits, groups of 32, symmetric
     "awq_gptq": replace(BASE, transform=AWQ()),
@@ -88,14 +88,18 @@ def test_an_ingredients_file_is_gptq_but_for_that_ingredient_at_every_width(name
     assert find(f"{name}-2", 3, 32, True) == find(name, 2, 32, True) != find(name, 3, 32, True)
 
 
-def test_the_ablation_holds_every_ingredient_of_gptq_at_each_width():
+def test_the_ablations_hold_every_ingredient_of_gptq_at_each_width():
     with initialize_config_dir(str(CONFIGS), version_base=None):
-        settings = compose("rounding", return_hydra_config=True)
+        shared, own = (compose(name, return_hydra_config=True) for name in ("ingredients", "rounding"))
     every = {"rtn", "awq", "learned", *(name for name in [*METHODS, *WRITTEN] if "gptq" in name and takes_bits(name))}
     assert every >= {"gptq_plain", "gptq_refit", "gptq_loss", "gptq_tuned", *INGREDIENTS}
-    assert set(settings.methods) == {"fp32", *(f"{name}-{bits}" for name in every for bits in (4, 3, 2))}
-    assert settings.baseline == "gptq"
-    assert settings.calibration.held_out > 0  # gptq_damping
+    # A pass over float inputs has no error to propagate, and does not make tuning cheaper.
+    alone = {f"{name}-{bits}" for name in ("gptq_propagated", "gptq_tuned", "learned") for bits in (4, 3, 2)}
+    assert {*shared.methods, *alone} == {"fp32", *(f"{name}-{bits}" for name in every for bits in (4, 3, 2))}
+    assert set(own.methods) >= {"fp32", "gptq-4", "gptq-3", "gptq-2", *alone}
+    assert set(own.methods) <= {*shared.methods, *alone}
+    assert (own.baseline, shared.baseline, shared.calibration.inputs) == ("gptq", "gptq", "float")
+    assert shared.calibration.held_out > 0  # gptq_damping
 
 
 @pytest.mark.parametrize("config", LISTS)

@@ -200,6 +200,39 @@ def test_interrupting_keeps_finished_rows_and_the_next_run_goes_on(workplace):
     assert len(rows_of(folder)) == 4
 
 
+def test_methods_on_float_inputs_share_a_pass_and_get_what_they_get_alone_and_texts_share_the_methods(workplace):
+    (workplace / "other.txt").write_text((workplace / "evaluation.txt").read_text()[9000:])
+    both = f"evaluation.data=[{workplace}/evaluation.txt,{workplace}/other.txt]"
+    common = ("methods=[fp32,rtn,gptq-3,awq-3]", "calibration.inputs=float", "evaluation.windows=2")
+    done = table(workplace, "name=shared", both, "baseline=rtn", *common)
+    assert done.returncode == 0, done.stderr
+    folder = workplace / "results" / "shared"
+    rows = rows_of(folder)
+    assert [(row["method"], Path(row["protocol"]["data"]).stem) for row in rows] == [
+        (name, text) for name in ("fp32", "rtn", "gptq-3", "awq-3") for text in ("evaluation", "other")
+    ]
+    assert [row["quantized_together"] for row in rows] == [1, 1, 1, 1, 2, 2, 2, 2]
+    assert len({row["quantize_seconds"] for row in rows[4:]}) == 1
+    assert rows[4]["perplexity"] != rows[5]["perplexity"]
+    markdown = (folder / "table.md").read_text()
+    assert [markdown.count(f"on {workplace}/{text}.txt: 2 windows") for text in ("evaluation", "other")] == [1, 1]
+    assert "/2: all 2 in one pass" in markdown
+    with (folder / "table.csv").open() as file:
+        written = [row for row in csv.DictReader(file) if row["method"] == "rtn"]
+    assert [row["vs rtn %"] for row in written] == ["0.0", "0.0"]
+    assert (folder / "perplexity_bits.png").exists()
+    assert (folder / "perplexity_bits-other.png").exists()
+
+    # A text alone, and quantized one by one: the very same rows, but for what they cost.
+    again = table(workplace, "name=shared", *common)
+    assert again.stdout.count("(kept)") == 4
+    alone = table(workplace, "name=alone", common[1], common[2], "methods=[awq-3]")
+    assert alone.returncode == 0, alone.stderr
+    cost = {"quantize_seconds", "quantized_together", "peak_rss_mb", "tokens_per_second"}
+    (one,) = rows_of(workplace / "results" / "alone")
+    assert {key: one[key] for key in one.keys() - cost} == {key: rows[6][key] for key in one.keys() - cost}
+
+
 def test_the_experiment_runs_where_torch_cannot_be_imported(workplace, tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('torch is absent')")
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
@@ -241,6 +274,8 @@ def check(*overrides: str) -> None:
         "calibration.inputs=exact": "calibration.inputs is quantized or float, not 'exact'",
         "evaluation.windows=0": "evaluation.windows",
         "evaluation.context=1": "evaluation.context",
+        "evaluation.data=[]": "evaluation.data is a text or a list of some, not []",
+        "evaluation.data=[wiki_utf8,3]": "evaluation.data",
         "evaluation.bos=maybe": "evaluation.bos is true or false, not 'maybe'",
         "symmetric=1": "symmetric",
         "methods=gptq": "methods is a list",
