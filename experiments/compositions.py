@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 import jquant
-from jquant import METHODS, InputError, Method, method
+from jquant import METHODS, Hadamard, InputError, Method, method
 from jquant.io.hub import load_config
 from jquant.methods import Plan
 
@@ -58,6 +58,12 @@ def needs_of(plan: "Method | Plan | None") -> frozenset[str]:
     """What calibration must bring for all of its methods (`Method.needs`)."""
     methods = [one for _, one in plan] if isinstance(plan, Sequence) else [plan]
     return frozenset[str]().union(*(one.needs for one in methods if isinstance(one, Method)))
+
+
+def rotation_of(plan: "Method | Plan") -> Hadamard | None:
+    """How the decoder is rotated before (`Method.rotation`)."""
+    methods = [one for _, one in plan] if isinstance(plan, Sequence) else [plan]
+    return next((one.rotation for one in methods if isinstance(one, Method)), None)
 
 
 def needs_calibration(plan: "Method | Plan") -> bool:

@@ -30,7 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments import provenance, tables
 from experiments.command_line import Report, console, one_sentence, peak_rss_mb, progress_bars, reset_peak_rss, run
-from experiments.compositions import find_method, needs_calibration, needs_of
+from experiments.compositions import find_method, needs_calibration, needs_of, rotation_of
 from jquant import InputError, LanguageModel, bits_per_weight, load_text
 from jquant.data import check_disjoint, sample_windows
 from jquant.evaluation.generation import generate_ids
@@ -213,13 +213,13 @@ def compute_rows(
 def _passes(
     methods: Mapping[str, Method | Plan | None], settings: dict[str, Any]
 ) -> Iterator[Mapping[str, Method | Plan | None]]:
-    """Which methods are quantized together: those that look at activations, where these are the float model's."""
+    """Which methods are quantized together: those that look at the same activations, if these are the float model's."""
     shared = {name: one for name, one in methods.items() if one is not None and needs_calibration(one)}
     if settings["calibration"]["inputs"] != "float":
         shared = {}
     yield from ({name: one} for name, one in methods.items() if name not in shared)
-    if shared:
-        yield shared
+    for rotation in dict.fromkeys(map(rotation_of, shared.values())):
+        yield {name: one for name, one in shared.items() if rotation_of(one) == rotation}
 
 
 def quantize_all(

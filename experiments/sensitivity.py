@@ -51,7 +51,7 @@ def analyse(settings: dict[str, Any]) -> None:
     folder = Path(settings["results"]) / str(settings["name"])
     methods = check_methods(settings)
     for name, chosen in methods.items():
-        if not isinstance(chosen, Method) or chosen.transform is not None or chosen.activation is not None:
+        if not isinstance(chosen, Method) or chosen.transform or chosen.rotation or chosen.tuning or chosen.activation:
             raise InputError(f"{name}: sensitivity takes methods that change one weight at a time.")
     with progress_bars(settings["model"]["name"]) as report:
         model = load_from_config(settings["model"], progress=report)

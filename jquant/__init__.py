@@ -22,7 +22,7 @@ from jquant.qtensor import QTensor, bits_per_weight, dequantize
 from jquant.ranges import LlamaCpp, LossSearch, MinMax, Percentile, Search
 from jquant.rotation import permute_mlp, rotate
 from jquant.rounding import GPTQ, Nearest, Refit, Stochastic
-from jquant.transforms import AWQ, SmoothQuant
+from jquant.transforms import AWQ, Hadamard, SmoothQuant
 from jquant.tuning import tune
 
 __version__ = "0.1.0"
@@ -42,6 +42,7 @@ __all__ = [
     "Activation",
     "Codebook",
     "Float",
+    "Hadamard",
     "InputError",
     "Int",
     "LanguageModel",

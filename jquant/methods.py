@@ -33,7 +33,7 @@ from jquant.formats import (
 )
 from jquant.ranges import LlamaCpp, LossSearch, MinMax, Percentile, Range, Search
 from jquant.rounding import GPTQ, Nearest, Refit, Rounding, Stochastic
-from jquant.transforms import AWQ, SmoothQuant, Transform
+from jquant.transforms import AWQ, Hadamard, SmoothQuant, Transform
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ class Method:
       format: what a code means.
       range: how a group's scale is chosen.
       rounding: which code a weight gets.
-      transform: exact rewrite before rounding, or None.
+      transform: exact rewrite of a block before rounding, or None.
+      rotation: exact rewrite of the whole decoder before any block, or None; a plan's weights share it.
       token_weights: by what the Gram matrix counts each token.
         "attention": k and v by the attention it receives (`models/families.py` says which); without weights an
         attention sink ruins v, see the README.
@@ -93,6 +94,7 @@ class Method:
     range: Range = field(default_factory=MinMax)
     rounding: Rounding = field(default_factory=Nearest)
     transform: Transform | None = None
+    rotation: Hadamard | None = None
     token_weights: Literal["attention", "loss", "norm", "uniform"] = "attention"
     error_propagation: float = 0.0
     activation: Activation | None = None

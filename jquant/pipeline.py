@@ -6,7 +6,7 @@ earlier errors. Only one block's statistics are ever alive.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain
 from operator import itemgetter
@@ -26,12 +26,13 @@ from jquant.errors import InputError
 from jquant.formats import Group, block_shape
 from jquant.io.load import LanguageModel, Progress
 from jquant.loss import learn_clips
-from jquant.methods import Method, Plan, Tuning, assign
+from jquant.methods import Method, Plan, assign
 from jquant.methods import method as named_method
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Block, Decoder, blocks, with_blocks
 from jquant.models.families import LLAMA, Site, shared_channels
 from jquant.qtensor import QTensor
+from jquant.rotation import rotate
 from jquant.rounding import SolveInfo
 from jquant.tuning import tune, tune_block
 
@@ -72,8 +73,16 @@ def quantize_decoder(
       InputError: what `check_plan` finds; an option out of range; a method needs calibration tokens, or held-out ones,
         and there are none.
     """
-    options: Any = {"batch": batch, "inputs": inputs, "passes": passes, "held_out": held_out, "progress": progress}
-    return quantize_decoders(decoder, {"": method}, tokens, **options)[""]
+    return quantize_decoders(
+        decoder,
+        {"": method},
+        tokens,
+        batch=batch,
+        inputs=inputs,
+        passes=passes,
+        held_out=held_out,
+        progress=progress,
+    )[""]
 
 
 def quantize_decoders(
@@ -95,6 +104,11 @@ def quantize_decoders(
     if inputs not in ("quantized", "float") or passes < 1:
         raise InputError(f'Blocks take inputs="quantized" or "float" and 1 pass or more, not {inputs!r}, {passes}.')
     plans = {name: check_plan(decoder, method) for name, method in methods.items()}
+    rotations = {_shared(plan, "rotation", None) for plan in plans.values()}
+    if len(rotations) > 1:
+        raise InputError("Methods can share a calibration pass only with the same rotation.")
+    if rotation := next(iter(rotations), None):
+        decoder = rotate(decoder, **asdict(rotation))
     # What the statistics of a block must serve: every weight's methods, each once.
     wanted = [tuple(dict.fromkeys(chain.from_iterable(layer))) for layer in zip(*plans.values(), strict=True)]
     needs = [any(chosen.needs - {"text"} for _, chosen in layer) for layer in wanted]
@@ -128,19 +142,19 @@ def quantize_decoders(
             progress("quantize", index + 1, decoder.config.layers, error=_relative_error(reports.values()))
     decoders = {name: with_blocks(decoder, layers) for name, layers in done.items()}
     for name, plan in plans.items():
-        for stage in _stages(plan):
+        for stage in _shared(plan, "tuning", ()):
             if stage.target != "block":
                 decoders[name] = tune(decoders[name], decoder, fit, stage, progress=progress)
     return {name: (decoders[name], reports[name]) for name in plans}
 
 
-def _stages(layers: Sequence[Choices]) -> tuple[Tuning, ...]:
-    """How the weights of a plan are tuned, all alike (`check_plan`)."""
-    return next((chosen.tuning for layer in layers for _, chosen in layer), ())
+def _shared(layers: Sequence[Choices], choice: Literal["rotation", "tuning"], default: Any) -> Any:
+    """What all methods of a plan have in common (`check_plan`)."""
+    return next((getattr(chosen, choice) for layer in layers for _, chosen in layer), default)
 
 
 def _tune_block(block: Block, choices: Choices, calibration: Calibration) -> Block:
-    for stage in _stages([choices]):
+    for stage in _shared([choices], "tuning", ()):
         if stage.target == "block":
             block = tune_block(block, *calibration.windows(), calibration.rotary, stage)
     return block
@@ -158,7 +172,7 @@ def check_plan(decoder: Decoder, method: Method | Plan) -> list[Choices]:
     Raises:
       InputError: a rule that names no weight or no method; a weight smaller than its method's groups, or with NaN or
         infinite values; a decoder that is quantized already; projections that read one input and do not share a
-        transform; a transform with a range that is learned before it; methods that do not share their tuning.
+        transform; a transform with a range that is learned before it; methods that do not share tuning or rotation.
     """
     paths = [path for site in LLAMA.sites for path in site.weights]
     chosen = assign(method, [f"layers.{i}.{path}" for i in range(decoder.config.layers) for path in paths])
@@ -183,7 +197,8 @@ def check_plan(decoder: Decoder, method: Method | Plan) -> list[Choices]:
                 raise InputError(f"layers.{index}.{path}: {wrong}") from None
         layers.append(tuple((path, m) for path in paths if (m := chosen[f"layers.{index}.{path}"]) is not None))
         down = dict(layers[-1]).get("mlp.down.kernel")
-        if rotated[index] and down is not None and down.transform is not None:
+        will_be = down is not None and down.rotation is not None and down.rotation.mlp
+        if (rotated[index] or will_be) and down is not None and down.transform is not None:
             raise InputError(
                 f"layers.{index}.mlp.down.kernel reads rotated inputs, so no scale folds into mlp.up: leave its "
                 f"transform out, or rotate with mlp=False."
@@ -194,6 +209,8 @@ def check_plan(decoder: Decoder, method: Method | Plan) -> list[Choices]:
                 raise InputError(f"layers.{index}: {readers} read one input, so they must share a transform.")
     if len({chosen.tuning for layer in layers for _, chosen in layer}) > 1:
         raise InputError("A plan's weights are tuned together: give its methods the same tuning.")
+    if len({chosen.rotation for layer in layers for _, chosen in layer}) > 1:
+        raise InputError("A plan's weights are rotated together: give its methods the same rotation.")
     _check_finite(decoder, layers)
     return layers
 

@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 
 from experiments import compositions
 from experiments.compositions import find_method, needs_calibration, needs_of, takes_bits
-from jquant import AWQ, GPTQ, METHODS, NF4, Activation, Codebook, Int, Method, MinMax, Search, method
+from jquant import AWQ, GPTQ, METHODS, NF4, Activation, Codebook, Hadamard, Int, Method, MinMax, Search, method
 from jquant.formats import Format, block_shape
 from jquant.methods import assign
 
@@ -32,6 +32,7 @@ INGREDIENTS = {  # what each file changes in gptq, at 3 bits, groups of 32, symm
     "gptq_norm": replace(BASE, token_weights="norm"),
     "gptq_pivot": replace(BASE, rounding=GPTQ(order="pivot")),
     "gptq_propagated": replace(BASE, error_propagation=0.5),
+    "gptq_rotated": replace(BASE, rotation=Hadamard()),
     "gptq_rows": replace(BASE, rounding=GPTQ(order="rows")),
     "gptq_uniform": replace(BASE, token_weights="uniform"),
 }

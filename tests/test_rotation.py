@@ -1,5 +1,7 @@
 """Rotated and permuted decoders: the same logits as transformers' float model, fewer outliers, what is refused."""
 
+from dataclasses import asdict, replace
+
 import checkpoints
 import jax
 import jax.numpy as jnp
@@ -12,11 +14,11 @@ from flax.nnx.traversals import flatten_mapping
 import jquant
 from jquant.evaluation.generation import generate_ids
 from jquant.io.load import load_model
-from jquant.methods import Method
+from jquant.methods import Method, Tuning
 from jquant.models.decoder import Decoder, blocks, rotary_table, with_blocks
-from jquant.pipeline import quantize_decoder
+from jquant.pipeline import quantize_decoder, quantize_decoders
 from jquant.rotation import permute_mlp, rotate
-from jquant.transforms import Rotation, row_magnitude, sort_channels
+from jquant.transforms import Hadamard, Rotation, row_magnitude, sort_channels
 from jquant.transforms.hadamard import apply
 
 forward = jax.jit(lambda decoder, tokens: decoder(tokens))
@@ -261,6 +263,52 @@ def test_calibration_looks_at_the_rotated_decoder_and_folds_into_it(loaded, chos
     assert all(0 < float(info.error) < 1e-3 * float(info.energy) for info in report.values())
     logits = np.asarray(forward(quantized, TOKENS))
     assert 1e-4 < np.linalg.norm(logits - exact) / np.linalg.norm(exact) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("chosen", "hadamard"),
+    [
+        (Method(GRID, rounding=jquant.GPTQ()), Hadamard(seed=3)),
+        (Method(GRID, transform=jquant.AWQ(4)), Hadamard(mlp=False)),
+    ],
+    ids=["gptq", "awq"],
+)
+def test_a_methods_rotation_is_that_of_the_decoder_before(loaded, chosen, hadamard):
+    decoder, _ = loaded("grouped-query")
+    before = jax.tree.map(np.array, leaves(decoder))
+    quantized, _ = quantize_decoder(decoder, replace(chosen, rotation=hadamard), TOKENS)
+    expected, _ = quantize_decoder(rotate(decoder, **asdict(hadamard)), chosen, TOKENS)
+    assert jax.tree.structure(nnx.split(quantized)) == jax.tree.structure(nnx.split(expected))
+    assert all(map(np.array_equal, jax.tree.leaves(leaves(quantized)), jax.tree.leaves(leaves(expected))))
+    assert all(map(np.array_equal, jax.tree.leaves(before), jax.tree.leaves(leaves(decoder))))
+
+
+def test_tuning_towards_the_float_model_goes_through_a_rotation(loaded):
+    decoder, exact = loaded("grouped-query")
+    rough = Method(jquant.Int(3, 32), rotation=Hadamard())
+    errors = []
+    for one in (rough, replace(rough, tuning=(Tuning(12, 2, 1e-2),))):
+        logits = np.asarray(forward(quantize_decoder(decoder, one, TOKENS)[0], TOKENS))
+        errors.append(np.linalg.norm(logits - exact) / np.linalg.norm(exact))
+    assert 1e-4 < errors[1] < 0.95 * errors[0]
+
+
+def test_rotations_that_cannot_be_are_refused(loaded):
+    decoder, _ = loaded("grouped-query")
+    plain = Method(GRID, rounding=jquant.GPTQ())
+    turned = replace(plain, rotation=Hadamard())
+    with refused("same rotation"):
+        quantize_decoder(decoder, [("attention", plain), ("", turned)], TOKENS)
+    with refused("same rotation"):
+        quantize_decoders(decoder, {"plain": plain, "turned": turned}, TOKENS)
+    with refused("layers.0.mlp.down", "mlp=False"):
+        quantize_decoder(decoder, Method(GRID, transform=jquant.AWQ(4), rotation=Hadamard()), TOKENS)
+    with refused("rotated already"):
+        quantize_decoder(rotate(decoder), turned, TOKENS)
+    with refused("all three are off"):
+        Hadamard(residual=False, heads=False, mlp=False)
+    with refused("seed", "-1"):
+        Hadamard(seed=-1)
 
 
 # ---- permutations ---------------------------------------------------------------------------------------------------

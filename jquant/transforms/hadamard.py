@@ -54,6 +54,28 @@ class Rotation:
             raise InputError(f"There is no rotation of kind {self.kind!r}; known: {', '.join(get_args(Kind))}.")
 
 
+@dataclass(frozen=True)
+class Hadamard:
+    """Which parts of a decoder are rotated before its blocks are quantized: `jquant.rotate`'s arguments.
+
+    Attributes:
+      residual: the residual stream, the norms' gains folded into what reads it.
+      heads: every value head's channels.
+      mlp: what `down` reads, which costs a fast transform when the model runs.
+      seed: of the random signs; None for none.
+    """
+
+    residual: bool = True
+    heads: bool = True
+    mlp: bool = True
+    seed: int | None = 0
+
+    def __post_init__(self) -> None:
+        Rotation(1, self.seed)  # checks it
+        if not (self.residual or self.heads or self.mlp):
+            raise InputError("Hadamard rotates the residual stream, the heads or the MLP: all three are off.")
+
+
 def apply(x: Float[Array, "*b n"], rotation: Rotation) -> Float[Array, "*b n"]:
     """x @ Q as a fast transform: O(n · Σ of the factors' orders), at most 64 each unless Paley's matrix is larger.
 
