@@ -216,6 +216,23 @@ def test_zero_tiny_and_huge_weights_give_finite_scales_and_values(format, factor
         assert np.linalg.norm(values / 1e30 - w / 1e30) < 0.5 * np.linalg.norm(w / 1e30)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("zero", ["integer", "float"])
+def test_codes_are_the_nearest_on_the_grid_of_the_scale_as_stored(zero, dtype):
+    w = normal(32, 6, scale=1.0)
+    q = minmax(jnp.asarray(w), Int(4, 16, scale=dtype, zero=zero))
+    assert q.scale.dtype == dtype
+    scale = np.repeat(np.asarray(q.scale, np.float64), 16, 0)
+    if zero == "float":
+        assert q.zero.dtype == dtype
+        lowest = np.repeat(np.asarray(q.zero, np.float64), 16, 0)
+    else:
+        lowest = -scale * np.repeat(grid_of(q)[1], 16, 0)
+    levels = lowest + scale * np.arange(16)[:, None, None]
+    nearest = levels[np.abs(levels - w).argmin(0), *np.indices(w.shape)]
+    np.testing.assert_allclose(np.asarray(dequantize(q)), nearest, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("format", [Int(8, 16), Int(4, 16, True), Int(4, "tensor"), NF4(16)])
 def test_the_grid_of_a_half_precision_weight_is_that_of_its_float32_values(format, dtype):

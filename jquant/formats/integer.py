@@ -72,7 +72,7 @@ class Int:
         levels = 2**self.bits - 1
         if self.zero == "float":
             low = jnp.minimum(low, 0) if isinstance(self.scale, Format) else self._round(low)
-            return self._round((high - low) / levels), low
+            return self._round((high - low.astype(jnp.float32)) / levels), low
         low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
         scale = self._round((high - low) / levels)
         return scale, jnp.clip(jnp.round(ratio(-low, scale)), 0, levels).astype(jnp.uint8)
