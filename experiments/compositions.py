@@ -1,4 +1,4 @@
-"""Methods by name: rows of `jquant.methods.METHODS`, or compositions and plans written in configs/method/*.yaml.
+"""Methods by name: rows of `jquant.methods.METHODS`, or compositions and plans written in configs/compositions/*.yaml.
 
 A file holds either one method, its parts named as in `jquant` (`_target_: jquant.NF4`), or `rules`, each a regular
 expression over weights' names (`layers.3.attention.v.kernel`) and the name of a row of METHODS; the first that is found
@@ -20,7 +20,7 @@ from jquant import METHODS, Hadamard, InputError, Method, method
 from jquant.io.hub import load_config
 from jquant.methods import Plan
 
-FOLDER = Path(__file__).parents[1] / "configs" / "method"
+FOLDER = Path(__file__).parents[1] / "configs" / "compositions"
 
 
 def find_method(name: str, bits: int, group: Any, symmetric: bool) -> "Method | Plan":
@@ -45,7 +45,7 @@ def find_method(name: str, bits: int, group: Any, symmetric: bool) -> "Method | 
         return _plan(config, name, settings)
     composed = _compose(config, name)
     if not isinstance(composed, Method):
-        raise InputError(f"configs/method/{name}.yaml is neither a jquant.Method nor rules.")
+        raise InputError(f"configs/compositions/{name}.yaml is neither a jquant.Method nor rules.")
     return composed
 
 
@@ -78,21 +78,23 @@ def _known() -> list[str]:
 def _read(name: str, settings: dict[str, Any]) -> dict[str, Any]:
     """The file, with the settings in the places of their names."""
     try:
-        both = OmegaConf.create({**settings, "method": load_config("method", name)})
+        both = OmegaConf.create({**settings, "method": load_config("compositions", name)})
         resolved: Any = OmegaConf.to_container(both, resolve=True)
         return resolved["method"]
     except OmegaConfBaseException as wrong:
         reason = str(wrong).splitlines()[0]
-        raise InputError(f"configs/method/{name}.yaml: {reason}; it may refer to {', '.join(settings)}.") from None
+        raise InputError(
+            f"configs/compositions/{name}.yaml: {reason}; it may refer to {', '.join(settings)}."
+        ) from None
     except YAMLError as wrong:
-        raise InputError(f"configs/method/{name}.yaml is no YAML: {' '.join(str(wrong).split())}.") from None
+        raise InputError(f"configs/compositions/{name}.yaml is no YAML: {' '.join(str(wrong).split())}.") from None
 
 
 def _plan(config: dict[str, Any], name: str, settings: dict[str, Any]) -> Plan:
     rules = config["rules"] if isinstance(config["rules"], list) else [config["rules"]]
     for rule in rules:
         if not isinstance(rule, dict) or "weights" not in rule or rule.keys() - {"weights", "method"}:
-            raise InputError(f"configs/method/{name}.yaml: a rule has weights and method, which {rule} has not.")
+            raise InputError(f"configs/compositions/{name}.yaml: a rule has weights and method, which {rule} has not.")
     activation = _compose(config["activation"], name) if "activation" in config else None
 
     def complete(row: str | None) -> Method | None:
@@ -106,7 +108,7 @@ def _compose(config: Any, name: str) -> Any:
     try:
         return _build(config)
     except (InputError, TypeError) as wrong:
-        raise InputError(f"configs/method/{name}.yaml: {wrong}") from None
+        raise InputError(f"configs/compositions/{name}.yaml: {wrong}") from None
 
 
 def _build(config: Any) -> Any:

@@ -14,7 +14,7 @@ from jquant.evaluation.generation import generate
 from jquant.evaluation.outliers import outliers
 from jquant.evaluation.perplexity import perplexity
 from jquant.formats import FP4, FP8_E4M3, FP8_E5M2, GGUF, MXFP4, NF3, NF4, NVFP4, Codebook, Float, Int, double_quantized
-from jquant.io.load import LanguageModel, load_model
+from jquant.io.load import LanguageModel, load_model, open_model
 from jquant.methods import METHODS, Method, Tuning, method
 from jquant.pipeline import quantize, quantize_decoder, quantize_decoders
 from jquant.products import matmul
@@ -22,6 +22,7 @@ from jquant.qtensor import QTensor, bits_per_weight, dequantize
 from jquant.ranges import LlamaCpp, LossSearch, MinMax, Percentile, Search
 from jquant.rotation import permute_mlp, rotate
 from jquant.rounding import GPTQ, Nearest, Refit, Stochastic
+from jquant.streaming import quantize_to_folder
 from jquant.transforms import AWQ, Hadamard, SmoothQuant
 from jquant.tuning import tune
 
@@ -66,12 +67,14 @@ __all__ = [
     "load_text",
     "matmul",
     "method",
+    "open_model",
     "outliers",
     "permute_mlp",
     "perplexity",
     "quantize",
     "quantize_decoder",
     "quantize_decoders",
+    "quantize_to_folder",
     "rotate",
     "tune",
 ]

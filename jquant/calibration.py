@@ -69,10 +69,10 @@ class Calibration:
         by_loss = any(one.token_weights == "loss" for one in methods)
         self.gradients = [token_gradients(decoder, one) if by_loss else {} for one in batches]
         self.rotary = rotary_table(decoder.config, jnp.arange(tokens.shape[1]))
-        self.seen = [_embed(decoder, one) for one in batches]
+        self.seen = [embed(decoder, one) for one in batches]
         # What the float model reads: a second stream, where a method looks at both.
         two = "outputs" in needs or (inputs == "quantized" and "cross" in needs)
-        self.exact = [_embed(decoder, one) for one in batches] if two else None
+        self.exact = [embed(decoder, one) for one in batches] if two else None
 
     def observe(self, block: Block, exact: Block, choices: Choices, layer: int) -> Stats:
         """Statistics of all windows at the sites of `block`; `exact` is the float block, on the float stream."""
@@ -93,12 +93,12 @@ class Calibration:
         """Replaces what the float model reads by the float block's outputs, where that is kept."""
         for i, x in enumerate(self.exact or ()):
             assert self.exact is not None
-            self.exact[i] = _forward(block, x, self.rotary)
+            self.exact[i] = forward(block, x, self.rotary)
 
-    def advance(self, block: Block, quantized: Block) -> None:
-        """Replaces a block's inputs by its outputs."""
+    def advance(self, block: Block) -> None:
+        """Replaces a block's inputs by its outputs: the float block's, or the quantized one's (`self.inputs`)."""
         for i, x in enumerate(self.seen):
-            self.seen[i] = _forward(block if self.inputs == "float" else quantized, x, self.rotary)
+            self.seen[i] = forward(block, x, self.rotary)
 
     def windows(self) -> tuple[Float[Array, "n t d"], Float[Array, "n t d"]]:
         """A block's inputs and, after `advance_exact`, what the float model makes of its own; no held-out windows."""
@@ -146,12 +146,14 @@ def _empty(choices: Choices, config: DecoderConfig, held_out: bool) -> Stats:
 
 
 @jax.jit
-def _embed(decoder: Decoder, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+def embed(decoder: Decoder, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+    """The residual stream before the first block."""
     return decoder.embed(tokens)
 
 
 @partial(jax.jit, donate_argnums=1)
-def _forward(block: Block, x: Float[Array, "b t d"], rotary: Array) -> Float[Array, "b t d"]:
+def forward(block: Block, x: Float[Array, "b t d"], rotary: Array) -> Float[Array, "b t d"]:
+    """The residual stream after a block; x is used up."""
     return block(x, rotary)[0]
 
 

@@ -160,6 +160,13 @@ METHODS: dict[str, Callable[[int, Group, bool], Method]] = {
     "learned": lambda bits, group, symmetric: Method(
         Int(bits, group, symmetric), Search("diagonal"), GPTQ(), tuning=(Tuning(rate=2.0 ** (-5 - bits), text=0.15),)
     ),
+    # Codes need many narrow steps: in few wide ones all that have a steady gradient jump at once.
+    "learned_codes": lambda bits, group, symmetric: Method(
+        Int(bits, group, symmetric),
+        Search("diagonal"),
+        GPTQ(),
+        tuning=(Tuning(200, rate=2.0 ** (-5 - bits), code_rate=0.01, text=0.15),),
+    ),
     # Ranges.
     "rtn_percentile": lambda bits, group, symmetric: Method(Int(bits, group, symmetric), Percentile()),
     "rtn_mse": lambda bits, group, symmetric: Method(Int(bits, group, symmetric), Search("mse")),

@@ -104,63 +104,97 @@ def quantize_decoders(
     if inputs not in ("quantized", "float") or passes < 1:
         raise InputError(f'Blocks take inputs="quantized" or "float" and 1 pass or more, not {inputs!r}, {passes}.')
     plans = {name: check_plan(decoder, method) for name, method in methods.items()}
-    rotations = {_shared(plan, "rotation", None) for plan in plans.values()}
+    rotations = {shared(plan, "rotation", None) for plan in plans.values()}
     if len(rotations) > 1:
         raise InputError("Methods can share a calibration pass only with the same rotation.")
     if rotation := next(iter(rotations), None):
         decoder = rotate(decoder, **asdict(rotation))
-    # What the statistics of a block must serve: every weight's methods, each once.
-    wanted = [tuple(dict.fromkeys(chain.from_iterable(layer))) for layer in zip(*plans.values(), strict=True)]
-    needs = [any(chosen.needs - {"text"} for _, chosen in layer) for layer in wanted]
-    if len(plans) > 1 and inputs == "quantized" and any(needs):
+    wanted = together(plans)
+    needs = any(chosen.needs - {"text"} for layer in wanted for _, chosen in layer)
+    if len(plans) > 1 and inputs == "quantized" and needs:
         raise InputError('Methods can share a calibration pass only with inputs="float".')
     windows = 0 if tokens is None else len(tokens)
     if not 0 <= held_out < windows and any(chosen.tuning for layer in wanted for _, chosen in layer):
         raise InputError(f"Tuning learns from text: held_out={held_out} of {windows} calibration windows leaves none.")
     calibration = None
-    if any(needs):
+    if needs:
         calibration = Calibration(decoder, wanted, tokens, batch=batch, inputs=inputs, held_out=held_out)
     fit = np.empty((0, 0), np.int32) if tokens is None else tokens[: len(tokens) - held_out]
     clips = {name: learn_clips(decoder, plan, fit) for name, plan in plans.items()}
     done: dict[str, list[Block]] = {name: [] for name in plans}
     reports: dict[str, Report] = {name: {} for name in plans}
-    for index, block in enumerate(blocks(decoder)):
-        stats = calibration.observe(block, block, wanted[index], index) if calibration and needs[index] else {}
-        for name, plan in plans.items():
-            again = partial(calibration.observe, layer=index) if calibration and passes > 1 else None
-            learned = clips[name].get(index, {})
-            quantized, infos = quantize_block(block, plan[index], stats, learned, again, passes)
+    for index, results in enumerate(quantize_blocks(blocks(decoder), plans, calibration, clips=clips, passes=passes)):
+        for name, (quantized, infos) in results.items():
             done[name].append(quantized)
-            reports[name] |= {(index, path): info for path, info in jax.device_get(infos).items()}
-        if calibration and any(needs[index:]):
-            calibration.advance_exact(block)
-            for name, plan in plans.items():
-                done[name][-1] = _tune_block(done[name][-1], plan[index], calibration)
-        if calibration and any(needs[index + 1 :]):
-            calibration.advance(block, next(iter(done.values()))[-1])
+            reports[name] |= {(index, path): info for path, info in infos.items()}
         if progress:
-            progress("quantize", index + 1, decoder.config.layers, error=_relative_error(reports.values()))
+            progress("quantize", index + 1, decoder.config.layers, error=relative_error(reports.values()))
     decoders = {name: with_blocks(decoder, layers) for name, layers in done.items()}
     for name, plan in plans.items():
-        for stage in _shared(plan, "tuning", ()):
+        for stage in shared(plan, "tuning", ()):
             if stage.target != "block":
                 decoders[name] = tune(decoders[name], decoder, fit, stage, progress=progress)
     return {name: (decoders[name], reports[name]) for name in plans}
 
 
-def _shared(layers: Sequence[Choices], choice: Literal["rotation", "tuning"], default: Any) -> Any:
+def together(plans: Mapping[str, Sequence[Choices]]) -> list[Choices]:
+    """What the statistics of each block must serve: every weight's methods, each once."""
+    return [tuple(dict.fromkeys(chain.from_iterable(layer))) for layer in zip(*plans.values(), strict=True)]
+
+
+def quantize_blocks(
+    source: Iterable[Block],
+    plans: Mapping[str, Sequence[Choices]],
+    calibration: Calibration | None,
+    *,
+    clips: Mapping[str, Mapping[int, Mapping[str, Array]]] | None = None,
+    passes: int = 1,
+    first: int = 0,
+) -> Iterator[dict[str, tuple[Block, dict[str, SolveInfo]]]]:
+    """Quantizes blocks as they come; the calibration windows move on when the next one is asked for.
+
+    Args:
+      source: float blocks, of which no more than one is held.
+      plans: the methods of every layer's weights, by name (`check_plan`).
+      calibration: its windows at the first of the blocks; None where no method looks at activations.
+      clips: factors on the scales that a `LossSearch` learned, by name, layer and weight.
+      passes: see `quantize_decoder`.
+      first: layer of the first block.
+
+    Yields:
+      Each block quantized, and what was done to its weights, by the plans' names.
+    """
+    wanted = together(plans)
+    needs = [any(chosen.needs - {"text"} for _, chosen in layer) for layer in wanted]
+    for index, block in enumerate(source, first):
+        stats = calibration.observe(block, block, wanted[index], index) if calibration and needs[index] else {}
+        again = partial(calibration.observe, layer=index) if calibration and passes > 1 else None
+        done = {}
+        for name, plan in plans.items():
+            learned = (clips or {}).get(name, {}).get(index, {})
+            quantized, infos = quantize_block(block, plan[index], stats, learned, again, passes)
+            done[name] = quantized, jax.device_get(infos)
+        if calibration and any(needs[index:]):
+            calibration.advance_exact(block)
+            done = {name: (_tune_block(one, plans[name][index], calibration), i) for name, (one, i) in done.items()}
+        yield done
+        if calibration and any(needs[index + 1 :]):
+            calibration.advance(block if calibration.inputs == "float" else next(iter(done.values()))[0])
+
+
+def shared(layers: Sequence[Choices], choice: Literal["rotation", "tuning"], default: Any) -> Any:
     """What all methods of a plan have in common (`check_plan`)."""
     return next((getattr(chosen, choice) for layer in layers for _, chosen in layer), default)
 
 
 def _tune_block(block: Block, choices: Choices, calibration: Calibration) -> Block:
-    for stage in _shared([choices], "tuning", ()):
+    for stage in shared([choices], "tuning", ()):
         if stage.target == "block":
             block = tune_block(block, *calibration.windows(), calibration.rotary, stage)
     return block
 
 
-def _relative_error(reports: Iterable[Report]) -> float:
+def relative_error(reports: Iterable[Report]) -> float:
     """Share of the projections' output energy that the rounding loses, averaged over what is done; NaN if unknown."""
     shares = [info.error / info.energy for report in reports for info in report.values() if info.energy > 0]
     return float(np.mean(shares)) if shares else math.nan
@@ -211,7 +245,8 @@ def check_plan(decoder: Decoder, method: Method | Plan) -> list[Choices]:
         raise InputError("A plan's weights are tuned together: give its methods the same tuning.")
     if len({chosen.rotation for layer in layers for _, chosen in layer}) > 1:
         raise InputError("A plan's weights are rotated together: give its methods the same rotation.")
-    _check_finite(decoder, layers)
+    if isinstance(decoder.embedding.get_value(), Array):  # and not abstract, its blocks still on disk
+        _check_finite(decoder, layers)
     return layers
 
 
@@ -290,7 +325,7 @@ def quantize_block(
     """
     if not choices:
         return block, {}
-    flat, infos = _flat(block), {}
+    flat, infos = flat_params(block), {}
     params = {path: leaf.astype(jnp.float32) for path, leaf in flat.items()}
     if any(chosen.transform is not None for _, chosen in choices):
         params, stats = _transform_block(params, stats, choices, block.attention.config)
@@ -402,7 +437,7 @@ def _check_finite(decoder: Decoder, layers: list[Choices]) -> None:
     """Raises InputError for a weight to be quantized that holds NaN or infinite values."""
     first = 0
     for segment in decoder.segments:
-        stack = _flat(segment)
+        stack = flat_params(segment)
         for path, finite in jax.device_get(_finite(stack)).items():
             for index in first + np.flatnonzero(~finite):
                 if path in dict(layers[index]):
@@ -419,12 +454,13 @@ def _finite(stack: Params) -> dict[str, Array]:
 def _shapes(decoder: Decoder) -> Iterator[Params]:
     """Every layer's parameters as shapes."""
     for segment in decoder.segments:
-        stack = _flat(segment)
+        stack = flat_params(segment)
         one = jax.eval_shape(lambda stack: jax.tree.map(itemgetter(0), stack), stack)
         yield from [one] * jax.tree.leaves(stack)[0].shape[0]
 
 
-def _flat(block: nnx.Module) -> Params:
+def flat_params(module: nnx.Module) -> Params:
+    """A module's parameters by name."""
     return {
-        ".".join(map(str, path)): leaf for path, leaf in flatten_mapping(nnx.to_pure_dict(nnx.state(block))).items()
+        ".".join(map(str, path)): leaf for path, leaf in flatten_mapping(nnx.to_pure_dict(nnx.state(module))).items()
     }

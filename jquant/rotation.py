@@ -18,6 +18,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jquant.errors import InputError
+from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Block, Decoder
 from jquant.models.families import LLAMA, V
 from jquant.qtensor import QTensor
@@ -56,15 +57,55 @@ def rotate(
         raise InputError("The decoder's residual stream is rotated already: rotate the original model.")
     if mlp and any(segment.mlp.rotation is not None for segment in decoder.segments):
         raise InputError("The decoder's MLP is rotated already: rotate the original model.")
-    config = decoder.config
-    widths = {"stream": (residual, config.hidden), "head": (heads, config.head_dim), "inner": (mlp, config.ffn)}
-    rotations = {name: Rotation(width, seed, kind) for name, (wanted, width) in widths.items() if wanted}
-    new = nnx.clone(decoder)
+    new = rotate_outside(decoder, residual, heads, mlp, seed, kind)
     for segment in new.segments:
-        _update(segment, _rotate_stack(_flat(segment), **rotations))
-        segment.mlp.rotation = rotations.get("inner", segment.mlp.rotation)
+        _rotate_segment(segment, decoder.config, residual, heads, mlp, seed, kind)
+    return new
+
+
+def rotate_outside(
+    decoder: Decoder,
+    residual: bool = True,
+    heads: bool = True,
+    mlp: bool = True,
+    seed: int | None = 0,
+    kind: Kind = "hadamard",
+) -> Decoder:
+    """What `rotate` does outside of the blocks; same arguments."""
+    new = nnx.clone(decoder)
+    rotations = _rotations(decoder.config, residual, heads, mlp, seed, kind)
     new.norm.rotation = rotations.get("stream", new.norm.rotation)
     return new
+
+
+def rotate_block(
+    block: Block,
+    config: DecoderConfig,
+    residual: bool = True,
+    heads: bool = True,
+    mlp: bool = True,
+    seed: int | None = 0,
+    kind: Kind = "hadamard",
+) -> Block:
+    """What `rotate` does to one float block; same arguments."""
+    graph, state = nnx.split(block)
+    segment = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[None], state))
+    _rotate_segment(segment, config, residual, heads, mlp, seed, kind)
+    graph, state = nnx.split(segment)
+    return nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], state))
+
+
+def _rotate_segment(segment: Block, config: DecoderConfig, *options: Any) -> None:
+    rotations = _rotations(config, *options)
+    _update(segment, _rotate_stack(_flat(segment), **rotations))
+    segment.mlp.rotation = rotations.get("inner", segment.mlp.rotation)
+
+
+def _rotations(
+    config: DecoderConfig, residual: bool, heads: bool, mlp: bool, seed: int | None, kind: Kind
+) -> dict[str, Rotation]:
+    widths = {"stream": (residual, config.hidden), "head": (heads, config.head_dim), "inner": (mlp, config.ffn)}
+    return {name: Rotation(width, seed, kind) for name, (wanted, width) in widths.items() if wanted}
 
 
 def permute_mlp(decoder: Decoder, order: Int[Array | np.ndarray, "layers ffn"]) -> Decoder:

