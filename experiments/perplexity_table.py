@@ -153,7 +153,7 @@ def prepare_tokens(
     if not any(chosen and needs_calibration(chosen) for chosen in methods):
         return evaluation, None
     ids = model.tokenizer.encode(load_text(sampling["data"]))
-    check_disjoint(evaluation[:, 1:] if wanted["bos"] else evaluation, ids)
+    check_disjoint(evaluation[:, 1:] if wanted["bos"] else evaluation, ids, f"evaluation.data={wanted['data']}")
     count = sampling["samples"] + sampling.get("held_out", 0)
     return evaluation, sample_windows(ids, sampling["context"], count, settings["seed"])
 

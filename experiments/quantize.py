@@ -16,10 +16,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments.command_line import console, one_sentence, peak_rss_mb, progress_bars, run
 from experiments.compositions import find_method, needs_of
-from jquant import InputError, load_text
+from jquant import load_text
 from jquant.data import sample_windows
 from jquant.io.hub import cache_dir
-from jquant.io.load import ModelFile, QuantizedFile, open_from_config
+from jquant.io.load import QuantizedFile, open_from_config
 from jquant.pipeline import relative_error
 from jquant.streaming import quantize_to_folder
 
@@ -36,8 +36,6 @@ def quantize(settings: dict[str, Any]) -> QuantizedFile:
     name, sampling, folder = str(settings["method"]), settings["calibration"], Path(settings["output"])
     chosen = find_method(name, settings["bits"], settings["group"], settings["symmetric"])
     source = open_from_config(settings["model"])
-    if not isinstance(source, ModelFile):
-        raise InputError(f"{source.folder} is quantized already: quantize the float model.")
     tokens = None
     if needs_of(chosen):
         ids = source.tokenizer.encode(load_text(sampling["data"]))

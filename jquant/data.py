@@ -114,8 +114,15 @@ def sample_windows(ids: Int[np.ndarray, " n"], context: int, count: int, seed: i
     return every[np.sort(np.random.default_rng(seed).choice(len(every), count, replace=False))]
 
 
-def check_disjoint(evaluation: Int[np.ndarray, "..."], calibration: Int[np.ndarray, " n"]) -> None:
+def check_disjoint(
+    evaluation: Int[np.ndarray, "..."], calibration: Int[np.ndarray, " n"], name: str = "The evaluation text"
+) -> None:
     """Refuses evaluation tokens that occur in the calibration text, in runs of SHARED_RUN tokens or more.
+
+    Args:
+      evaluation: what is judged on.
+      calibration: the whole calibration text.
+      name: what an error calls the former.
 
     Raises:
       InputError: a run is shared; calibrated weights would have seen what they are judged on.
@@ -128,6 +135,6 @@ def check_disjoint(evaluation: Int[np.ndarray, "..."], calibration: Int[np.ndarr
     shared = np.isin(run(evaluation) @ powers, run(calibration) @ powers)
     if shared.any():
         raise InputError(
-            f"The evaluation text occurs in the calibration text ({int(shared.sum())} runs of {SHARED_RUN} tokens are "
+            f"{name} occurs in the calibration text ({int(shared.sum())} runs of {SHARED_RUN} tokens are "
             f"shared, the first at token {int(np.argmax(shared))}); choose another calibration.data."
         )

@@ -44,7 +44,7 @@ from jquant.rotation import rotate_block, rotate_outside
 
 
 def quantize_to_folder(
-    source: ModelFile,
+    source: ModelFile | QuantizedFile,
     folder: Path,
     method: Method | Plan,
     tokens: Int[np.ndarray, "n context"] | None = None,
@@ -58,7 +58,7 @@ def quantize_to_folder(
     """`quantize_decoder` from disk to disk: a checkpoint that `load_model` reads.
 
     Args:
-      source: the float model.
+      source: the float model (`open_model`).
       folder: of the checkpoint; what an earlier call with the same arguments finished there is kept.
       method: a point in the space of methods, or a plan.
       tokens: calibration windows.
@@ -88,7 +88,7 @@ def quantize_to_folder(
 
 
 def quantize_stream(
-    source: ModelFile,
+    source: ModelFile | QuantizedFile,
     folder: Path,
     method: Method | Plan,
     tokens: Int[np.ndarray, "n context"] | None = None,
@@ -100,6 +100,8 @@ def quantize_stream(
     progress: Progress | None = None,
 ) -> Iterator[int]:
     """`quantize_to_folder` step by step: yields each layer once its block is on disk."""
+    if isinstance(source, QuantizedFile):
+        raise InputError(f"{source.folder} is quantized already: quantize the float model.")
     layers = source.config.layers
     plan = check_plan(nnx.eval_shape(lambda: Decoder(source.config, nnx.Rngs(0))), method)
     _check_local(plan)

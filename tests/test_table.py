@@ -141,7 +141,10 @@ BAD = {
     "an empty text": (["evaluation.data={}/empty.txt"], "empty.txt"),
     "a text shorter than a window": (["evaluation.data={}/short.txt"], "too few"),
     "a text that is not there": (["evaluation.data=/nowhere.txt"], "/nowhere.txt"),
-    "evaluation text inside the calibration text": (["evaluation.data={}/calibration.txt"], "calibration"),
+    "evaluation text inside the calibration text": (
+        ["evaluation.data=[{0}/evaluation.txt,{0}/calibration.txt]"],
+        "calibration.txt occurs in the calibration text",
+    ),
     "an unknown method": (["methods=[fp32,gptqq]"], "gptqq"),
     "bits out of range": (["bits=9"], "9"),
     "a group larger than a weight": (["group=4096"], "4096"),
