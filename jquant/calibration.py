@@ -16,6 +16,7 @@ from jquant.methods import Method
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Block, Decoder, Taps, rotary_table
 from jquant.models.families import LLAMA, Site
+from jquant.sharding import Devices
 from jquant.stats import AbsMax, AbsMean, Cross, Gram
 
 Choices = tuple[tuple[str, Method], ...]  # path within a block -> method; hashable
@@ -43,9 +44,10 @@ class Calibration:
       batch: windows per forward pass.
       inputs: whether a block reads what the quantized blocks before it produce, or what float ones do.
       held_out: windows at the end that only "held_out" statistics see.
+      devices: the mesh over which every batch is split; None for where the decoder is.
 
     Raises:
-      InputError: there are no tokens, or not those that the methods need.
+      InputError: there are no tokens, or not those that the methods need, or they do not divide over the devices.
     """
 
     def __init__(
@@ -57,13 +59,18 @@ class Calibration:
         batch: int,
         inputs: Literal["quantized", "float"],
         held_out: int,
+        devices: Devices | None = None,
     ):
         methods = {one for layer in layers for _, one in layer}
         needs = frozenset[str]().union(*(one.needs for one in methods))
         tokens = _check(needs, tokens, inputs, held_out)
-        fit = len(tokens) - held_out
-        starts = [*range(0, fit, batch), *range(fit, len(tokens), batch)]
-        batches = np.split(tokens, starts[1:])
+        fit, step = len(tokens) - held_out, batch * (devices.data if devices else 1)
+        if devices:
+            devices.check_windows(fit)
+            devices.check_windows(held_out)
+        starts = [*range(0, fit, step), *range(fit, len(tokens), step)]
+        batches = [devices.windows(one) if devices else one for one in np.split(tokens, starts[1:])]
+        self.devices = devices
         self.config, self.inputs = decoder.config, inputs
         self.fit = sum(start < fit for start in starts)  # batches, from the first, that statistics are fitted to
         by_loss = any(one.token_weights == "loss" for one in methods)
@@ -77,6 +84,7 @@ class Calibration:
     def observe(self, block: Block, exact: Block, choices: Choices, layer: int) -> Stats:
         """Statistics of all windows at the sites of `block`; `exact` is the float block, on the float stream."""
         stats = _empty(choices, self.config, self.fit < len(self.seen))
+        stats = self.devices.place(stats) if self.devices else stats
         for i, x in enumerate(self.seen):
             held_out = i >= self.fit
             gradients = {path: rows[layer] for path, rows in self.gradients[i].items()}

@@ -34,6 +34,7 @@ from jquant.models.families import LLAMA, Site, shared_channels
 from jquant.qtensor import QTensor
 from jquant.rotation import rotate
 from jquant.rounding import SolveInfo
+from jquant.sharding import Devices
 from jquant.tuning import tune, tune_block
 
 Params = dict[str, Any]  # "attention.q.kernel" -> Array or QTensor
@@ -49,6 +50,7 @@ def quantize_decoder(
     inputs: Literal["quantized", "float"] = "quantized",
     passes: int = 1,
     held_out: int = 0,
+    devices: Devices | None = None,
     progress: Progress | None = None,
 ) -> tuple[Decoder, Report]:
     """Quantizes the projections of the blocks; embedding, norms and head stay as they are.
@@ -63,6 +65,7 @@ def quantize_decoder(
         own quantized projections produce.
       held_out: windows at the end of `tokens` that nothing is fitted to: `SolveInfo` has the error on them, and GPTQ
         may choose its damping by it.
+      devices: the mesh to compute on: windows are split over one axis, weights' columns over the other.
       progress: called with ("quantize", blocks done, blocks in all) and the error so far, the share of their outputs'
         energy that projections lose, averaged; and with ("tune", steps done, steps in all) and the loss.
 
@@ -81,6 +84,7 @@ def quantize_decoder(
         inputs=inputs,
         passes=passes,
         held_out=held_out,
+        devices=devices,
         progress=progress,
     )[""]
 
@@ -94,6 +98,7 @@ def quantize_decoders(
     inputs: Literal["quantized", "float"] = "float",
     passes: int = 1,
     held_out: int = 0,
+    devices: Devices | None = None,
     progress: Progress | None = None,
 ) -> dict[str, tuple[Decoder, Report]]:
     """`quantize_decoder` for several methods on one way through the blocks.
@@ -118,12 +123,15 @@ def quantize_decoders(
         raise InputError(f"Tuning learns from text: held_out={held_out} of {windows} calibration windows leaves none.")
     calibration = None
     if needs:
-        calibration = Calibration(decoder, wanted, tokens, batch=batch, inputs=inputs, held_out=held_out)
+        calibration = Calibration(
+            decoder, wanted, tokens, batch=batch, inputs=inputs, held_out=held_out, devices=devices
+        )
     fit = np.empty((0, 0), np.int32) if tokens is None else tokens[: len(tokens) - held_out]
     clips = {name: learn_clips(decoder, plan, fit) for name, plan in plans.items()}
     done: dict[str, list[Block]] = {name: [] for name in plans}
     reports: dict[str, Report] = {name: {} for name in plans}
-    for index, results in enumerate(quantize_blocks(blocks(decoder), plans, calibration, clips=clips, passes=passes)):
+    steps = quantize_blocks(blocks(decoder), plans, calibration, clips=clips, passes=passes, devices=devices)
+    for index, results in enumerate(steps):
         for name, (quantized, infos) in results.items():
             done[name].append(quantized)
             reports[name] |= {(index, path): info for path, info in infos.items()}
@@ -150,6 +158,7 @@ def quantize_blocks(
     clips: Mapping[str, Mapping[int, Mapping[str, Array]]] | None = None,
     passes: int = 1,
     first: int = 0,
+    devices: Devices | None = None,
 ) -> Iterator[dict[str, tuple[Block, dict[str, SolveInfo]]]]:
     """Quantizes blocks as they come; the calibration windows move on when the next one is asked for.
 
@@ -160,26 +169,29 @@ def quantize_blocks(
       clips: factors on the scales that a `LossSearch` learned, by name, layer and weight.
       passes: see `quantize_decoder`.
       first: layer of the first block.
+      devices: see `quantize_decoder`.
 
     Yields:
       Each block quantized, and what was done to its weights, by the plans' names.
     """
     wanted = together(plans)
     needs = [any(chosen.needs - {"text"} for _, chosen in layer) for layer in wanted]
-    for index, block in enumerate(source, first):
+    whole = devices.place if devices else lambda tree: tree
+    for index, block in enumerate(map(whole, source), first):
         stats = calibration.observe(block, block, wanted[index], index) if calibration and needs[index] else {}
         again = partial(calibration.observe, layer=index) if calibration and passes > 1 else None
         done = {}
         for name, plan in plans.items():
             learned = (clips or {}).get(name, {}).get(index, {})
-            quantized, infos = quantize_block(block, plan[index], stats, learned, again, passes)
+            quantized, infos = quantize_block(block, plan[index], stats, learned, again, passes, devices)
             done[name] = quantized, jax.device_get(infos)
         if calibration and any(needs[index:]):
             calibration.advance_exact(block)
-            done = {name: (_tune_block(one, plans[name][index], calibration), i) for name, (one, i) in done.items()}
+            for name, (quantized, infos) in done.items():
+                done[name] = _tune_block(quantized, plans[name][index], calibration), infos
         yield done
         if calibration and any(needs[index + 1 :]):
-            calibration.advance(block if calibration.inputs == "float" else next(iter(done.values()))[0])
+            calibration.advance(block if calibration.inputs == "float" else whole(next(iter(done.values()))[0]))
 
 
 def shared(layers: Sequence[Choices], choice: Literal["rotation", "tuning"], default: Any) -> Any:
@@ -312,6 +324,7 @@ def quantize_block(
     clips: Mapping[str, Array] | None = None,
     again: Callable[[Block, Block, Choices], Stats] | None = None,
     passes: int = 1,
+    devices: Devices | None = None,
 ) -> tuple[Block, dict[str, SolveInfo]]:
     """The block transformed and rounded, and what was done to its weights.
 
@@ -322,17 +335,21 @@ def quantize_block(
       clips: factors on the scales that a `LossSearch` learned, by weight.
       again: observes the block, quantized, for the next pass.
       passes: how often it is rounded.
+      devices: the mesh over which the weights' columns are split.
     """
     if not choices:
         return block, {}
     flat, infos = flat_params(block), {}
     params = {path: leaf.astype(jnp.float32) for path, leaf in flat.items()}
+    if devices:
+        params = devices.columns(params, dict(choices))
     if any(chosen.transform is not None for _, chosen in choices):
         params, stats = _transform_block(params, stats, choices, block.attention.config)
     exact = quantized = _with_params(block, {path: leaf.astype(flat[path].dtype) for path, leaf in params.items()})
     for number in range(passes):
         if number and again and any(chosen.needs for _, chosen in choices):
-            stats = again(quantized, exact, choices)
+            whole = devices.place if devices else lambda tree: tree
+            stats = again(whole(quantized), whole(exact), choices)
         rounded, infos = _round_block(params, stats, clips or {}, choices)
         quantized = _with_params(exact, rounded)
     return quantized, infos

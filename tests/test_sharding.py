@@ -1,0 +1,123 @@
+"""Several devices give what one gives: eight virtual ones, and two real processes."""
+
+import re
+from dataclasses import replace
+
+import checkpoints
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoints import refused
+from jax.sharding import PartitionSpec as P
+from problems import problem
+from test_pipeline import leaves
+
+from jquant import AWQ, GGUF, GPTQ, NF4, Float, Hadamard, Int, LlamaCpp, Method, MinMax, Search, Tuning
+from jquant.evaluation.perplexity import score
+from jquant.formats import unpack
+from jquant.io.load import load_model
+from jquant.methods import method
+from jquant.models.decoder import Decoder
+from jquant.pipeline import quantize_decoder
+from jquant.qtensor import QTensor
+from jquant.sharding import MODEL, Devices
+
+TOKENS = np.random.default_rng(0).integers(0, checkpoints.VOCAB, (16, 24), np.int32)
+GPTQ3 = Method(Int(3, 32), Search("diagonal"), GPTQ())
+METHODS = {
+    "rtn": method("rtn", group=32),
+    "gptq": GPTQ3,
+    "awq": Method(Int(4, 32), Search("gram"), transform=AWQ(4)),
+    "awq with gptq on nf4": Method(NF4(32), rounding=GPTQ(), transform=AWQ(4)),
+    "k-quant": Method(GGUF["Q4_K"], LlamaCpp()),
+    "rotated": replace(GPTQ3, rotation=Hadamard()),
+    "propagated": replace(GPTQ3, error_propagation=0.5),
+    "tuned": replace(GPTQ3, tuning=(Tuning(2, 2, target="block"), Tuning(2, 2))),
+}
+COLLECTIVES = r"all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast"
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory) -> Decoder:
+    model = checkpoints.llama(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_key_value_heads=4, initializer_range=0.1
+    )
+    return load_model(checkpoints.save(tmp_path_factory.mktemp("float"), model)).decoder
+
+
+def codes(decoder: Decoder) -> dict[str, np.ndarray]:
+    found = {path: leaf for path, leaf in leaves(decoder).items() if isinstance(leaf, QTensor)}
+    at_home = {path: jax.device_put(q, jax.devices()[0]) for path, q in found.items()}
+    return {path: np.asarray(unpack(q.codes, q.format.bits, q.in_features)) for path, q in at_home.items()}
+
+
+def share_unlike(a: Decoder, b: Decoder) -> float:
+    """Of the codes."""
+    ours, theirs = codes(a), codes(b)
+    assert ours.keys() == theirs.keys()
+    assert ours
+    return sum(int(np.sum(ours[path] != theirs[path])) for path in ours) / sum(one.size for one in ours.values())
+
+
+CASES = [("gptq", mesh) for mesh in ((2, 1), (1, 4), (8, 1), (2, 4))] + [(n, (4, 2)) for n in METHODS if n != "gptq"]
+
+
+@pytest.mark.parametrize(("name", "mesh"), CASES, ids=str)
+def test_a_mesh_gives_the_codes_and_the_perplexity_of_one_device(decoder, name, mesh):
+    expected, report = quantize_decoder(decoder, METHODS[name], TOKENS, batch=2)
+    sharded, its_report = quantize_decoder(decoder, METHODS[name], TOKENS, batch=2, devices=Devices(*mesh))
+    kernels = [leaf for leaf in leaves(sharded).values() if isinstance(leaf, QTensor)]
+    assert all(len(kernel.codes.sharding.device_set) == mesh[0] * mesh[1] for kernel in kernels)
+    assert share_unlike(sharded, expected) < 1e-5
+    assert score(sharded, TOKENS).perplexity == pytest.approx(score(expected, TOKENS).perplexity, rel=1e-4)
+    for key, info in report.items():
+        np.testing.assert_allclose(its_report[key].error, info.error, rtol=1e-3)
+
+
+@pytest.mark.parametrize("format", [Int(4, 32), Int(3, 32, symmetric=True), NF4(32)], ids=str)
+def test_a_solve_over_columns_has_no_collective(format):
+    """In the compiled program of each device; a sum over columns, as of the error it reports, would be one."""
+    devices = Devices(1, 8)
+    w, gram, _ = problem((64, 128))
+
+    def solve(w, gram, reported: bool):
+        q, info = GPTQ()(w, *MinMax()(w, format), gram, format)
+        return (q, info.error) if reported else q
+
+    placed = devices.place(w, None, MODEL), devices.place(gram)
+    solves = jax.jit(solve, static_argnums=2)
+    assert not re.findall(COLLECTIVES, solves.lower(*placed, False).compile().as_text())
+    assert re.findall(COLLECTIVES, solves.lower(*placed, True).compile().as_text())
+    q = solves(*placed, False)
+    assert q.codes.sharding.spec == P(None, MODEL)
+
+
+def test_columns_are_split_in_whole_units_or_not_at_all():
+    methods = {name: method("rtn", group=16) for name in ("even", "odd")}
+    w = {"even": jnp.zeros((32, 64)), "odd": jnp.zeros((32, 72)), "float": jnp.zeros((32, 64))}
+    with refused("odd", "72 columns", "model=4", "units of 8", "uneven=replicate"):
+        Devices(1, 4).columns(w, methods)
+    placed = Devices(1, 4, "replicate").columns(w, methods)
+    assert {name: leaf.sharding.spec for name, leaf in placed.items()} == {
+        "even": P(None, MODEL), "odd": P(), "float": P()
+    }  # fmt: skip
+    for format, split in (
+        (Int(4, 16, symmetric=True), True),  # no zeros that share bytes
+        (Float(4, 3, (16, 9)), True),
+        (Float(4, 3, (16, 12)), False),
+        (Float(4, 3, "tensor"), False),
+    ):
+        placed = Devices(1, 4, "replicate").columns({"odd": w["odd"]}, {"odd": Method(format)})
+        assert placed["odd"].sharding.spec == (P(None, MODEL) if split else P())
+
+
+def test_meshes_that_cannot_be_are_refused(decoder):
+    with refused("data=4 × model=4", "16 devices", "there are 8"):
+        Devices(4, 4)
+    with refused("data=0"):
+        Devices(0)
+    with refused("16 windows", "data=3"):
+        quantize_decoder(decoder, GPTQ3, TOKENS, batch=2, devices=Devices(3))
+    with refused("attention.k.kernel", "64 columns", "model=3"):
+        quantize_decoder(decoder, GPTQ3, TOKENS, batch=2, devices=Devices(1, 3))
