@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from jquant.errors import InputError
 from jquant.io.load import Progress as Report
+from jquant.sharding import Devices
 
 console = Console()
 
@@ -76,6 +78,20 @@ def progress_bars(row: str) -> Iterator[Report]:
             bars.update(tasks[stage], completed=done, total=total, figures=told)
 
         yield report
+
+
+def devices_of(settings: dict[str, Any]) -> Devices | None:
+    """The mesh that the settings ask for; None for one device.
+
+    Raises:
+      InputError: a number out of range, or more devices than there are.
+    """
+    mesh = settings["mesh"]
+    for axis in ("data", "model"):
+        if type(mesh[axis]) is not int:
+            raise InputError(f"mesh.{axis} takes a whole number from 1, not {mesh[axis]!r}.")
+    devices = Devices(**mesh)
+    return devices if mesh["data"] * mesh["model"] > 1 else None
 
 
 def reset_peak_rss() -> None:

@@ -29,7 +29,16 @@ from flax import nnx
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import provenance, tables
-from experiments.command_line import Report, console, one_sentence, peak_rss_mb, progress_bars, reset_peak_rss, run
+from experiments.command_line import (
+    Report,
+    console,
+    devices_of,
+    one_sentence,
+    peak_rss_mb,
+    progress_bars,
+    reset_peak_rss,
+    run,
+)
 from experiments.compositions import find_method, needs_calibration, needs_of, rotation_of
 from jquant import InputError, LanguageModel, bits_per_weight, load_text
 from jquant.data import check_disjoint, sample_windows
@@ -68,6 +77,7 @@ def make_table(settings: dict[str, Any]) -> None:
     folder = Path(settings["results"]) / str(settings["name"])
     methods = check_methods(settings)
     check_settings(settings, methods)
+    devices_of(settings)
     with progress_bars(settings["model"]["name"]) as report:
         model = load_from_config(settings["model"], progress=report)
     for chosen in filter(None, methods.values()):
@@ -233,6 +243,7 @@ def quantize_all(
     chosen = {name: one for name, one in methods.items() if one is not None}
     how = {key: settings["calibration"][key] for key in ("inputs", "passes", "held_out")}
     begin = time.perf_counter()
+    how["devices"] = devices_of(settings)
     done = quantize_decoders(model.decoder, chosen, calibration, **how, progress=report) if chosen else {}
     decoders = {name: done[name][0] if name in done else model.decoder for name in methods}
     return decoders, time.perf_counter() - begin if chosen else 0.0

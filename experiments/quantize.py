@@ -14,7 +14,7 @@ import hydra
 import jax
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.command_line import console, one_sentence, peak_rss_mb, progress_bars, run
+from experiments.command_line import console, devices_of, one_sentence, peak_rss_mb, progress_bars, run
 from experiments.compositions import find_method, needs_of
 from jquant import load_text
 from jquant.data import sample_windows
@@ -35,6 +35,7 @@ def quantize(settings: dict[str, Any]) -> QuantizedFile:
     """Writes the checkpoint, or what is missing of it, and tells what it holds."""
     name, sampling, folder = str(settings["method"]), settings["calibration"], Path(settings["output"])
     chosen = find_method(name, settings["bits"], settings["group"], settings["symmetric"])
+    devices = devices_of(settings)
     source = open_from_config(settings["model"])
     tokens = None
     if needs_of(chosen):
@@ -43,7 +44,7 @@ def quantize(settings: dict[str, Any]) -> QuantizedFile:
     how = {key: sampling[key] for key in ("inputs", "passes", "held_out")}
     begin = time.perf_counter()
     with progress_bars(name) as report:
-        written = quantize_to_folder(source, folder, chosen, tokens, **how, progress=report)
+        written = quantize_to_folder(source, folder, chosen, tokens, **how, devices=devices, progress=report)
     seconds = time.perf_counter() - begin
     megabytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
     console.print(

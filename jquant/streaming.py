@@ -41,6 +41,7 @@ from jquant.methods import Method, Plan
 from jquant.models.decoder import Block, Decoder
 from jquant.pipeline import check_plan, flat_params, quantize_blocks, relative_error, shared, together
 from jquant.rotation import rotate_block, rotate_outside
+from jquant.sharding import Devices
 
 
 def quantize_to_folder(
@@ -53,6 +54,7 @@ def quantize_to_folder(
     inputs: Literal["quantized", "float"] = "quantized",
     passes: int = 1,
     held_out: int = 0,
+    devices: Devices | None = None,
     progress: Progress | None = None,
 ) -> QuantizedFile:
     """`quantize_decoder` from disk to disk: a checkpoint that `load_model` reads.
@@ -66,6 +68,7 @@ def quantize_to_folder(
       inputs: see `quantize_decoder`.
       passes: see `quantize_decoder`.
       held_out: see `quantize_decoder`.
+      devices: see `quantize_decoder`; a checkpoint can be read onto others.
       progress: called with ("quantize", blocks done, blocks in all) and the error so far.
 
     Raises:
@@ -81,6 +84,7 @@ def quantize_to_folder(
         inputs=inputs,
         passes=passes,
         held_out=held_out,
+        devices=devices,
         progress=progress,
     ):
         pass
@@ -97,6 +101,7 @@ def quantize_stream(
     inputs: Literal["quantized", "float"] = "quantized",
     passes: int = 1,
     held_out: int = 0,
+    devices: Devices | None = None,
     progress: Progress | None = None,
 ) -> Iterator[int]:
     """`quantize_to_folder` step by step: yields each layer once its block is on disk."""
@@ -114,6 +119,7 @@ def quantize_stream(
         "inputs": inputs,
         "passes": passes,
         "held_out": held_out,
+        "devices": f"data {devices.data} × model {devices.model}" if devices else "one",
         "code": _sources(),
     }
     _begin(folder, source, run)
@@ -126,7 +132,9 @@ def quantize_stream(
         write_item(folder / OUTSIDE, flat_params(outside), {"rotation": to_json(outside.norm.rotation)})
     calibration = None
     if needs:
-        calibration = Calibration(outside, together({"": plan}), tokens, batch=batch, inputs=inputs, held_out=held_out)
+        calibration = Calibration(
+            outside, together({"": plan}), tokens, batch=batch, inputs=inputs, held_out=held_out, devices=devices
+        )
     del outside
 
     def blocks(first: int) -> Iterator[Block]:
@@ -141,7 +149,7 @@ def quantize_stream(
     if calibration and len(finished) < layers:
         _catch_up(calibration, blocks, folder, len(finished))
     first = len(finished)
-    steps = quantize_blocks(blocks(first), {"": plan}, calibration, passes=passes, first=first)
+    steps = quantize_blocks(blocks(first), {"": plan}, calibration, passes=passes, first=first, devices=devices)
     for layer, results in enumerate(steps, first):
         quantized, infos = results[""]
         report |= {(layer, name): info for name, info in infos.items()}
@@ -158,12 +166,13 @@ def quantize_stream(
 
 def _catch_up(calibration: Calibration, blocks: Callable[[int], Iterator[Block]], folder: Path, count: int) -> None:
     """Leads the windows through the blocks that an earlier process finished."""
+    whole = calibration.devices.place if calibration.devices else lambda tree: tree
     if calibration.exact is not None:
         for block in islice(blocks(0), count):
-            calibration.advance_exact(block)
+            calibration.advance_exact(whole(block))
     readers = blocks(0) if calibration.inputs == "float" else QuantizedFile(folder).blocks()
     for block in islice(readers, count):
-        calibration.advance(block)
+        calibration.advance(whole(block))
 
 
 def _check_local(plan: list[Choices]) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import checkpoints
@@ -14,6 +15,8 @@ import numpy as np
 import pytest
 from checkpoints import refused
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jquant
 from jquant import (
@@ -32,9 +35,11 @@ from jquant import (
     double_quantized,
 )
 from jquant.evaluation.perplexity import score, score_from_disk
+from jquant.io.checkpoint import block_folder, read_item
 from jquant.io.load import LanguageModel, QuantizedFile, load_model, open_model
 from jquant.methods import method
 from jquant.pipeline import quantize_decoder
+from jquant.sharding import MODEL, Devices
 from jquant.streaming import quantize_stream, quantize_to_folder
 
 ROOT = Path(__file__).parents[1]
@@ -148,6 +153,29 @@ def test_another_run_is_refused_with_what_differs(folder, tmp_path):
     assert files(tmp_path / "mine") == {"notes.txt": b"mine"}
 
 
+def test_a_checkpoint_written_on_one_mesh_is_read_onto_another(model, folder, tmp_path):
+    expected, _ = quantize_decoder(model.decoder, GPTQ3, TOKENS, batch=4)
+    devices = Devices(2, 2)
+    written = quantize_to_folder(open_model(folder), tmp_path / "q", GPTQ3, TOKENS, batch=2, devices=devices)
+    loaded = written.load().decoder
+    assert all(map(np.array_equal, states(loaded), states(expected)))
+    columns = Devices(1, 8)
+
+    def place(name: str, of: jax.ShapeDtypeStruct) -> NamedSharding:
+        return NamedSharding(columns.mesh, P(None, MODEL) if name.endswith("codes") else P())
+
+    params = read_item(block_folder(tmp_path / "q", 1), place)
+    codes = params["mlp.up.kernel"].codes
+    assert codes.sharding.spec == P(None, MODEL)
+    assert np.array_equal(codes, next(islice(written.blocks(), 1, None)).mlp.up.kernel.get_value().codes)
+    for stop in (1, 3):
+        steps = quantize_stream(open_model(folder), tmp_path / str(stop), GPTQ3, TOKENS, batch=2, devices=devices)
+        assert [next(steps) for _ in range(stop)] == list(range(stop))
+        steps.close()
+        quantize_to_folder(open_model(folder), tmp_path / str(stop), GPTQ3, TOKENS, batch=2, devices=devices)
+        assert files(tmp_path / str(stop)) == files(tmp_path / "q")
+
+
 def test_what_needs_the_whole_model_is_refused(folder, tmp_path):
     for chosen, part in (
         (replace(GPTQ3, token_weights="loss"), "token_weights='loss'"),
@@ -223,6 +251,7 @@ import jax, numpy as np
 import jquant
 from jquant.io.hub import cache_dir
 from jquant.methods import method
+from jquant.sharding import MODEL, Devices
 from jquant.streaming import quantize_to_folder
 jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
 tokens = np.random.default_rng(0).integers(0, 320, (10, 24), np.int32)
@@ -287,6 +316,7 @@ def test_the_commands_quantize_and_evaluate_from_disk_and_bad_input_ends_in_one_
         (["method=gptq_tuned"], "target='model'"),
         ([f"model.path={tmp_path / 'q'}", f"output={tmp_path / 'r'}"], "quantized already"),
         (["method=rtn", "bits=3"], "holds another run"),
+        (["mesh.data=2"], "takes 2 devices; there are 1"),
     ):
         failed = subprocess.run(command(folder, text, tmp_path / "q", *more), cwd=ROOT, capture_output=True, text=True)
         assert failed.returncode == 2, failed.stderr
