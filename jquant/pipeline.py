@@ -106,8 +106,6 @@ def quantize_decoders(
     Forward passes, and statistics that methods share, are computed once, so every block must read what the float blocks
     before it produce. Arguments and errors are those of `quantize_decoder`; results come by the methods' names.
     """
-    if inputs not in ("quantized", "float") or passes < 1:
-        raise InputError(f'Blocks take inputs="quantized" or "float" and 1 pass or more, not {inputs!r}, {passes}.')
     plans = {name: check_plan(decoder, method) for name, method in methods.items()}
     rotations = {shared(plan, "rotation", None) for plan in plans.values()}
     if len(rotations) > 1:
@@ -115,12 +113,10 @@ def quantize_decoders(
     if rotation := next(iter(rotations), None):
         decoder = rotate(decoder, **asdict(rotation))
     wanted = together(plans)
+    check_options(wanted, tokens, inputs, passes, held_out)
     needs = any(chosen.needs - {"text"} for layer in wanted for _, chosen in layer)
     if len(plans) > 1 and inputs == "quantized" and needs:
         raise InputError('Methods can share a calibration pass only with inputs="float".')
-    windows = 0 if tokens is None else len(tokens)
-    if not 0 <= held_out < windows and any(chosen.tuning for layer in wanted for _, chosen in layer):
-        raise InputError(f"Tuning learns from text: held_out={held_out} of {windows} calibration windows leaves none.")
     calibration = None
     if needs:
         calibration = Calibration(
@@ -143,6 +139,17 @@ def quantize_decoders(
             if stage.target != "block":
                 decoders[name] = tune(decoders[name], decoder, fit, stage, progress=progress)
     return {name: (decoders[name], reports[name]) for name in plans}
+
+
+def check_options(
+    wanted: Sequence[Choices], tokens: Int[np.ndarray, "n context"] | None, inputs: str, passes: int, held_out: int
+) -> None:
+    """Raises InputError for options of `quantize_decoder` that are out of range, or leave nothing to learn from."""
+    if inputs not in ("quantized", "float") or passes < 1:
+        raise InputError(f'Blocks take inputs="quantized" or "float" and 1 pass or more, not {inputs!r}, {passes}.')
+    windows = 0 if tokens is None else len(tokens)
+    if not 0 <= held_out < windows and any(chosen.tuning for layer in wanted for _, chosen in layer):
+        raise InputError(f"Tuning learns from text: held_out={held_out} of {windows} calibration windows leaves none.")
 
 
 def together(plans: Mapping[str, Sequence[Choices]]) -> list[Choices]:

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import cache
-from itertools import islice, takewhile
+from itertools import compress, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +39,7 @@ from jquant.io.checkpoint import (
 from jquant.io.load import ModelFile, Progress, QuantizedFile
 from jquant.methods import Method, Plan
 from jquant.models.decoder import Block, Decoder
-from jquant.pipeline import check_plan, flat_params, quantize_blocks, relative_error, shared, together
+from jquant.pipeline import check_options, check_plan, flat_params, quantize_blocks, relative_error, shared
 from jquant.rotation import rotate_block, rotate_outside
 from jquant.sharding import Devices
 
@@ -110,6 +110,7 @@ def quantize_stream(
     layers = source.config.layers
     plan = check_plan(nnx.eval_shape(lambda: Decoder(source.config, nnx.Rngs(0))), method)
     _check_local(plan)
+    check_options(plan, tokens, inputs, passes, held_out)
     run = {
         "source": source.fingerprint(),
         "dtype": source.dtype,
@@ -122,43 +123,43 @@ def quantize_stream(
         "devices": f"data {devices.data} × model {devices.model}" if devices else "one",
         "code": _sources(),
     }
-    _begin(folder, source, run)
+    _check_folder(folder, run)
     rotation = shared(plan, "rotation", None)
     needs = any(chosen.needs for layer in plan for _, chosen in layer)
     outside = source.outside()
     if rotation:
         outside = rotate_outside(outside, **asdict(rotation))
-    if not (folder / OUTSIDE).exists():
-        write_item(folder / OUTSIDE, flat_params(outside), {"rotation": to_json(outside.norm.rotation)})
     calibration = None
     if needs:
-        calibration = Calibration(
-            outside, together({"": plan}), tokens, batch=batch, inputs=inputs, held_out=held_out, devices=devices
-        )
+        calibration = Calibration(outside, plan, tokens, batch=batch, inputs=inputs, held_out=held_out, devices=devices)
+    _begin(folder, source, run)  # not before all that may be wrong with the call was found
+    if not (folder / OUTSIDE).exists():
+        write_item(folder / OUTSIDE, flat_params(outside), {"rotation": to_json(outside.norm.rotation)})
     del outside
 
     def blocks(first: int) -> Iterator[Block]:
         for block in source.blocks(first):
             yield rotate_block(block, source.config, **asdict(rotation)) if rotation else block
 
-    finished = [block_folder(folder, layer) for layer in range(layers)]
-    finished = list(takewhile(Path.exists, finished))
-    for path in finished:
-        check_item(path)
+    places = [block_folder(folder, layer) for layer in range(layers)]
+    there = [place.exists() for place in places]
+    for place in compress(places, there):
+        check_item(place)
     report = QuantizedFile(folder).report()
-    if calibration and len(finished) < layers:
-        _catch_up(calibration, blocks, folder, len(finished))
-    first = len(finished)
+    first = [*there, False].index(False)
+    if calibration and first < layers:
+        _catch_up(calibration, blocks, folder, first)
     steps = quantize_blocks(blocks(first), {"": plan}, calibration, passes=passes, first=first, devices=devices)
     for layer, results in enumerate(steps, first):
         quantized, infos = results[""]
         report |= {(layer, name): info for name, info in infos.items()}
-        if not block_folder(folder, layer).exists():
+        if not there[layer]:
+            known = lambda v: None if np.isnan(v) else v.item()  # noqa: E731 - JSON has no NaN
             facts = {
                 "rotation": to_json(quantized.mlp.rotation),
-                "report": {name: jax.tree.map(lambda v: v.item(), vars(info)) for name, info in infos.items()},
+                "report": {name: jax.tree.map(known, vars(info)) for name, info in infos.items()},
             }
-            write_item(block_folder(folder, layer), flat_params(quantized), facts)
+            write_item(places[layer], flat_params(quantized), facts)
         if progress:
             progress("quantize", layer + 1, layers, error=relative_error([report]))
         yield layer
@@ -191,16 +192,20 @@ def _check_local(plan: list[Choices]) -> None:
                     )
 
 
-def _begin(folder: Path, source: ModelFile, run: dict[str, Any]) -> None:
-    """Writes the manifest, or makes sure that the one that is there is of the same run."""
+def _check_folder(folder: Path, run: dict[str, Any]) -> None:
+    """Raises InputError unless the folder is empty, or holds the same run."""
     if (folder / MANIFEST).exists():
         earlier = read_json(folder / MANIFEST).get("run", {})
         if differing := sorted(key for key in run if run[key] != earlier.get(key)):
             told = "; ".join(f"{key}: {_short(earlier.get(key))}, now {_short(run[key])}" for key in differing)
             raise InputError(f"{folder} holds another run ({told}): give this one another folder.")
-    else:
-        if folder.exists() and any(path.name != f".{MANIFEST}" for path in folder.iterdir()):
-            raise InputError(f"{folder} is not empty, and holds no {MANIFEST} that says what is in it.")
+    elif folder.exists() and any(path.name != f".{MANIFEST}" for path in folder.iterdir()):
+        raise InputError(f"{folder} is not empty, and holds no {MANIFEST} that says what is in it.")
+
+
+def _begin(folder: Path, source: ModelFile, run: dict[str, Any]) -> None:
+    """Writes what is missing of the manifest and the tokenizer."""
+    if not (folder / MANIFEST).exists():
         manifest = {
             "version": VERSION,
             "name": source.name,

@@ -184,6 +184,14 @@ def test_what_needs_the_whole_model_is_refused(folder, tmp_path):
     ):
         with refused("layers.0.attention.q.kernel", part, "whole model"):
             quantize_to_folder(open_model(folder), tmp_path / "q", chosen, TOKENS)
+    for how, part in (
+        ({}, "give it calibration tokens"),
+        ({"tokens": TOKENS, "held_out": 10}, "held_out=10 of 10"),
+        ({"tokens": TOKENS, "passes": 0}, "1 pass or more"),
+        ({"tokens": TOKENS, "devices": Devices(4)}, "10 windows"),
+    ):
+        with refused(part):
+            quantize_to_folder(open_model(folder), tmp_path / "q", GPTQ3, **how)
     assert not (tmp_path / "q").exists()
 
 

@@ -1,6 +1,7 @@
 """From a name or a path to a decoder with its tokenizer."""
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -250,7 +251,12 @@ class QuantizedFile:
         items = {layer: checkpoint.block_folder(self.folder, layer) for layer in range(self.config.layers)}
         read = {layer: checkpoint.read_json(item / checkpoint.ITEM) for layer, item in items.items() if item.exists()}
         infos = {layer: item["report"].items() for layer, item in read.items()}
-        return {(layer, path): SolveInfo(**info) for layer, told in infos.items() for path, info in told}
+        number = lambda value: math.nan if value is None else value  # noqa: E731
+        return {
+            (layer, path): SolveInfo(**{key: number(value) for key, value in info.items()})
+            for layer, told in infos.items()
+            for path, info in told
+        }
 
 
 def _filled(module: Any, params: Mapping[str, Any]) -> Any:
