@@ -198,7 +198,7 @@ def compute_rows(
     references: dict[int, tuple[Reference, Scores]] = {}
     for together in _passes(missing, texts[0]):
         reset_peak_rss()
-        with progress_bars(", ".join(together)) as report:
+        with progress_bars(f"{len(together)} methods" if len(together) > 1 else next(iter(together))) as report:
             quantized, seconds = quantize_all(model, together, tokens[0][1], texts[0], report)
         for name in together:
             decoder = quantized.pop(name)

@@ -5,7 +5,7 @@ activations are rotated computes what it did before, from weights and activation
 2404.00456, §4; SpinQuant, arXiv 2405.16406, Fig. 1, R1, R2 and R4). Quantize the rotated decoder by any method.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -57,55 +57,45 @@ def rotate(
         raise InputError("The decoder's residual stream is rotated already: rotate the original model.")
     if mlp and any(segment.mlp.rotation is not None for segment in decoder.segments):
         raise InputError("The decoder's MLP is rotated already: rotate the original model.")
-    new = rotate_outside(decoder, residual, heads, mlp, seed, kind)
+    turns = rotations(decoder.config, residual, heads, mlp, seed, kind)
+    new = rotate_outside(decoder, turns)
     for segment in new.segments:
-        _rotate_segment(segment, decoder.config, residual, heads, mlp, seed, kind)
+        _rotate_segment(segment, turns)
     return new
 
 
-def rotate_outside(
-    decoder: Decoder,
-    residual: bool = True,
-    heads: bool = True,
-    mlp: bool = True,
-    seed: int | None = 0,
-    kind: Kind = "hadamard",
-) -> Decoder:
-    """What `rotate` does outside of the blocks; same arguments."""
-    new = nnx.clone(decoder)
-    rotations = _rotations(decoder.config, residual, heads, mlp, seed, kind)
-    new.norm.rotation = rotations.get("stream", new.norm.rotation)
-    return new
-
-
-def rotate_block(
-    block: Block,
+def rotations(
     config: DecoderConfig,
     residual: bool = True,
     heads: bool = True,
     mlp: bool = True,
     seed: int | None = 0,
     kind: Kind = "hadamard",
-) -> Block:
-    """What `rotate` does to one float block; same arguments."""
+) -> dict[str, Rotation]:
+    """What `rotate` turns, by name: the "stream", each "head", and the MLP's "inner" channels; its arguments."""
+    widths = {"stream": (residual, config.hidden), "head": (heads, config.head_dim), "inner": (mlp, config.ffn)}
+    return {name: Rotation(width, seed, kind) for name, (wanted, width) in widths.items() if wanted}
+
+
+def rotate_outside(decoder: Decoder, turns: Mapping[str, Rotation]) -> Decoder:
+    """What `rotate` does outside of the blocks."""
+    new = nnx.clone(decoder)
+    new.norm.rotation = turns.get("stream", new.norm.rotation)
+    return new
+
+
+def rotate_block(block: Block, turns: Mapping[str, Rotation]) -> Block:
+    """What `rotate` does to one float block."""
     graph, state = nnx.split(block)
     segment = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[None], state))
-    _rotate_segment(segment, config, residual, heads, mlp, seed, kind)
+    _rotate_segment(segment, turns)
     graph, state = nnx.split(segment)
     return nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], state))
 
 
-def _rotate_segment(segment: Block, config: DecoderConfig, *options: Any) -> None:
-    rotations = _rotations(config, *options)
-    _update(segment, _rotate_stack(_flat(segment), **rotations))
-    segment.mlp.rotation = rotations.get("inner", segment.mlp.rotation)
-
-
-def _rotations(
-    config: DecoderConfig, residual: bool, heads: bool, mlp: bool, seed: int | None, kind: Kind
-) -> dict[str, Rotation]:
-    widths = {"stream": (residual, config.hidden), "head": (heads, config.head_dim), "inner": (mlp, config.ffn)}
-    return {name: Rotation(width, seed, kind) for name, (wanted, width) in widths.items() if wanted}
+def _rotate_segment(segment: Block, turns: Mapping[str, Rotation]) -> None:
+    _update(segment, _rotate_stack(_flat(segment), **turns))
+    segment.mlp.rotation = turns.get("inner", segment.mlp.rotation)
 
 
 def permute_mlp(decoder: Decoder, order: Int[Array | np.ndarray, "layers ffn"]) -> Decoder:

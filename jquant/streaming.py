@@ -40,7 +40,7 @@ from jquant.io.load import ModelFile, Progress, QuantizedFile
 from jquant.methods import Method, Plan
 from jquant.models.decoder import Block, Decoder
 from jquant.pipeline import check_options, check_plan, flat_params, quantize_blocks, relative_error, shared
-from jquant.rotation import rotate_block, rotate_outside
+from jquant.rotation import rotate_block, rotate_outside, rotations
 from jquant.sharding import Devices
 
 
@@ -127,8 +127,8 @@ def quantize_stream(
     rotation = shared(plan, "rotation", None)
     needs = any(chosen.needs for layer in plan for _, chosen in layer)
     outside = source.outside()
-    if rotation:
-        outside = rotate_outside(outside, **asdict(rotation))
+    turns = rotations(source.config, **asdict(rotation)) if rotation else {}
+    outside = rotate_outside(outside, turns)
     calibration = None
     if needs:
         calibration = Calibration(outside, plan, tokens, batch=batch, inputs=inputs, held_out=held_out, devices=devices)
@@ -139,7 +139,7 @@ def quantize_stream(
 
     def blocks(first: int) -> Iterator[Block]:
         for block in source.blocks(first):
-            yield rotate_block(block, source.config, **asdict(rotation)) if rotation else block
+            yield rotate_block(block, turns) if turns else block
 
     places = [block_folder(folder, layer) for layer in range(layers)]
     there = [place.exists() for place in places]

@@ -66,11 +66,11 @@ class GGUFCheckpoint:
         tensor = self._tensors[name]
         try:
             values = gguf.dequantize(tensor.data, tensor.tensor_type)
-            # Pages of the mapping would count as this process's memory, in the end the whole file.
-            if hasattr(mmap, "MADV_DONTNEED"):
-                self._reader.data._mmap.madvise(mmap.MADV_DONTNEED)  # pyright: ignore[reportAttributeAccessIssue]
         except NotImplementedError:
             raise InputError(f"{self.path}: {name} has the unsupported type {tensor.tensor_type.name}.") from None
+        # Pages of the mapping would count as this process's memory, in the end the whole file.
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._reader.data._mmap.madvise(mmap.MADV_DONTNEED)  # pyright: ignore[reportAttributeAccessIssue]
         if not name.endswith(_ROTARY):
             return values
         # llama.cpp interleaves each head's rotary pairs: rows (2i, 2i + 1) there are (i, i + d/2) here.
