@@ -9,12 +9,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import jax
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jquant.errors import InputError
+from jquant.hosts import join
 from jquant.io.load import Progress as Report
 from jquant.sharding import Devices
 
@@ -68,7 +70,7 @@ def progress_bars(row: str) -> Iterator[Report]:
         "evaluate": "windows",
         "generate": "tokens",
     }
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    with Progress(*columns, console=console, transient=True, disable=console.quiet or not console.is_terminal) as bars:
         tasks = {}
 
         def report(stage: str, done: int, total: int, /, **figures: float) -> None:
@@ -81,17 +83,27 @@ def progress_bars(row: str) -> Iterator[Report]:
 
 
 def devices_of(settings: dict[str, Any]) -> Devices | None:
-    """The mesh that the settings ask for; None for one device.
+    """The mesh that the settings ask for, over the devices of all processes; None for one device.
 
     Raises:
-      InputError: a number out of range, or more devices than there are.
+      InputError: a number out of range, more devices than there are, or processes that can't meet.
     """
+    _join(settings.get("hosts"))
     mesh = settings["mesh"]
     for axis in ("data", "model"):
         if type(mesh[axis]) is not int:
             raise InputError(f"mesh.{axis} takes a whole number from 1, not {mesh[axis]!r}.")
     devices = Devices(**mesh)
     return devices if mesh["data"] * mesh["model"] > 1 else None
+
+
+def _join(hosts: Any) -> None:
+    if hosts is None or jax.distributed.is_initialized():
+        return
+    if hosts != "auto" and not (isinstance(hosts, dict) and hosts.keys() == {"coordinator", "count", "index"}):
+        raise InputError(f"hosts takes auto or {{coordinator:'host:port',count:2,index:0}}, not {hosts!r}.")
+    join(**{} if hosts == "auto" else hosts)
+    console.quiet = jax.process_index() > 0  # what all of them do is told once
 
 
 def reset_peak_rss() -> None:

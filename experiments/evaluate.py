@@ -12,7 +12,7 @@ import hydra
 import jax
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.command_line import console, one_sentence, peak_rss_mb, progress_bars, run
+from experiments.command_line import console, devices_of, one_sentence, peak_rss_mb, progress_bars, run
 from jquant import load_text
 from jquant.evaluation.perplexity import evaluation_windows, score_from_disk
 from jquant.io.hub import cache_dir
@@ -28,11 +28,11 @@ def main(config: DictConfig) -> None:
 
 def evaluate(settings: dict[str, Any]) -> None:
     """Prints the perplexity and how it was measured."""
-    wanted = settings["evaluation"]
+    wanted, devices = settings["evaluation"], devices_of(settings)
     source = open_from_config(settings["model"])
     tokens = evaluation_windows(source, load_text(wanted["data"]), wanted["context"], wanted["windows"], wanted["bos"])
     with progress_bars(source.name) as report:
-        scores = score_from_disk(source, tokens, progress=report)
+        scores = score_from_disk(source, tokens, devices=devices, progress=report)
     told = {
         "model": str(settings["model"].get("path") or source.name),
         "perplexity": scores.perplexity,
@@ -45,7 +45,8 @@ def evaluate(settings: dict[str, Any]) -> None:
         "peak_rss_mb": peak_rss_mb(),
     }
     console.print(f"{told['model']}: perplexity {scores.perplexity:.3f} ±{scores.stderr:.3f}", highlight=False)
-    print(json.dumps(told))
+    if jax.process_index() == 0:
+        print(json.dumps(told))
 
 
 if __name__ == "__main__":

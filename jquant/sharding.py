@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 import jax
+import numpy as np
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -34,7 +35,7 @@ class Devices:
       uneven: what becomes of weights whose columns do not divide: an error, or rounded whole on every device.
 
     Raises:
-      InputError: there are not as many devices.
+      InputError: there are not as many devices, or several processes have more.
     """
 
     data: int = 1
@@ -51,6 +52,11 @@ class Devices:
                 f"A mesh of data={self.data} × model={self.model} takes {self.data * self.model} devices; there are "
                 f"{jax.device_count()}."
             )
+        if jax.process_count() > 1 and self.data * self.model < jax.device_count():
+            raise InputError(
+                f"A mesh of data={self.data} × model={self.model} leaves some of the {jax.device_count()} devices of "
+                f"{jax.process_count()} processes without work: use them all."
+            )
 
     @cached_property
     def mesh(self) -> Mesh:
@@ -60,7 +66,15 @@ class Devices:
 
     def place(self, tree: Tree, *axes: str | None) -> Tree:
         """A tree's arrays, split along these mesh axes from the first array axis on; by default whole everywhere."""
-        return jax.device_put(tree, NamedSharding(self.mesh, P(*axes)))
+        sharding = NamedSharding(self.mesh, P(*axes))
+
+        def put(leaf: Any) -> Array:
+            if sharding.is_fully_addressable or (isinstance(leaf, Array) and not leaf.is_fully_addressable):
+                return jax.device_put(leaf, sharding)
+            whole = np.asarray(leaf)  # every process has it, and puts its own part of it on its own devices
+            return jax.make_array_from_callback(whole.shape, sharding, whole.__getitem__)
+
+        return jax.tree.map(put, tree)
 
     def windows(self, windows: Any) -> Any:
         """Windows `[n, …]` split over `data`; their number must divide."""

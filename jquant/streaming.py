@@ -9,7 +9,7 @@ was not interrupted.
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from itertools import compress, islice
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from jaxtyping import Int
 
 from jquant.calibration import Calibration, Choices
 from jquant.errors import InputError
+from jquant.hosts import as_first, gather, on_first
 from jquant.io.checkpoint import (
     BLOCKS,
     MANIFEST,
@@ -132,9 +133,7 @@ def quantize_stream(
     calibration = None
     if needs:
         calibration = Calibration(outside, plan, tokens, batch=batch, inputs=inputs, held_out=held_out, devices=devices)
-    _begin(folder, source, run)  # not before all that may be wrong with the call was found
-    if not (folder / OUTSIDE).exists():
-        write_item(folder / OUTSIDE, flat_params(outside), {"rotation": to_json(outside.norm.rotation)})
+    on_first(partial(_begin, folder, source, run, outside))  # not before all that may be wrong with the call was found
     del outside
 
     def blocks(first: int) -> Iterator[Block]:
@@ -142,7 +141,7 @@ def quantize_stream(
             yield rotate_block(block, turns) if turns else block
 
     places = [block_folder(folder, layer) for layer in range(layers)]
-    there = [place.exists() for place in places]
+    there = as_first([place.exists() for place in places]).tolist()
     for place in compress(places, there):
         check_item(place)
     report = QuantizedFile(folder).report()
@@ -159,7 +158,7 @@ def quantize_stream(
                 "rotation": to_json(quantized.mlp.rotation),
                 "report": {name: jax.tree.map(known, vars(info)) for name, info in infos.items()},
             }
-            write_item(places[layer], flat_params(quantized), facts)
+            on_first(partial(write_item, places[layer], gather(flat_params(quantized)), facts))
         if progress:
             progress("quantize", layer + 1, layers, error=relative_error([report]))
         yield layer
@@ -203,8 +202,8 @@ def _check_folder(folder: Path, run: dict[str, Any]) -> None:
         raise InputError(f"{folder} is not empty, and holds no {MANIFEST} that says what is in it.")
 
 
-def _begin(folder: Path, source: ModelFile, run: dict[str, Any]) -> None:
-    """Writes what is missing of the manifest and the tokenizer."""
+def _begin(folder: Path, source: ModelFile, run: dict[str, Any], outside: Decoder) -> None:
+    """Writes what is missing beside the blocks."""
     if not (folder / MANIFEST).exists():
         manifest = {
             "version": VERSION,
@@ -222,6 +221,8 @@ def _begin(folder: Path, source: ModelFile, run: dict[str, Any]) -> None:
     (folder / BLOCKS).mkdir(exist_ok=True)
     if not (folder / TOKENIZER).exists():
         write_text(folder / TOKENIZER, source.tokenizer.backend.to_str())
+    if not (folder / OUTSIDE).exists():
+        write_item(folder / OUTSIDE, flat_params(outside), {"rotation": to_json(outside.norm.rotation)})
 
 
 def _told(plan: list[Choices]) -> dict[str, list[str]]:

@@ -1,6 +1,7 @@
 """Perplexity, and how far a model's predictions lie from a reference's."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,10 @@ from jaxtyping import Float, Int
 from jquant.calibration import embed, forward
 from jquant.data import windows as cut_windows
 from jquant.errors import InputError
+from jquant.hosts import gather
 from jquant.io.load import LanguageModel, ModelFile, Progress, QuantizedFile
 from jquant.models.decoder import Decoder, rotary_table
+from jquant.sharding import Devices
 
 # Rows of logits alive at once: 256 × 49,152 float32 are 50 MB, and the product still runs at full rate.
 ROWS = 256
@@ -148,6 +151,7 @@ def score_from_disk(
     tokens: Int[np.ndarray, "n context"],
     *,
     batch: int = 4,
+    devices: Devices | None = None,
     progress: Progress | None = None,
 ) -> Scores:
     """`score` of a model that does not fit into memory: all windows go through one block, and then through the next.
@@ -157,20 +161,31 @@ def score_from_disk(
     Args:
       source: the model's files.
       tokens: windows.
-      batch: windows per forward pass.
+      batch: windows per forward pass, and device.
+      devices: the mesh over whose `data` axis windows are split; every device computes with whole blocks.
       progress: called with ("evaluate", blocks done, blocks in all).
+
+    Raises:
+      InputError: the windows do not divide over the devices.
     """
-    outside = source.outside()
+    if devices:
+        devices.check_windows(len(tokens))
+    step, windows, whole = (batch * devices.data, devices.windows, devices.place) if devices else (batch, _same, _same)
+    outside = whole(source.outside())
     rotary = rotary_table(source.config, jnp.arange(tokens.shape[1]))
-    batches = [tokens[begin : begin + batch] for begin in range(0, len(tokens), batch)]
+    batches = [windows(tokens[begin : begin + step]) for begin in range(0, len(tokens), step)]
     streams = [embed(outside, one) for one in batches]
-    for layer, block in enumerate(source.blocks(), 1):
+    for layer, block in enumerate(map(whole, source.blocks()), 1):
         streams = [jax.block_until_ready(forward(block, x, rotary)) for x in streams]
         if progress:
             progress("evaluate", layer, source.config.layers)
     hidden = [outside.norm(x) for x in streams]
-    nll = [np.asarray(_nll(outside, states, one)) for states, one in zip(hidden, batches, strict=True)]
-    return Scores(np.concatenate(nll), None, None, np.concatenate(hidden))
+    nll = [_nll(outside, states, one) for states, one in zip(hidden, batches, strict=True)]
+    return Scores(np.concatenate(gather(nll)), None, None, np.concatenate(gather(hidden)))
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 @jax.jit

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 import tokenizers
 from etils import epath
@@ -47,7 +48,8 @@ def write_item(folder: Path, params: Params, facts: Mapping[str, Any]) -> None:
 
     Args:
       folder: its place; must not exist.
-      params: arrays and QTensors by name.
+      params: arrays and QTensors by name, whole in this process. They are written as NumPy arrays: the files don't
+        depend on the devices that the arrays lay on.
       facts: what else to remember, as JSON.
 
     Raises:
@@ -209,7 +211,7 @@ def _handler() -> ocp.PyTreeCheckpointHandler:
 
 def _arrays(leaf: Any) -> Any:
     if not isinstance(leaf, QTensor):
-        return leaf
+        return np.asarray(leaf)
     return {part: _arrays(value) for part in PARTS if (value := getattr(leaf, part)) is not None}
 
 
