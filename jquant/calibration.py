@@ -83,7 +83,7 @@ class Calibration:
 
     def observe(self, block: Block, exact: Block, choices: Choices, layer: int) -> Stats:
         """Statistics of all windows at the sites of `block`; `exact` is the float block, on the float stream."""
-        stats = _empty(choices, self.config, self.fit < len(self.seen))
+        stats = no_stats(choices, self.config, self.fit < len(self.seen))
         stats = self.devices.place(stats) if self.devices else stats
         for i, x in enumerate(self.seen):
             held_out = i >= self.fit
@@ -93,7 +93,7 @@ class Calibration:
                 tap: {key: one for key, one in site.items() if (key[0] == "held_out") == held_out}
                 for tap, site in stats.items()
             }
-            for tap, site in _observe(block, x, self.rotary, gradients, other, part).items():
+            for tap, site in observe_batch(block, x, self.rotary, gradients, other, part).items():
                 stats[tap] |= site
         return stats
 
@@ -137,7 +137,7 @@ def _check(needs: frozenset[str], tokens: np.ndarray | None, inputs: str, held_o
     return tokens
 
 
-def _empty(choices: Choices, config: DecoderConfig, held_out: bool) -> Stats:
+def no_stats(choices: Choices, config: DecoderConfig, held_out: bool) -> Stats:
     """Statistics without observations, of every kind and token weighting that the methods of a block ask for."""
     widths = {"attention_output": config.heads * config.head_dim, "mlp_output": config.ffn}
     stats: Stats = {}
@@ -166,7 +166,7 @@ def forward(block: Block, x: Float[Array, "b t d"], rotary: Array) -> Float[Arra
 
 
 @partial(jax.jit, donate_argnames="stats")
-def _observe(
+def observe_batch(
     block: Block,
     x: Float[Array, "b t d"],
     rotary: Array,
@@ -174,6 +174,16 @@ def _observe(
     other: tuple[Block, Array] | None,
     stats: Stats,
 ) -> Stats:
+    """Statistics with a batch of windows added to them: one program.
+
+    Args:
+      block: what the windows go through.
+      x: the residual stream before it.
+      rotary: `rotary_table` of the positions.
+      gradients: token weights by the loss's gradient, by the weight's path.
+      other: the float block and its own stream, where a statistic looks at both.
+      stats: used up.
+    """
     _, taps, _ = block(x, rotary)
     exact = {} if other is None else other[0](other[1], rotary)[1]
 

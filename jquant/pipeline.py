@@ -357,7 +357,7 @@ def quantize_block(
         if number and again and any(chosen.needs for _, chosen in choices):
             whole = devices.place if devices else lambda tree: tree
             stats = again(whole(quantized), whole(exact), choices)
-        rounded, infos = _round_block(params, stats, clips or {}, choices)
+        rounded, infos = round_block(params, stats, clips or {}, choices)
         quantized = _with_params(exact, rounded)
     return quantized, infos
 
@@ -411,7 +411,7 @@ def _producers(site: Site, config: DecoderConfig, features: int) -> tuple[Array,
 
 
 @partial(jax.jit, static_argnames="choices")
-def _round_block(
+def round_block(
     params: Params, stats: Stats, clips: Mapping[str, Array], choices: Choices
 ) -> tuple[Params, dict[str, SolveInfo]]:
     """The weights that have a method, as QTensors, and what was done to each."""

@@ -13,11 +13,13 @@ from jax.sharding import PartitionSpec as P
 from problems import problem
 from test_pipeline import leaves
 
+from benchmarks import scaling
 from jquant import AWQ, GGUF, GPTQ, NF4, Float, Int, LlamaCpp, Method, MinMax, Search, Tuning
 from jquant.evaluation.perplexity import score
 from jquant.formats import unpack
 from jquant.io.load import load_model
 from jquant.methods import method
+from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Decoder
 from jquant.pipeline import quantize_decoder
 from jquant.qtensor import QTensor
@@ -118,3 +120,18 @@ def test_meshes_that_cannot_be_are_refused(decoder):
         quantize_decoder(decoder, GPTQ3, TOKENS, batch=2, devices=Devices(3))
     with refused("attention.k.kernel", "64 columns", "model=3"):
         quantize_decoder(decoder, GPTQ3, TOKENS, batch=2, devices=Devices(1, 3))
+
+
+def test_the_scaling_benchmark_counts_what_the_compiled_programs_reduce():
+    config = DecoderConfig(96, 64, 128, 2, 4, 2, 16, 1e-5, 1e4, None, False, 64)
+    alone = scaling.count(config, Devices(1, 1), context=16, windows=8)
+    assert (alone["collectives_observing"], alone["collectives_rounding"], alone["moved_gb"]) == (0, 0, 0)
+    meshed = scaling.count(config, Devices(2, 4), context=16, windows=16)
+    assert meshed["steps"] == 2
+    # Inputs of q, of k and v, of o, of gate and up, of down; k and v count tokens by the attention they receive.
+    grams = 4 * (4 * 64**2 + 128**2)
+    assert alone["gram_gb"] == pytest.approx(grams / 1e9)
+    # Half of a ring of 2 devices moves each byte once; beside Gram matrices there are their weights and the errors.
+    assert meshed["moved_gb"] == pytest.approx(2 * grams / 1e9, rel=0.01)
+    assert meshed["moved_gb"] > 2 * grams / 1e9
+    assert meshed["solve_tflop"] < alone["solve_tflop"]
