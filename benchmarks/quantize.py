@@ -57,13 +57,10 @@ def measure(decoder, chosen: Method, tokens: np.ndarray) -> dict:
         passing, _ = timed(partial(calibration.observe, block, block, light, index))
         begin = time.perf_counter()
         observing, stats = timed(partial(calibration.observe, block, block, plan[index], index))
-        quantize = lambda choices, stats=stats, block=block: timed(  # noqa: E731
-            lambda: jax.tree.leaves(quantize_block(block, choices, stats))
-        )[0]
-        quantizing = quantize(plan[index])
-        advancing, _ = timed(partial(advanced, calibration, quantize_block(block, plan[index], stats)[0]))
+        quantizing, (quantized, _) = timed(partial(quantize_block, block, plan[index], stats))
+        advancing, _ = timed(partial(advanced, calibration, quantized))
         whole.append(time.perf_counter() - begin)
-        ranging = quantize(unsolved)
+        ranging, _ = timed(partial(quantize_block, block, unsolved, stats))
         parts["forward"].append(passing + advancing)
         parts["Gram"].append(observing - passing)
         parts["range and transform"].append(ranging)
@@ -77,7 +74,7 @@ def measure(decoder, chosen: Method, tokens: np.ndarray) -> dict:
 def advanced(calibration: Calibration, quantized) -> list:
     """The streams after a block."""
     calibration.advance(quantized)
-    return calibration.seen
+    return list(calibration.seen)
 
 
 def timed(function):

@@ -2,16 +2,17 @@
 
     python -m benchmarks.scaling
 
-GPTQ-4 of Llama-3's shapes, 128 windows of 2,048 tokens, 4 a device and step; bfloat16 blocks and windows. The two
-programs of a block, observing a batch and rounding the weights, are compiled for virtual devices at full size, and
-their collectives are read from the compiled text. Seconds are those counts at the rates stated below, nothing
-overlapping: a bound to plan by, no measurement. A ring all-reduce of b bytes over d devices moves 2 b (d - 1) / d
-through each.
+GPTQ-4 of Llama-3's shapes, 128 windows of 2,048 tokens, at most 4 a device and step; bfloat16 blocks and windows. The
+programs of a block (observing a batch, joining the pieces of its statistics, rounding the weights) are compiled for
+virtual devices at full size, and their collectives are read from the compiled text. Seconds are those counts at the
+rates stated below, nothing overlapping: a bound to plan by, no measurement. An all-to-all or all-gather that gives b
+bytes on each of d devices moves b (d - 1) / d through each, a ring all-reduce twice that.
 """
 
 import json
 import math
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +25,12 @@ from rich.table import Table
 
 from experiments.provenance import versions
 from jquant import method
-from jquant.calibration import no_stats, observe_batch
+from jquant.calibration import join_pieces, no_stats, observe_batch
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Block
 from jquant.models.families import LLAMA
 from jquant.pipeline import flat_params, round_block
-from jquant.sharding import DATA, MODEL, Devices
+from jquant.sharding import BOTH, MODEL, Devices, scatter
 
 SHAPES = {  # hidden, ffn, layers, heads, key/value heads
     "8B": (4096, 14336, 32, 32, 8),
@@ -61,7 +62,8 @@ def main() -> None:
             table.add_row(
                 name,
                 f"{mesh[0]} × {mesh[1]}",
-                f"{row['collectives_observing']} × {row['steps']} + {row['collectives_rounding']}",
+                f"{row['collectives_observing']} × {row['steps']} + {row['collectives_joining']} + "
+                f"{row['collectives_rounding']}",
                 f"{row['gram_gb']:.2f}",
                 f"{row['moved_gb']:.1f}",
                 *(f"{row[part]:.2f}" for part in ("forward_s", "gram_s", "reduce_s")),
@@ -76,45 +78,50 @@ def main() -> None:
 
 def count(config: DecoderConfig, devices: Devices, context: int = CONTEXT, windows: int = WINDOWS) -> dict:
     """Collectives of one block's two programs, and what each device computes and moves."""
-    batch = min(BATCH * devices.data, windows)
+    batch = min(BATCH * devices.count, windows)
     choices = tuple((path, method("gptq")) for site in LLAMA.sites for path in site.weights)
 
-    def array(shape: tuple[int, ...], dtype: DTypeLike, *axes: str | None) -> jax.ShapeDtypeStruct:
+    def array(shape: tuple[int, ...], dtype: DTypeLike, *axes: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(devices.mesh, P(*axes)))
 
     block = nnx.eval_shape(lambda: Block(config, nnx.Rngs(0)))
     params = flat_params(block)
     block = jax.tree.map(lambda leaf: array(leaf.shape, jnp.bfloat16), block)
-    x = array((batch, context, config.hidden), jnp.bfloat16, DATA)
+    x = array((batch, context, config.hidden), jnp.bfloat16, BOTH)
     rotary = array((context, config.head_dim // 2, 2), jnp.float32)
-    stats = jax.eval_shape(lambda: no_stats(choices, config, False))
-    stats = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype), stats)
-    observing = collectives(observe_batch.lower(block, x, rotary, {}, None, stats).compile().as_text() or "")
+    empty = jax.eval_shape(lambda: no_stats(choices, config, False))
+    stats = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype), empty)
+    pieces = jax.eval_shape(lambda: scatter(no_stats(choices, config, False), devices.count))
+    pieces = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype, BOTH), pieces)
+    observing = observe_batch.lower(block, x, rotary, {}, None, pieces, devices).compile()
+    joining = join_pieces.lower(pieces, config, devices).compile()
     params = {
         path: array(leaf.shape, jnp.float32, *((None, MODEL) if len(leaf.shape) == 2 else ()))
         for path, leaf in params.items()
     }
-    rounding = collectives(round_block.lower(params, stats, {}, choices=choices).compile().as_text() or "")
+    rounding = round_block.lower(params, stats, {}, choices=choices).compile()
+    observing, joining, rounding = (collectives(one.as_text() or "") for one in (observing, joining, rounding))
     steps, tokens = math.ceil(windows / batch), windows * context
-    ring = 2 * (devices.data - 1) / devices.data
+    others = (devices.count - 1) / devices.count
     grams = [leaf.shape[0] for leaf in jax.tree.leaves(stats) if len(leaf.shape) == 2]
     weights = [params[path].shape for path, _ in choices]
     attention = 2 * context * config.heads * config.head_dim  # a token's, causal
     # Observing leaves out the last product; afterwards the quantized block makes the next one's inputs.
     forward = 2 * (2 * sum(n * out for n, out in weights) + attention) - 2 * config.hidden * config.ffn
-    moved = (steps * sum(observing.values()) * ring) + sum(rounding.values())
+    moved = (steps * sum(observing.values()) + sum(joining.values())) * others + sum(rounding.values())
     solve = sum(n * n * out / devices.model + n**3 / 3 for n, out in weights)
     seconds = {
-        "forward_s": forward * tokens / devices.data / BF16,
-        "gram_s": sum(2 * n * n for n in grams) * tokens / devices.data / FLOAT32,
+        "forward_s": forward * tokens / devices.count / BF16,
+        "gram_s": sum(2 * n * n for n in grams) * tokens / devices.count / FLOAT32,
         "reduce_s": moved / LINK,
         "solve_s": solve / FLOAT32,
     }
     return {
         "data": devices.data,
-        "devices": devices.data * devices.model,
+        "devices": devices.count,
         "steps": steps,
         "collectives_observing": len(observing),
+        "collectives_joining": len(joining),
         "collectives_rounding": len(rounding),
         "gram_gb": sum(4 * n * n for n in grams) / 1e9,
         "moved_gb": moved / 1e9,

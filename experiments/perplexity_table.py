@@ -14,6 +14,7 @@ nothing finished is lost. With calibration.inputs=float all methods that look at
 """
 
 import re
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from functools import reduce
@@ -40,18 +41,22 @@ from experiments.command_line import (
     run,
 )
 from experiments.compositions import find_method, needs_calibration, needs_of, rotation_of
+from experiments.sweep import in_sweep, run_trial
 from jquant import InputError, LanguageModel, bits_per_weight, load_text
 from jquant.data import check_disjoint, sample_windows
 from jquant.evaluation.generation import generate_ids
 from jquant.evaluation.perplexity import Reference, Scores, evaluation_windows, score
 from jquant.io.hub import cache_dir
-from jquant.io.load import load_from_config
+from jquant.io.load import ModelFile, QuantizedFile, open_from_config
 from jquant.methods import Method, Plan
 from jquant.models.decoder import Decoder
 from jquant.pipeline import check_plan, quantize_decoders
+from jquant.streaming import quantize_to_folder, streams
 from paper_figures import perplexity_bits
 
 FLOAT = "fp32"
+# Settings on which no figure of a row depends.
+WHERE = ("method", "methods", "baseline", "name", "results", "checkpoints")
 # The least that a setting takes.
 LEAST = {
     "seed": 0,
@@ -65,24 +70,21 @@ LEAST = {
 }
 
 
-@hydra.main(version_base=None, config_path="../configs", config_name="perplexity_table")
+@hydra.main(version_base=None, config_path=str(provenance.ROOT / "configs"), config_name="perplexity_table")
 def main(config: DictConfig) -> None:
     """Hydra's entry point."""
+    settings: Any = OmegaConf.to_container(config, resolve=True)
+    if in_sweep():
+        run_trial(settings, table_rows)
+        return
     with one_sentence():
-        make_table(OmegaConf.to_container(config, resolve=True))  # pyright: ignore[reportArgumentType]
+        make_table(settings)
 
 
 def make_table(settings: dict[str, Any]) -> None:
     """Computes the rows that are missing, writes and prints the table."""
     folder = Path(settings["results"]) / str(settings["name"])
-    methods = check_methods(settings)
-    check_settings(settings, methods)
-    devices_of(settings)
-    with progress_bars(settings["model"]["name"]) as report:
-        model = load_from_config(settings["model"], progress=report)
-    for chosen in filter(None, methods.values()):
-        check_plan(model.decoder, chosen)
-    rows = compute_rows(model, methods, one_text_each(settings), folder)
+    rows = table_rows(settings)
     tables.write_table(folder, rows, settings["baseline"])
     figures = perplexity_bits.draw(rows, folder)
     for its in tables.by_text(rows).values():
@@ -93,20 +95,37 @@ def make_table(settings: dict[str, Any]) -> None:
     )
 
 
+def table_rows(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The table's rows, of which those that are missing are computed and kept in the results folder."""
+    # Compiled programs are kept between runs: a second run of the same shapes starts at once.
+    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
+    methods = check_methods(settings)
+    check_settings(settings, methods)
+    devices_of(settings)
+    source = open_from_config(settings["model"])
+    with progress_bars(settings["model"]["name"]) as report:
+        model = source.load(report)
+    for chosen in filter(None, methods.values()):
+        check_plan(model.decoder, chosen)
+    folder = Path(settings["results"]) / str(settings["name"])
+    return compute_rows(source, model, methods, one_text_each(settings), folder)
+
+
 def check_methods(settings: dict[str, Any]) -> dict[str, Method | Plan | None]:
     """The asked-for methods by name; None is the float model.
 
     Raises:
       InputError: an unknown method, or bits or a group that no format takes: before any work is done.
     """
-    if not isinstance(settings["methods"], list):
-        raise InputError(f"methods is a list, e.g. methods=[fp32,gptq], not {settings['methods']!r}.")
-    if not settings["methods"]:
+    names = settings["methods"] if settings["method"] is None else [settings["method"]]
+    if not isinstance(names, list):
+        raise InputError(f"methods is a list, e.g. methods=[fp32,gptq], not {names!r}.")
+    if not names:
         raise InputError("methods=[] leaves nothing to compute.")
     if type(settings["symmetric"]) is not bool:
         raise InputError(f"symmetric is true or false, not {settings['symmetric']!r}.")
     shape = (settings["bits"], settings["group"], settings["symmetric"])
-    return {name: None if name == FLOAT else find_method(name, *shape) for name in map(str, settings["methods"])}
+    return {name: None if name == FLOAT else find_method(name, *shape) for name in map(str, names)}
 
 
 def check_settings(settings: dict[str, Any], methods: dict[str, Method | Plan | None]) -> None:
@@ -169,14 +188,19 @@ def prepare_tokens(
 
 
 def compute_rows(
-    model: LanguageModel, methods: dict[str, Method | Plan | None], texts: list[dict[str, Any]], folder: Path
+    source: ModelFile | QuantizedFile,
+    model: LanguageModel,
+    methods: dict[str, Method | Plan | None],
+    texts: list[dict[str, Any]],
+    folder: Path,
 ) -> list[dict[str, Any]]:
     """One row a text and method, taken from the folder where it holds one from the same settings, code and machine.
 
     Methods that are fitted to float inputs share one way through the blocks.
 
     Args:
-      model: float.
+      source: the model's files.
+      model: what they hold, float.
       methods: by name; None is the float model.
       texts: the settings, one text each.
       folder: of the results.
@@ -199,7 +223,7 @@ def compute_rows(
     for together in _passes(missing, texts[0]):
         reset_peak_rss()
         with progress_bars(f"{len(together)} methods" if len(together) > 1 else next(iter(together))) as report:
-            quantized, seconds = quantize_all(model, together, tokens[0][1], texts[0], report)
+            quantized, seconds = quantize_all(source, model, together, tokens[0][1], texts[0], report)
         for name in together:
             decoder = quantized.pop(name)
             speed = None
@@ -217,6 +241,8 @@ def compute_rows(
                 earlier[origin["fingerprint"]] = row
                 tables.write_rows(folder, list(earlier.values()))
                 console.print(tables.one_line(row), highlight=False, soft_wrap=True)
+        if texts[0]["checkpoints"]:
+            shutil.rmtree(texts[0]["checkpoints"], ignore_errors=True)
     return [earlier[of_one[index]["fingerprint"]] for index in range(len(texts)) for of_one in origins.values()]
 
 
@@ -233,20 +259,32 @@ def _passes(
 
 
 def quantize_all(
+    source: ModelFile | QuantizedFile,
     model: LanguageModel,
     methods: Mapping[str, Method | Plan | None],
     calibration: np.ndarray | None,
     settings: dict[str, Any],
     report: Report,
 ) -> tuple[dict[str, Decoder], float]:
-    """Decoders by the methods' names, and how long they took, together."""
+    """Decoders by the methods' names, and how long they took, together.
+
+    A method alone leaves its finished blocks in the folder `checkpoints`, if there is one, and a killed run goes on
+    from them; not so those that take gradients through the whole model.
+    """
     chosen = {name: one for name, one in methods.items() if one is not None}
+    if not chosen:
+        return dict.fromkeys(methods, model.decoder), 0.0
     how = {key: settings["calibration"][key] for key in ("inputs", "passes", "held_out")}
+    how |= {"devices": devices_of(settings), "progress": report}
     begin = time.perf_counter()
-    how["devices"] = devices_of(settings)
-    done = quantize_decoders(model.decoder, chosen, calibration, **how, progress=report) if chosen else {}
-    decoders = {name: done[name][0] if name in done else model.decoder for name in methods}
-    return decoders, time.perf_counter() - begin if chosen else 0.0
+    [name, *others] = chosen
+    if settings["checkpoints"] and not others and streams(check_plan(model.decoder, chosen[name])):
+        folder = Path(settings["checkpoints"]) / name
+        decoders = {name: quantize_to_folder(source, folder, chosen[name], calibration, **how).load().decoder}
+    else:
+        done = quantize_decoders(model.decoder, chosen, calibration, **how)
+        decoders = {name: decoder for name, (decoder, _) in done.items()}
+    return dict.fromkeys(methods, model.decoder) | decoders, time.perf_counter() - begin
 
 
 def measure(
@@ -300,7 +338,7 @@ def describe(
 ) -> dict[str, Any]:
     """Everything a row's figures depend on, and a fingerprint of it."""
     uses = calibration if chosen is not None and needs_calibration(chosen) else None
-    config = {key: value for key, value in settings.items() if key not in ("methods", "baseline", "name", "results")}
+    config = {key: value for key, value in settings.items() if key not in WHERE}
     config["evaluation"] = config["evaluation"] | {"windows": len(evaluation)}
     protocol = {
         "model": str(config["model"].get("path") or config["model"]["name"]),
@@ -327,6 +365,6 @@ def describe(
 
 
 if __name__ == "__main__":
-    # Compiled programs are kept between runs: a second run of the same shapes starts at once.
-    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
-    run(main)
+    from experiments import perplexity_table  # launchers send `main` to other processes, by its module's name
+
+    run(perplexity_table.main)

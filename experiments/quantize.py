@@ -41,7 +41,7 @@ def quantize(settings: dict[str, Any]) -> QuantizedFile:
     if needs_of(chosen):
         ids = source.tokenizer.encode(load_text(sampling["data"]))
         tokens = sample_windows(ids, sampling["context"], sampling["samples"] + sampling["held_out"], settings["seed"])
-    how = {key: sampling[key] for key in ("inputs", "passes", "held_out")}
+    how = {key: sampling[key] for key in ("inputs", "passes", "held_out", "memory_gb")}
     begin = time.perf_counter()
     with progress_bars(name) as report:
         written = quantize_to_folder(source, folder, chosen, tokens, **how, devices=devices, progress=report)

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ Row = dict[str, Any]
 # Column heading, and how a row fills it; a column that no row fills is left out.
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "method": lambda row: label(row),
+    "settings": lambda row: row.get("settings", ""),  # of a sweep's trial
     "perplexity": lambda row: f"{row['perplexity']:.3f} ±{row['perplexity_stderr']:.3f}",
     "change\n%": lambda row: f"{row['perplexity_change_percent']:+.2f}",
     "KL": lambda row: f"{row['kl']:.4f}",
@@ -117,11 +118,21 @@ def write_rows(folder: Path, rows: Sequence[Row], name: str = "table.jsonl") -> 
     write_text(folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def write_table(folder: Path, rows: Sequence[Row], baseline: str | None = None) -> None:
-    """Writes this run's rows as table.md, a table a text, and table.csv; compared with `baseline` (`base_of`)."""
+def write_table(
+    folder: Path, rows: Sequence[Row], baseline: str | None = None, missing: Mapping[str, str] | None = None
+) -> None:
+    """Writes this run's rows as table.md, a table a text, and table.csv; compared with `baseline` (`base_of`).
+
+    `missing`: why other rows, by their settings, are not there (`missing_lines`).
+    """
     sections = by_text(rows)
     written = [_markdown(its, baseline) for its in sections.values()]
+    if missing:
+        heading, *lines = missing_lines(missing)
+        written.append("\n".join([f"**{heading}**", "", *(f"- {line}" for line in lines)]) + "\n")
     write_text(folder / "table.md", "\n".join(written))
+    if not rows:
+        return
     plain = io.StringIO()
     fields = [key for key, value in rows[0].items() if isinstance(value, str | int | float) and key != "composition"]
     changes = [_change_fields(row, sections[row["protocol"]["data"]], baseline) for row in rows]
@@ -130,6 +141,11 @@ def write_table(folder: Path, rows: Sequence[Row], baseline: str | None = None) 
     writer.writeheader()
     writer.writerows(row | change | row["protocol"] for row, change in zip(rows, changes, strict=True))
     write_text(folder / "table.csv", plain.getvalue())
+
+
+def missing_lines(missing: Mapping[str, str]) -> list[str]:
+    """What to say of trials that have no row: how many they are, then why, one by one; nothing if there are none."""
+    return [f"Missing rows: {len(missing)}.", *(f"{name}: {why}" for name, why in missing.items())] if missing else []
 
 
 def _markdown(rows: Sequence[Row], baseline: str | None) -> str:

@@ -1,7 +1,8 @@
 """The calibration windows on their way through the blocks, and the statistics of a block's inputs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from operator import itemgetter
 from typing import Any, Literal
 
 import jax
@@ -16,8 +17,9 @@ from jquant.methods import Method
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Block, Decoder, Taps, rotary_table
 from jquant.models.families import LLAMA, Site
-from jquant.sharding import Devices
+from jquant.sharding import BOTH, Devices, exchange, gather_pieces, scatter
 from jquant.stats import AbsMax, AbsMean, Cross, Gram
+from jquant.waiting import Spill, Waiting
 
 Choices = tuple[tuple[str, Method], ...]  # path within a block -> method; hashable
 # (kind, token weighting) -> statistic; the weighting is "uniform", "norm", a tap's name, or a path: its gradients.
@@ -45,6 +47,7 @@ class Calibration:
       inputs: whether a block reads what the quantized blocks before it produce, or what float ones do.
       held_out: windows at the end that only "held_out" statistics see.
       devices: the mesh over which every batch is split; None for where the decoder is.
+      spill: where windows wait that are more than the host shall hold.
 
     Raises:
       InputError: there are no tokens, or not those that the methods need, or they do not divide over the devices.
@@ -60,11 +63,12 @@ class Calibration:
         inputs: Literal["quantized", "float"],
         held_out: int,
         devices: Devices | None = None,
+        spill: Spill | None = None,
     ):
         methods = {one for layer in layers for _, one in layer}
         needs = frozenset[str]().union(*(one.needs for one in methods))
         tokens = _check(needs, tokens, inputs, held_out)
-        fit, step = len(tokens) - held_out, batch * (devices.data if devices else 1)
+        fit, step = len(tokens) - held_out, batch * (devices.count if devices else 1)
         if devices:
             devices.check_windows(fit)
             devices.check_windows(held_out)
@@ -76,15 +80,18 @@ class Calibration:
         by_loss = any(one.token_weights == "loss" for one in methods)
         self.gradients = [token_gradients(decoder, one) if by_loss else {} for one in batches]
         self.rotary = rotary_table(decoder.config, jnp.arange(tokens.shape[1]))
-        self.seen = [embed(decoder, one) for one in batches]
+        self.seen = Waiting((embed(decoder, one) for one in batches), "seen", spill)
         # What the float model reads: a second stream, where a method looks at both.
         two = "outputs" in needs or (inputs == "quantized" and "cross" in needs)
-        self.exact = [embed(decoder, one) for one in batches] if two else None
+        self.exact = Waiting((embed(decoder, one) for one in batches), "exact", spill) if two else None
 
-    def observe(self, block: Block, exact: Block, choices: Choices, layer: int) -> Stats:
-        """Statistics of all windows at the sites of `block`; `exact` is the float block, on the float stream."""
-        stats = no_stats(choices, self.config, self.fit < len(self.seen))
-        stats = self.devices.place(stats) if self.devices else stats
+    def observe(self, block: Block, exact: Block, choices: Choices, layer: int, advance: bool = False) -> Stats:
+        """Statistics of all windows at the sites of `block`; `exact` is the float block, on the float stream.
+
+        With `advance` the windows move on through `block` in the same pass.
+        """
+        empty = no_stats(choices, self.config, self.fit < len(self.seen))
+        stats = start_pieces(empty, self.devices) if self.devices else empty
         for i, x in enumerate(self.seen):
             held_out = i >= self.fit
             gradients = {path: rows[layer] for path, rows in self.gradients[i].items()}
@@ -93,25 +100,29 @@ class Calibration:
                 tap: {key: one for key, one in site.items() if (key[0] == "held_out") == held_out}
                 for tap, site in stats.items()
             }
-            for tap, site in observe_batch(block, x, self.rotary, gradients, other, part).items():
+            after, seen = observe_batch(block, x, self.rotary, gradients, other, part, self.devices, advance)
+            if after is not None:
+                self.seen[i] = after
+            for tap, site in seen.items():
                 stats[tap] |= site
-        return stats
+        return join_pieces(stats, self.config, self.devices) if self.devices else stats
 
     def advance_exact(self, block: Block) -> None:
         """Replaces what the float model reads by the float block's outputs, where that is kept."""
-        for i, x in enumerate(self.exact or ()):
-            assert self.exact is not None
-            self.exact[i] = forward(block, x, self.rotary)
+        if self.exact is not None:
+            for i, x in enumerate(self.exact):
+                self.exact[i] = forward(block, x, self.rotary, self.devices)
 
     def advance(self, block: Block) -> None:
         """Replaces a block's inputs by its outputs: the float block's, or the quantized one's (`self.inputs`)."""
         for i, x in enumerate(self.seen):
-            self.seen[i] = forward(block, x, self.rotary)
+            self.seen[i] = forward(block, x, self.rotary, self.devices)
 
     def windows(self) -> tuple[Float[Array, "n t d"], Float[Array, "n t d"]]:
         """A block's inputs and, after `advance_exact`, what the float model makes of its own; no held-out windows."""
         assert self.exact is not None
-        return jnp.concatenate(self.seen[: self.fit]), jnp.concatenate(self.exact[: self.fit])
+        fit = range(self.fit)
+        return jnp.concatenate([self.seen[i] for i in fit]), jnp.concatenate([self.exact[i] for i in fit])
 
 
 def weighting(site: Site, path: str, chosen: Method) -> str:
@@ -139,18 +150,23 @@ def _check(needs: frozenset[str], tokens: np.ndarray | None, inputs: str, held_o
 
 def no_stats(choices: Choices, config: DecoderConfig, held_out: bool) -> Stats:
     """Statistics without observations, of every kind and token weighting that the methods of a block ask for."""
-    widths = {"attention_output": config.heads * config.head_dim, "mlp_output": config.ffn}
-    stats: Stats = {}
+    wanted: dict[str, set[tuple[str, str]]] = {}
     for site in LLAMA.sites:
-        wanted = set()
+        keys = wanted.setdefault(site.tap, set())
         for path, chosen in choices:
             if path in site.weights:
                 kinds = chosen.needs | ({"held_out"} if held_out and "gram" in chosen.needs else set())
                 for kind in kinds & KINDS.keys():
-                    wanted.add((kind, weighting(site, path, chosen) if kind in WEIGHTED else "uniform"))
-        width = widths.get(site.tap, config.hidden)
-        stats[site.tap] = {key: KINDS[key[0]].init(width) for key in sorted(wanted)}
-    return stats
+                    keys.add((kind, weighting(site, path, chosen) if kind in WEIGHTED else "uniform"))
+    return _empty(wanted, config)
+
+
+def _empty(keys: Mapping[str, Iterable[tuple[str, str]]], config: DecoderConfig) -> Stats:
+    widths = {"attention_output": config.heads * config.head_dim, "mlp_output": config.ffn}
+    return {
+        tap: {key: KINDS[key[0]].init(widths.get(tap, config.hidden)) for key in sorted(site)}
+        for tap, site in keys.items()
+    }
 
 
 @jax.jit
@@ -159,13 +175,18 @@ def embed(decoder: Decoder, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
     return decoder.embed(tokens)
 
 
-@partial(jax.jit, donate_argnums=1)
-def forward(block: Block, x: Float[Array, "b t d"], rotary: Array) -> Float[Array, "b t d"]:
+@partial(jax.jit, static_argnames="devices", donate_argnums=1)
+def forward(
+    block: Block, x: Float[Array, "b t d"], rotary: Array, devices: Devices | None = None
+) -> Float[Array, "b t d"]:
     """The residual stream after a block; x is used up."""
-    return block(x, rotary)[0]
+    through = lambda block, x, rotary: block(x, rotary)[0]  # noqa: E731
+    if devices:
+        through = devices.on_each(through, (False, True, False), True)
+    return through(block, x, rotary)
 
 
-@partial(jax.jit, donate_argnames="stats")
+@partial(jax.jit, static_argnames=("devices", "advance"), donate_argnames="stats")
 def observe_batch(
     block: Block,
     x: Float[Array, "b t d"],
@@ -173,8 +194,10 @@ def observe_batch(
     gradients: Mapping[str, Float[Array, "b t"]],
     other: tuple[Block, Array] | None,
     stats: Stats,
-) -> Stats:
-    """Statistics with a batch of windows added to them: one program.
+    devices: Devices | None = None,
+    advance: bool = False,
+) -> tuple[Float[Array, "b t d"] | None, Stats]:
+    """The stream after the block, with `advance`, and statistics with a batch of windows added to them: one program.
 
     Args:
       block: what the windows go through.
@@ -182,16 +205,60 @@ def observe_batch(
       rotary: `rotary_table` of the positions.
       gradients: token weights by the loss's gradient, by the weight's path.
       other: the float block and its own stream, where a statistic looks at both.
-      stats: used up.
+      stats: used up; on a mesh in pieces (`start_pieces`).
+      devices: the mesh over which the windows are split.
     """
-    _, taps, _ = block(x, rotary)
+    if not devices:
+        after, stats = _observe(block, x, rotary, gradients, other, stats)
+        return (after if advance else None), stats
+
+    def own(block: Block, x: Array, rotary: Array, gradients: Any, other: Any, empty: Stats, pieces: Stats) -> Any:
+        after, brought = _observe(block, x, rotary, gradients, other, empty)
+        add = lambda so_far, one: (merge(so_far, one), None)  # noqa: E731
+        brought = exchange(scatter(brought, devices.count))
+        so_far, _ = jax.lax.scan(add, jax.tree.map(itemgetter(0), pieces), brought)
+        return (after if advance else None), jax.tree.map(lambda leaf: leaf[None], so_far)
+
+    empty = _empty(stats, block.attention.config)
+    split = (False, True, False, True, None if other is None else (False, True), False, True)
+    return devices.on_each(own, split, (True if advance else None, True))(
+        block, x, rotary, gradients, other, empty, stats
+    )
+
+
+def _observe(
+    block: Block,
+    x: Float[Array, "b t d"],
+    rotary: Array,
+    gradients: Mapping[str, Float[Array, "b t"]],
+    other: tuple[Block, Array] | None,
+    stats: Stats,
+) -> tuple[Float[Array, "b t d"], Stats]:
+    after, taps, _ = block(x, rotary)
     exact = {} if other is None else other[0](other[1], rotary)[1]
 
     def observed(tap: str, kind: str, by: str, one: Any) -> Any:
         weight = _token_weight(taps | dict(gradients), tap, by)
         return one.observe(taps[tap], exact[tap], weight) if kind == "cross" else one.observe(taps[tap], weight)
 
-    return {tap: {key: observed(tap, *key, one) for key, one in site.items()} for tap, site in stats.items()}
+    return after, {tap: {key: observed(tap, *key, one) for key, one in site.items()} for tap, site in stats.items()}
+
+
+def merge(a: Stats, b: Stats) -> Stats:
+    """Both together."""
+    return {tap: {key: one.merge(b[tap][key]) for key, one in site.items()} for tap, site in a.items()}
+
+
+def start_pieces(empty: Stats, devices: Devices) -> Stats:
+    """Statistics without observations, every device with a piece `[1, piece]` of them."""
+    return devices.place(scatter(empty, devices.count), BOTH)
+
+
+@partial(jax.jit, static_argnames=("config", "devices"), donate_argnames="pieces")
+def join_pieces(pieces: Stats, config: DecoderConfig, devices: Devices) -> Stats:
+    """The statistics whose pieces the devices hold, whole on every one."""
+    like = jax.eval_shape(lambda: _empty(pieces, config))
+    return devices.on_each(lambda pieces: gather_pieces(pieces, like), (True,), False)(pieces)
 
 
 def _token_weight(taps: Taps, tap: str, by: str) -> Float[Array, "b t"] | None:

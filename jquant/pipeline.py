@@ -184,8 +184,14 @@ def quantize_blocks(
     wanted = together(plans)
     needs = [any(chosen.needs - {"text"} for _, chosen in layer) for layer in wanted]
     whole = devices.place if devices else lambda tree: tree
+    # Where blocks read what float ones produce, one pass through a block does for its statistics and for what follows.
+    tuned = any(stage.target == "block" for plan in plans.values() for stage in shared(plan, "tuning", ()))
+    once = calibration is not None and calibration.inputs == "float" and passes == 1 and not tuned
     for index, block in enumerate(map(whole, source), first):
-        stats = calibration.observe(block, block, wanted[index], index) if calibration and needs[index] else {}
+        stats, moved = {}, False
+        if calibration and needs[index]:
+            moved = once and any(needs[index + 1 :])
+            stats = calibration.observe(block, block, wanted[index], index, advance=moved)
         again = partial(calibration.observe, layer=index) if calibration and passes > 1 else None
         done = {}
         for name, plan in plans.items():
@@ -197,7 +203,7 @@ def quantize_blocks(
             for name, (quantized, infos) in done.items():
                 done[name] = _tune_block(quantized, plans[name][index], calibration), infos
         yield done
-        if calibration and any(needs[index + 1 :]):
+        if calibration and any(needs[index + 1 :]) and not moved:
             calibration.advance(block if calibration.inputs == "float" else whole(next(iter(done.values()))[0]))
 
 

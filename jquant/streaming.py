@@ -7,6 +7,7 @@ was not interrupted.
 """
 
 import hashlib
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import cache, partial
@@ -43,6 +44,9 @@ from jquant.models.decoder import Block, Decoder
 from jquant.pipeline import check_options, check_plan, flat_params, quantize_blocks, relative_error, shared
 from jquant.rotation import rotate_block, rotate_outside, rotations
 from jquant.sharding import Devices
+from jquant.waiting import Spill
+
+WINDOWS = ".windows"  # beside the blocks: calibration windows that wait on disk
 
 
 def quantize_to_folder(
@@ -56,6 +60,7 @@ def quantize_to_folder(
     passes: int = 1,
     held_out: int = 0,
     devices: Devices | None = None,
+    memory_gb: float | None = None,
     progress: Progress | None = None,
 ) -> QuantizedFile:
     """`quantize_decoder` from disk to disk: a checkpoint that `load_model` reads.
@@ -70,6 +75,8 @@ def quantize_to_folder(
       passes: see `quantize_decoder`.
       held_out: see `quantize_decoder`.
       devices: see `quantize_decoder`; a checkpoint can be read onto others.
+      memory_gb: calibration windows over so many gigabytes, in each process, wait for their next block in files in the
+        checkpoint's folder, which are removed in the end; by default all wait in the host's memory.
       progress: called with ("quantize", blocks done, blocks in all) and the error so far.
 
     Raises:
@@ -86,6 +93,7 @@ def quantize_to_folder(
         passes=passes,
         held_out=held_out,
         devices=devices,
+        memory_gb=memory_gb,
         progress=progress,
     ):
         pass
@@ -103,6 +111,7 @@ def quantize_stream(
     passes: int = 1,
     held_out: int = 0,
     devices: Devices | None = None,
+    memory_gb: float | None = None,
     progress: Progress | None = None,
 ) -> Iterator[int]:
     """`quantize_to_folder` step by step: yields each layer once its block is on disk."""
@@ -110,7 +119,11 @@ def quantize_stream(
         raise InputError(f"{source.folder} is quantized already: quantize the float model.")
     layers = source.config.layers
     plan = check_plan(nnx.eval_shape(lambda: Decoder(source.config, nnx.Rngs(0))), method)
-    _check_local(plan)
+    for weight, part in _whole_model(plan):
+        raise InputError(
+            f"{weight}: {part} takes gradients through the whole model, which is never in memory here; quantize the "
+            f"loaded model instead."
+        )
     check_options(plan, tokens, inputs, passes, held_out)
     run = {
         "source": source.fingerprint(),
@@ -130,9 +143,17 @@ def quantize_stream(
     outside = source.outside()
     turns = rotations(source.config, **asdict(rotation)) if rotation else {}
     outside = rotate_outside(outside, turns)
-    calibration = None
+    calibration = spill = None
+    if memory_gb is not None:
+        if isinstance(memory_gb, bool) or not isinstance(memory_gb, int | float) or not memory_gb >= 0:
+            raise InputError(f"memory_gb takes gigabytes from 0, not {memory_gb!r}.")
+        spill = Spill(folder / WINDOWS, memory_gb * 1e9)
     if needs:
-        calibration = Calibration(outside, plan, tokens, batch=batch, inputs=inputs, held_out=held_out, devices=devices)
+        if spill:
+            on_first(partial(_renew, spill.folder))
+        calibration = Calibration(
+            outside, plan, tokens, batch=batch, inputs=inputs, held_out=held_out, devices=devices, spill=spill
+        )
     on_first(partial(_begin, folder, source, run, outside))  # not before all that may be wrong with the call was found
     del outside
 
@@ -162,6 +183,8 @@ def quantize_stream(
         if progress:
             progress("quantize", layer + 1, layers, error=relative_error([report]))
         yield layer
+    if spill:
+        on_first(partial(shutil.rmtree, spill.folder, ignore_errors=True))
 
 
 def _catch_up(calibration: Calibration, blocks: Callable[[int], Iterator[Block]], folder: Path, count: int) -> None:
@@ -175,7 +198,13 @@ def _catch_up(calibration: Calibration, blocks: Callable[[int], Iterator[Block]]
         calibration.advance(whole(block))
 
 
-def _check_local(plan: list[Choices]) -> None:
+def streams(plan: list[Choices]) -> bool:
+    """Whether nothing in the methods of the weights (`check_plan`) needs the whole model in memory."""
+    return next(_whole_model(plan), None) is None
+
+
+def _whole_model(plan: list[Choices]) -> Iterator[tuple[str, str]]:
+    """Weights and, of their methods, what takes gradients through the whole model."""
     for layer, choices in enumerate(plan):
         for path, chosen in choices:
             whole = {
@@ -183,12 +212,7 @@ def _check_local(plan: list[Choices]) -> None:
                 "LossSearch": "clips" in chosen.needs,
                 "Tuning with target='model'": any(stage.target == "model" for stage in chosen.tuning),
             }
-            for part, wanted in whole.items():
-                if wanted:
-                    raise InputError(
-                        f"layers.{layer}.{path}: {part} takes gradients through the whole model, which is never in "
-                        f"memory here; quantize the loaded model instead."
-                    )
+            yield from ((f"layers.{layer}.{path}", part) for part, wanted in whole.items() if wanted)
 
 
 def _check_folder(folder: Path, run: dict[str, Any]) -> None:
@@ -198,8 +222,17 @@ def _check_folder(folder: Path, run: dict[str, Any]) -> None:
         if differing := sorted(key for key in run if run[key] != earlier.get(key)):
             told = "; ".join(f"{key}: {_short(earlier.get(key))}, now {_short(run[key])}" for key in differing)
             raise InputError(f"{folder} holds another run ({told}): give this one another folder.")
-    elif folder.exists() and any(path.name != f".{MANIFEST}" for path in folder.iterdir()):
+    elif folder.exists() and any(path.name not in (f".{MANIFEST}", WINDOWS) for path in folder.iterdir()):
         raise InputError(f"{folder} is not empty, and holds no {MANIFEST} that says what is in it.")
+
+
+def _renew(folder: Path) -> None:
+    """Makes an empty folder."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)  # what a killed process left
+        folder.mkdir(parents=True)
+    except OSError as failed:
+        raise InputError(f"{folder} can't be written ({failed.strerror}).") from None
 
 
 def _begin(folder: Path, source: ModelFile, run: dict[str, Any], outside: Decoder) -> None:

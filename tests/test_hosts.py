@@ -21,7 +21,7 @@ from jquant.errors import InputError
 from jquant.hosts import as_first, gather, join, on_first
 
 ROOT = Path(__file__).parents[1]
-SAMPLING = ("calibration.samples=12", "calibration.context=24", "bits=3", "group=32", "method=gptq")
+SAMPLING = ("calibration.samples=16", "calibration.context=24", "bits=3", "group=32", "method=gptq")
 
 
 @pytest.fixture(scope="module")

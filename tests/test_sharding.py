@@ -68,7 +68,7 @@ def test_a_mesh_gives_the_codes_and_the_perplexity_of_one_device(decoder, name, 
     sharded, its_report = quantize_decoder(decoder, METHODS[name], TOKENS, batch=2, devices=Devices(*mesh))
     kernels = [leaf for leaf in leaves(sharded).values() if isinstance(leaf, QTensor)]
     assert all(len(kernel.codes.sharding.device_set) == mesh[0] * mesh[1] for kernel in kernels)
-    assert share_unlike(sharded, expected) < 1e-5
+    assert share_unlike(sharded, expected) == 0
     assert score(sharded, TOKENS).perplexity == pytest.approx(score(expected, TOKENS).perplexity, rel=1e-4)
     for key, info in report.items():
         np.testing.assert_allclose(its_report[key].error, info.error, rtol=1e-3)
@@ -119,19 +119,20 @@ def test_meshes_that_cannot_be_are_refused(decoder):
     with refused("16 windows", "data=3"):
         quantize_decoder(decoder, GPTQ3, TOKENS, batch=2, devices=Devices(3))
     with refused("attention.k.kernel", "64 columns", "model=3"):
-        quantize_decoder(decoder, GPTQ3, TOKENS, batch=2, devices=Devices(1, 3))
+        quantize_decoder(decoder, GPTQ3, TOKENS[:15], batch=2, devices=Devices(1, 3))
 
 
 def test_the_scaling_benchmark_counts_what_the_compiled_programs_reduce():
     config = DecoderConfig(96, 64, 128, 2, 4, 2, 16, 1e-5, 1e4, None, False, 64)
     alone = scaling.count(config, Devices(1, 1), context=16, windows=8)
     assert (alone["collectives_observing"], alone["collectives_rounding"], alone["moved_gb"]) == (0, 0, 0)
-    meshed = scaling.count(config, Devices(2, 4), context=16, windows=16)
+    meshed = scaling.count(config, Devices(2, 4), context=16, windows=64)
     assert meshed["steps"] == 2
     # Inputs of q, of k and v, of o, of gate and up, of down; k and v count tokens by the attention they receive.
     grams = 4 * (4 * 64**2 + 128**2)
     assert alone["gram_gb"] == pytest.approx(grams / 1e9)
-    # Half of a ring of 2 devices moves each byte once; beside Gram matrices there are their weights and the errors.
-    assert meshed["moved_gb"] == pytest.approx(2 * grams / 1e9, rel=0.01)
-    assert meshed["moved_gb"] > 2 * grams / 1e9
+    # Every step a device gets its piece of them from the seven others, and in the end all pieces from them; beside Gram
+    # matrices there are their weights and the errors.
+    assert meshed["moved_gb"] == pytest.approx(3 * 7 / 8 * grams / 1e9, rel=0.02)
+    assert meshed["moved_gb"] > 3 * 7 / 8 * grams / 1e9
     assert meshed["solve_tflop"] < alone["solve_tflop"]

@@ -43,7 +43,7 @@ from jquant.sharding import MODEL, Devices
 from jquant.streaming import quantize_stream, quantize_to_folder
 
 ROOT = Path(__file__).parents[1]
-TOKENS = np.random.default_rng(0).integers(0, checkpoints.VOCAB, (10, 24), np.int32)
+TOKENS = np.random.default_rng(0).integers(0, checkpoints.VOCAB, (16, 24), np.int32)
 GPTQ3 = Method(Int(3, 32), Search("diagonal"), GPTQ())
 METHODS = {
     "rtn": method("rtn", group=32),
@@ -132,6 +132,24 @@ def test_a_run_that_stops_goes_on_to_the_same_bytes(folder, tmp_path):
             assert files(parts) == files(whole.folder)
 
 
+def test_windows_that_wait_on_disk_change_nothing_and_leave_nothing(folder, tmp_path):
+    for name, devices in (("gptq", None), ("propagated", Devices(2, 2))):
+        how = {"batch": 4, "devices": devices}
+        whole = quantize_to_folder(open_model(folder), tmp_path / name, METHODS[name], TOKENS, **how)
+        target = tmp_path / f"{name}-spilled"
+        batch_gb = 4 * 24 * 64 * 4 / 1e9  # of the four batches of either stream the first stays in memory
+        steps = quantize_stream(open_model(folder), target, METHODS[name], TOKENS, **how, memory_gb=1.5 * batch_gb)
+        next(steps)
+        waiting = sorted(path.name for path in (target / ".windows").iterdir())
+        steps.close()  # and its files stay, as a killed process leaves them
+        if devices:  # one batch, 16 windows in four parts, does not fit
+            assert waiting == [f"{stream}00000.{part}" for stream in ("exact", "seen") for part in range(4)]
+        else:
+            assert waiting == [f"seen{batch:05}.0" for batch in (1, 2, 3)]
+        quantize_to_folder(open_model(folder), target, METHODS[name], TOKENS, **how, memory_gb=0)
+        assert files(target) == files(whole.folder)
+
+
 def test_another_run_is_refused_with_what_differs(folder, tmp_path):
     target = tmp_path / "q"
     next(quantize_stream(open_model(folder), target, GPTQ3, TOKENS))
@@ -156,7 +174,7 @@ def test_another_run_is_refused_with_what_differs(folder, tmp_path):
 def test_a_checkpoint_written_on_one_mesh_is_read_onto_another(model, folder, tmp_path):
     expected, _ = quantize_decoder(model.decoder, GPTQ3, TOKENS, batch=4)
     devices = Devices(2, 2)
-    written = quantize_to_folder(open_model(folder), tmp_path / "q", GPTQ3, TOKENS, batch=2, devices=devices)
+    written = quantize_to_folder(open_model(folder), tmp_path / "q", GPTQ3, TOKENS, batch=4, devices=devices)
     loaded = written.load().decoder
     assert all(map(np.array_equal, states(loaded), states(expected)))
     columns = Devices(1, 8)
@@ -169,10 +187,10 @@ def test_a_checkpoint_written_on_one_mesh_is_read_onto_another(model, folder, tm
     assert codes.sharding.spec == P(None, MODEL)
     assert np.array_equal(codes, next(islice(written.blocks(), 1, None)).mlp.up.kernel.get_value().codes)
     for stop in (1, 3):
-        steps = quantize_stream(open_model(folder), tmp_path / str(stop), GPTQ3, TOKENS, batch=2, devices=devices)
+        steps = quantize_stream(open_model(folder), tmp_path / str(stop), GPTQ3, TOKENS, batch=4, devices=devices)
         assert [next(steps) for _ in range(stop)] == list(range(stop))
         steps.close()
-        quantize_to_folder(open_model(folder), tmp_path / str(stop), GPTQ3, TOKENS, batch=2, devices=devices)
+        quantize_to_folder(open_model(folder), tmp_path / str(stop), GPTQ3, TOKENS, batch=4, devices=devices)
         assert files(tmp_path / str(stop)) == files(tmp_path / "q")
 
 
@@ -186,9 +204,10 @@ def test_what_needs_the_whole_model_is_refused(folder, tmp_path):
             quantize_to_folder(open_model(folder), tmp_path / "q", chosen, TOKENS)
     for how, part in (
         ({}, "give it calibration tokens"),
-        ({"tokens": TOKENS, "held_out": 10}, "held_out=10 of 10"),
+        ({"tokens": TOKENS, "held_out": 16}, "held_out=16 of 16"),
         ({"tokens": TOKENS, "passes": 0}, "1 pass or more"),
-        ({"tokens": TOKENS, "devices": Devices(4)}, "10 windows"),
+        ({"tokens": TOKENS, "devices": Devices(3)}, "16 windows"),
+        ({"tokens": TOKENS, "memory_gb": -1}, "memory_gb"),
     ):
         with refused(part):
             quantize_to_folder(open_model(folder), tmp_path / "q", GPTQ3, **how)

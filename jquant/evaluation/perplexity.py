@@ -162,7 +162,7 @@ def score_from_disk(
       source: the model's files.
       tokens: windows.
       batch: windows per forward pass, and device.
-      devices: the mesh over whose `data` axis windows are split; every device computes with whole blocks.
+      devices: the mesh over which windows are split; every device computes with whole blocks.
       progress: called with ("evaluate", blocks done, blocks in all).
 
     Raises:
@@ -170,13 +170,13 @@ def score_from_disk(
     """
     if devices:
         devices.check_windows(len(tokens))
-    step, windows, whole = (batch * devices.data, devices.windows, devices.place) if devices else (batch, _same, _same)
+    step, windows, whole = (batch * devices.count, devices.windows, devices.place) if devices else (batch, _same, _same)
     outside = whole(source.outside())
     rotary = rotary_table(source.config, jnp.arange(tokens.shape[1]))
     batches = [windows(tokens[begin : begin + step]) for begin in range(0, len(tokens), step)]
     streams = [embed(outside, one) for one in batches]
     for layer, block in enumerate(map(whole, source.blocks()), 1):
-        streams = [jax.block_until_ready(forward(block, x, rotary)) for x in streams]
+        streams = [jax.block_until_ready(forward(block, x, rotary, devices)) for x in streams]
         if progress:
             progress("evaluate", layer, source.config.layers)
     hidden = [outside.norm(x) for x in streams]

@@ -1,0 +1,221 @@
+"""Sweeps on real engines: in one process, on a Ray and a submitit that the tests start; trials that die or fail."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import checkpoints
+import pytest
+from checkpoints import refused
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import open_dict
+
+from experiments.collect import TRIAL, collect, trial_folder
+from experiments.sweep import ATTEMPTS, expand, run_trial
+from jquant.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+LAYERS = 8  # time to kill a trial between its first block and its last
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    made = tmp_path_factory.mktemp("sweep")
+    model = checkpoints.llama(hidden_size=64, intermediate_size=128, num_hidden_layers=LAYERS, initializer_range=0.1)
+    checkpoints.save(made / "float", model)
+    for seed, name in enumerate(("calibration", "evaluation")):
+        (made / f"{name}.txt").write_text(checkpoints.random_text(8000, seed=seed + 3))
+    return made
+
+
+def table(folder: Path, name: str, *arguments: str) -> subprocess.Popen:
+    settings = ["model=local", "model.path=float", "evaluation.data=evaluation.txt", "evaluation.windows=4"]
+    settings += ["evaluation.context=32", "calibration.data=calibration.txt", "calibration.samples=64"]
+    settings += ["calibration.context=64", "generation.tokens=0", "group=32", f"name={name}"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "experiments.perplexity_table", *arguments, *settings],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def sweep(folder: Path, name: str, *overrides: str) -> subprocess.Popen:
+    return table(folder, name, "--multirun", *overrides)
+
+
+def ended(process: subprocess.Popen) -> tuple[int, str]:
+    """Status, and all that was said."""
+    try:
+        said = process.communicate(timeout=400)
+    finally:
+        process.kill()
+    return process.returncode, "".join(said)
+
+
+def rows(folder: Path) -> dict[tuple[str, int], float]:
+    """Perplexities by method and width."""
+    found = map(json.loads, (folder / "table.jsonl").read_text().splitlines())
+    return {(row["method"], row["config"]["bits"]): row["perplexity"] for row in found}
+
+
+def kill_between_blocks(folder: Path, method: str, process: subprocess.Popen) -> int:
+    """Kills the process of a method's trial once its first block is finished, and tells which block was its last."""
+    while process.poll() is None:
+        for first in folder.glob("trials/*/unfinished/*/blocks/00000"):
+            if first.parents[1].name == method:
+                os.kill(json.loads((first.parents[3] / TRIAL).read_text())["process"], signal.SIGKILL)
+                return len(list(first.parent.glob("0*")))
+        time.sleep(0.002)
+    raise AssertionError(f"no block of {method} was seen: {process.communicate()}")
+
+
+@pytest.fixture(scope="module")
+def alone(folder) -> dict[tuple[str, int], float]:
+    """What trials one after another in one process give."""
+    status, said = ended(sweep(folder, "alone", "method=rtn,gptq", "bits=3"))
+    assert status == 0, said
+    assert "Missing" not in said
+    return rows(folder / "results" / "alone")
+
+
+def test_a_sweep_in_one_process_makes_one_table_of_its_trials(folder, alone):
+    assert alone.keys() == {("rtn", 3), ("gptq", 3)}
+    written = (folder / "results" / "alone" / "table.md").read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in written[2:4]] == ["RTN-3", "GPTQ-3"]
+    assert "vs" not in written[0]
+    assert (folder / "results" / "alone" / "perplexity_bits.png").exists()
+    assert not list(folder.glob("results/alone/trials/*/unfinished"))
+    status, said = ended(table(folder, "single", "methods=[gptq]", "bits=3"))
+    assert status == 0, said
+    assert rows(folder / "results" / "single")["gptq", 3] == alone["gptq", 3]
+
+
+def test_on_ray_a_killed_trial_goes_on_where_it_was_and_a_failing_one_is_listed(folder, alone):
+    process = sweep(folder, "ray", "method=gptq,nonsense", "bits=3", "launcher=ray")
+    blocks = kill_between_blocks(folder / "results" / "ray", "gptq", process)
+    status, said = ended(process)
+    assert status == 1, said
+    assert 1 <= blocks < LAYERS
+    assert rows(folder / "results" / "ray") == {("gptq", 3): alone["gptq", 3]}
+    [state] = folder.glob(f"results/ray/trials/*gptq*/{TRIAL}")
+    assert json.loads(state.read_text())["attempt"] == 2
+    written = (folder / "results" / "ray" / "table.md").read_text()
+    for told in (said, written):
+        assert "Missing rows: 1" in told
+        assert "method=nonsense: failed: There is no method 'nonsense'" in told
+
+
+def test_on_submitit_a_killed_trial_is_told_and_the_same_command_finishes_it(folder, alone):
+    overrides = ("method=gptq", "bits=3", "launcher=submitit_local")
+    process = sweep(folder, "submitit", *overrides)
+    kill_between_blocks(folder / "results" / "submitit", "gptq", process)
+    status, said = ended(process)
+    assert status != 0, said
+    collected = subprocess.run(
+        [sys.executable, "-m", "experiments.collect", folder / "results" / "submitit"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert collected.returncode == 1
+    assert "Missing rows: 1" in collected.stdout
+    assert re.search(r"begun \(attempt 1, process \d+\), and not finished", collected.stdout)
+    status, said = ended(sweep(folder, "submitit", *overrides))
+    assert status == 0, said
+    assert rows(folder / "results" / "submitit") == {("gptq", 3): alone["gptq", 3]}
+    assert collect(folder / "results" / "submitit") == {}
+
+
+def test_trials_are_those_that_hydra_runs():
+    overrides = ["method=rtn,gptq", "bits=2,3", "group=32", "launcher=ray", "+note='a,b'", "seed=range(0,3)"]
+    [theirs] = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(overrides), None)
+    assert expand(overrides) == theirs
+    assert len(theirs) == 12
+    with refused("one folder", "name="):
+        expand(["model=a,b"])
+    with refused("one folder"):
+        expand(["model=a", "name=x,y"])
+    assert expand(["model=a,b", "name=both"]) == [["model=a", "name=both"], ["model=b", "name=both"]]
+
+
+def test_a_trials_folder_does_not_depend_on_where_and_how_it_runs(tmp_path):
+    place = trial_folder(tmp_path, ["bits=3", "method=gptq"])
+    assert place.parent == tmp_path / "trials"
+    assert place == trial_folder(tmp_path, ["launcher=ray", "method=gptq", "name=x", "bits=3"])
+    assert place != trial_folder(tmp_path, ["bits=4", "method=gptq"])
+    assert place != trial_folder(tmp_path, ["bits=3", "method=gptq", "model.path=/a b/../c"])
+    assert trial_folder(tmp_path, ["model.path=/a b/../c"]).parent == tmp_path / "trials"
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch) -> Callable[[Callable], dict]:
+    """Runs work as a trial of a sweep in this process, and tells what is written down of it."""
+    monkeypatch.chdir(tmp_path)
+    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+        config = compose("perplexity_table", ["method=rtn", "name=tried"], return_hydra_config=True)
+    with open_dict(config):
+        config.hydra.runtime.cwd = str(tmp_path)
+    HydraConfig.instance().set_config(config)
+    settings = {"results": "results", "name": "tried"}
+    state = trial_folder(tmp_path / "results" / "tried", ["method=rtn", "name=tried"]) / TRIAL
+
+    def run(work: Callable, told: dict | None = None) -> dict:
+        state.parent.mkdir(parents=True, exist_ok=True)
+        state.unlink(missing_ok=True)
+        if told:
+            state.write_text(json.dumps(told))
+        run_trial(settings, work)
+        return json.loads(state.read_text())
+
+    yield run
+    HydraConfig.instance().cfg = None
+
+
+def test_errors_are_tried_again_a_users_are_not_and_neither_stops_a_sweep(job):
+    calls = []
+
+    def fails(times: int, error: Exception):
+        def work(settings):
+            calls.append(settings)
+            if len(calls) <= times:
+                raise error
+            return [{"fingerprint": "f"}]
+
+        calls.clear()
+        return work
+
+    told = job(fails(2, RuntimeError("out of\nmemory")))
+    assert (told["attempt"], told["rows"]) == (3, ["f"])
+    told = job(fails(3, RuntimeError("out of\nmemory")))
+    assert (told["attempt"], told["failed"], len(calls)) == (ATTEMPTS, "RuntimeError: out of", ATTEMPTS)
+    told = job(fails(1, InputError("bits=9 is too much.")))
+    assert (told["attempt"], told["failed"], len(calls)) == (1, "bits=9 is too much.", 1)
+    assert {settings["checkpoints"] for settings in calls} == {
+        f"{Path(calls[0]['results']) / calls[0]['name']}/unfinished"
+    }
+
+
+def test_a_trial_whose_process_died_too_often_gives_up_without_another_attempt(job):
+    calls = []
+    work = lambda settings: calls.append(settings) or [{"fingerprint": "f"}]  # noqa: E731
+    assert job(work, {"attempt": ATTEMPTS, "process": 1})["failed"] == f"its process died {ATTEMPTS} times"
+    assert not calls
+    assert job(work, {"attempt": ATTEMPTS - 1, "process": 1})["rows"] == ["f"]
+    assert (
+        job(work, {"attempt": ATTEMPTS, "process": 1, "rows": ["f"]})["attempt"] == 1
+    )  # finished, and asked for again
+
+
+def test_a_folder_without_a_sweep_is_refused(tmp_path):
+    with refused(str(tmp_path), "no sweep"):
+        collect(tmp_path)
