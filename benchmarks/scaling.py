@@ -25,11 +25,11 @@ from rich.table import Table
 
 from experiments.provenance import versions
 from jquant import method
-from jquant.calibration import join_pieces, no_stats, observe_batch
+from jquant.calibration import averaged, join_pieces, no_stats, observe_batch
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Block
 from jquant.models.families import LLAMA
-from jquant.pipeline import flat_params, round_block
+from jquant.pipeline import flat_params, round_weight, seen_by
 from jquant.sharding import BOTH, MODEL, Devices, scatter
 
 SHAPES = {  # hidden, ffn, layers, heads, key/value heads
@@ -99,8 +99,15 @@ def count(config: DecoderConfig, devices: Devices, context: int = CONTEXT, windo
         path: array(leaf.shape, jnp.float32, *((None, MODEL) if len(leaf.shape) == 2 else ()))
         for path, leaf in params.items()
     }
-    rounding = round_block.lower(params, stats, {}, choices=choices).compile()
-    observing, joining, rounding = (collectives(one.as_text() or "") for one in (observing, joining, rounding))
+    observing, joining = (collectives(one.as_text() or "") for one in (observing, joining))
+    means = jax.eval_shape(averaged, stats)
+    means = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype), means)
+    rounding = {}
+    for site in LLAMA.sites:
+        for path in site.weights:
+            seen = seen_by(path, dict(choices)[path], site, means)
+            compiled = round_weight.lower(params[path], seen, None, chosen=dict(choices)[path]).compile()
+            rounding |= {(path, line): size for line, size in collectives(compiled.as_text() or "").items()}
     steps, tokens = math.ceil(windows / batch), windows * context
     others = (devices.count - 1) / devices.count
     grams = [leaf.shape[0] for leaf in jax.tree.leaves(stats) if len(leaf.shape) == 2]

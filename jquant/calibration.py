@@ -105,7 +105,7 @@ class Calibration:
                 self.seen[i] = after
             for tap, site in seen.items():
                 stats[tap] |= site
-        return join_pieces(stats, self.config, self.devices) if self.devices else stats
+        return averaged(join_pieces(stats, self.config, self.devices) if self.devices else stats)
 
     def advance_exact(self, block: Block) -> None:
         """Replaces what the float model reads by the float block's outputs, where that is kept."""
@@ -247,6 +247,14 @@ def _observe(
 def merge(a: Stats, b: Stats) -> Stats:
     """Both together."""
     return {tap: {key: one.merge(b[tap][key]) for key, one in site.items()} for tap, site in a.items()}
+
+
+@partial(jax.jit, donate_argnames="stats")
+def averaged(stats: Stats) -> Stats:
+    """Complete statistics, with means in the place of Gram matrices."""
+    return jax.tree.map(
+        lambda one: one.averaged() if isinstance(one, Gram) else one, stats, is_leaf=lambda one: isinstance(one, Gram)
+    )
 
 
 def start_pieces(empty: Stats, devices: Devices) -> Stats:

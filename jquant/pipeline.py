@@ -353,12 +353,13 @@ def quantize_block(
     if not choices:
         return block, {}
     flat, infos = flat_params(block), {}
-    params = {path: leaf.astype(jnp.float32) for path, leaf in flat.items()}
-    if devices:
-        params = devices.columns(params, dict(choices))
+    params = devices.columns(flat, dict(choices)) if devices else flat
+    exact = block
     if any(chosen.transform is not None for _, chosen in choices):
-        params, stats = _transform_block(params, stats, choices, block.attention.config)
-    exact = quantized = _with_params(block, {path: leaf.astype(flat[path].dtype) for path, leaf in params.items()})
+        wide = {path: leaf.astype(jnp.float32) for path, leaf in params.items()}
+        params, stats = _transform_block(wide, stats, choices, block.attention.config)
+        exact = _with_params(block, {path: leaf.astype(flat[path].dtype) for path, leaf in params.items()})
+    quantized = exact
     for number in range(passes):
         if number and again and any(chosen.needs for _, chosen in choices):
             whole = devices.place if devices else lambda tree: tree
@@ -416,7 +417,6 @@ def _producers(site: Site, config: DecoderConfig, features: int) -> tuple[Array,
     return (jnp.arange(features), features) if shared is None else (jnp.asarray(shared), max(shared) + 1)
 
 
-@partial(jax.jit, static_argnames="choices")
 def round_block(
     params: Params, stats: Stats, clips: Mapping[str, Array], choices: Choices
 ) -> tuple[Params, dict[str, SolveInfo]]:
@@ -424,22 +424,46 @@ def round_block(
     rounded, infos = {}, {}
     sites = {path: site for site in LLAMA.sites for path in site.weights}
     for path, chosen in choices:
-        site, seen = sites[path], stats.get(sites[path].tap, {})
-        by = weighting(site, path, chosen)
-        gram, held_out = (seen[kind, by].mean if (kind, by) in seen else None for kind in ("gram", "held_out"))
-        w = params[path]
-        if chosen.error_propagation:
-            assert gram is not None
-            w = propagate_error(w, gram, seen["cross", by].mean, chosen.error_propagation)
-        grid = chosen.range(w, chosen.format, gram, clips.get(path))
-        q, infos[path] = chosen.rounding(w, *grid, gram, chosen.format, held_out)
-        if chosen.activation is not None:
-            q = replace(q, activation=chosen.activation)
-            if chosen.activation.static:
-                ends = jnp.max(seen["abs_max", "uniform"].largest, keepdims=True)[None]
-                q = replace(q, input_scale=chosen.activation.format.grid(-ends, ends)[0])
-        rounded[path] = q
+        # One after the other: what a wide matrix needs while it is solved is several times its statistics.
+        seen = seen_by(path, chosen, sites[path], stats)
+        done = round_weight(params[path], seen, clips.get(path), chosen=chosen)
+        rounded[path], infos[path] = jax.block_until_ready(done)
     return rounded, infos
+
+
+def seen_by(path: str, chosen: Method, site: Site, stats: Stats) -> dict[str, Any]:
+    """What a weight's method looks at, by kind."""
+    seen, by = stats.get(site.tap, {}), weighting(site, path, chosen)
+    kinds = chosen.needs | {"held_out"}
+    keys = {kind: (kind, by if kind in WEIGHTED else "uniform") for kind in sorted(kinds)}
+    return {kind: seen[key] for kind, key in keys.items() if key in seen}
+
+
+@partial(jax.jit, static_argnames="chosen")
+def round_weight(
+    w: Float[Array, "in out"], seen: Mapping[str, Any], clip: Array | None, *, chosen: Method
+) -> tuple[QTensor, SolveInfo]:
+    """One weight rounded by its method: one program for all weights of a shape.
+
+    Args:
+      w: the weight.
+      seen: the statistics of its inputs, by kind.
+      clip: factors on its scales that a `LossSearch` learned.
+      chosen: its method.
+    """
+    w = w.astype(jnp.float32)
+    gram, held_out = (seen[kind].mean if kind in seen else None for kind in ("gram", "held_out"))
+    if chosen.error_propagation:
+        assert gram is not None
+        w = propagate_error(w, gram, seen["cross"].mean, chosen.error_propagation)
+    grid = chosen.range(w, chosen.format, gram, clip)
+    q, info = chosen.rounding(w, *grid, gram, chosen.format, held_out)
+    if chosen.activation is not None:
+        q = replace(q, activation=chosen.activation)
+        if chosen.activation.static:
+            ends = jnp.max(seen["abs_max"].largest, keepdims=True)[None]
+            q = replace(q, input_scale=chosen.activation.format.grid(-ends, ends)[0])
+    return q, info
 
 
 def propagate_error(

@@ -29,7 +29,7 @@ class Gram:
 
     Attributes:
       total: float32 `[in, in]`.
-      weight: float32 scalar.
+      weight: float32 scalar; None where `total` is the mean (`averaged`).
     """
 
     total: Any
@@ -55,10 +55,14 @@ class Gram:
         """What would have been seen, had the features been multiplied by `factor`."""
         return replace(self, total=self.total * factor[:, None] * factor)
 
+    def averaged(self) -> "Gram":
+        """Of a complete one, the mean in the total's place, so that taking it makes no copy."""
+        return Gram(self.mean, None)
+
     @property
     def mean(self) -> Float[Array, "in in"]:
         """The weighted mean of x xᵀ."""
-        return self.total / jnp.maximum(self.weight, 1e-30)
+        return self.total if self.weight is None else self.total / jnp.maximum(self.weight, 1e-30)
 
 
 @jax.tree_util.register_dataclass

@@ -60,7 +60,7 @@ def quantize_to_folder(
     passes: int = 1,
     held_out: int = 0,
     devices: Devices | None = None,
-    memory_gb: float | None = None,
+    memory_gb: float | int | None = None,
     progress: Progress | None = None,
 ) -> QuantizedFile:
     """`quantize_decoder` from disk to disk: a checkpoint that `load_model` reads.
@@ -111,7 +111,7 @@ def quantize_stream(
     passes: int = 1,
     held_out: int = 0,
     devices: Devices | None = None,
-    memory_gb: float | None = None,
+    memory_gb: float | int | None = None,
     progress: Progress | None = None,
 ) -> Iterator[int]:
     """`quantize_to_folder` step by step: yields each layer once its block is on disk."""

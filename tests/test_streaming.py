@@ -102,6 +102,16 @@ def test_the_checkpoint_holds_what_quantizing_the_loaded_model_gives(model, fold
     assert isinstance(written, QuantizedFile)
 
 
+def test_a_checkpoint_is_as_small_as_its_format_says(tmp_path):
+    """4 bits, and a group of 128 with a scale of 16 bits and a zero of 4: 4.16 bits a weight, within 2 %."""
+    made = checkpoints.llama(hidden_size=512, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=8)
+    folder = checkpoints.save(tmp_path / "float", made)
+    quantize_to_folder(open_model(folder), tmp_path / "q", method("rtn", group=128))
+    weights = 2 * (2 * 512 * 512 + 2 * 512 * 64 * made.config.num_key_value_heads + 3 * 512 * 1024)
+    size = sum(len(content) for name, content in files(tmp_path / "q").items() if name.startswith("blocks"))
+    assert size == pytest.approx(weights * 4.16 / 8, rel=0.02)
+
+
 def test_perplexity_from_disk_is_that_of_the_loaded_model(model, folder, tmp_path):
     quantize_to_folder(open_model(folder), tmp_path / "q", GPTQ3, TOKENS, batch=4)
     for path in (folder, tmp_path / "q"):

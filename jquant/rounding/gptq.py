@@ -93,10 +93,10 @@ class GPTQ:
         dead = jnp.diagonal(gram) == 0
         target = jnp.where(dead[:, None], 0, w)
         rows = jax.tree.map(lambda v: jnp.broadcast_to(v, w.shape), (target, *at))
-        live = _enliven(gram, dead)
+        diagonal = _enliven(jnp.diagonal(gram), dead)
 
         def solve(damping: Array) -> tuple[Array, Array, Array]:
-            unit, order, used, attempts = self._factorize(live, damping)
+            unit, order, used, attempts = self._factorize(gram, diagonal, damping)
             codes = _sweep(jax.tree.map(lambda v: v[order], rows), unit, format, self.block, self.form == "inverse")
             return jnp.zeros_like(codes).at[order].set(codes), used, attempts
 
@@ -117,57 +117,75 @@ class GPTQ:
         return q, solve_info(w, q, gram, held_out, used, attempts)
 
     def _factorize(
-        self, gram: Float[Array, "n n"], damping: Array
+        self, gram: Float[Array, "n n"], diagonal: Float[Array, " n"], damping: Array
     ) -> tuple[Float[Array, "n n"], Int[Array, " n"], Array, Array]:
-        """The sweep's unit triangular matrix, last row rounded first; the row at each place; damping used; attempts."""
-        n, mean = len(gram), jnp.mean(jnp.diagonal(gram))
+        """The sweep's unit triangular matrix, last row rounded first; the row at each place; damping used; attempts.
+
+        `diagonal` takes the place of the Gram matrix's own. Copies of a wide matrix are what a block's memory is made
+        of: there are two of them, one to be factorised and one factorised.
+        """
+        n, mean, places = len(gram), jnp.mean(diagonal), jnp.arange(len(gram))
+        inverse = self.form == "inverse"
 
         def attempt(state):
             *_, used, attempts = state
             # 1e-6 is the least that float32 can see beside the mean.
             used = jnp.where(attempts == 0, damping, jnp.maximum(10 * used, 1e-6))
-            damped = gram + used * mean * jnp.eye(n, dtype=gram.dtype)
-            order = self._order(gram, damped)
-            return _unit_factor(damped[order][:, order], self.form == "inverse"), order, used, attempts + 1
+            damped = diagonal + used * mean
+            order = self._order(gram, diagonal, damped)
+            ordered = gram[order][:, order].at[places, places].set(damped[order])
+            return _factor(ordered, inverse), order, used, attempts + 1
 
         def failed(state):
-            unit, _, used, attempts = state
+            lower, _, used, attempts = state
             # Past 1000 times the mean the matrix itself is not finite; the identity below then means plain rounding.
-            return (attempts == 0) | (~jnp.all(jnp.isfinite(unit)) & (used < 1e3))
+            return (attempts == 0) | (~_divides(lower) & (used < 1e3))
 
-        blank = (jnp.zeros_like(gram), jnp.arange(n), jnp.zeros_like(damping), jnp.int32(0))
-        unit, order, used, attempts = jax.lax.while_loop(failed, attempt, blank)
-        return jnp.where(jnp.all(jnp.isfinite(unit)), unit, jnp.eye(n, dtype=gram.dtype)), order, used, attempts
+        blank = (jnp.zeros_like(gram), places, jnp.zeros_like(damping), jnp.int32(0))
+        lower, order, used, attempts = jax.lax.while_loop(failed, attempt, blank)
+        return _unit(jnp.where(_divides(lower), lower, jnp.eye(n, dtype=gram.dtype)), inverse), order, used, attempts
 
-    def _order(self, gram: Float[Array, "n n"], damped: Float[Array, "n n"]) -> Int[Array, " n"]:
+    def _order(
+        self, gram: Float[Array, "n n"], diagonal: Float[Array, " n"], damped: Float[Array, " n"]
+    ) -> Int[Array, " n"]:
         """The row at each place of the factorisation; the last place is rounded first."""
         match self.order:
             case "activation":
-                return jnp.argsort(jnp.diagonal(gram), stable=True)
+                return jnp.argsort(diagonal, stable=True)
             case "pivot":
-                return min_pivot(damped, self.block)
+                return min_pivot(jnp.where(jnp.eye(len(gram), dtype=bool), damped, gram), self.block)
         return jnp.arange(len(gram))[::-1]
 
 
-def _enliven(gram: Float[Array, "n n"], dead: Array) -> Float[Array, "n n"]:
-    """The Gram matrix with the live inputs' mean square in the place of the dead ones', where the paper's code puts 1.
+def _enliven(diagonal: Float[Array, " n"], dead: Array) -> Float[Array, " n"]:
+    """H's diagonal with the live inputs' mean square in the place of the dead ones', where the paper's code puts 1.
 
     So neither dead inputs nor the unit of the activations change what the damping means.
     """
     count = jnp.sum(~dead)
-    mean = jnp.where(count == 0, 1, jnp.sum(jnp.diagonal(gram)) / jnp.maximum(count, 1))
-    return gram + jnp.diag(jnp.where(dead, mean, 0).astype(gram.dtype))
+    mean = jnp.where(count == 0, 1, jnp.sum(diagonal) / jnp.maximum(count, 1))
+    return jnp.where(dead, mean, diagonal)
 
 
-def _unit_factor(gram: Float[Array, "n n"], inverse: bool) -> Float[Array, "n n"]:
-    """Unit upper triangular: rⱼₖ / rⱼⱼ, or −vₖⱼ / vₖₖ above the diagonal; not finite where a factorisation fails."""
+def _factor(gram: Float[Array, "n n"], inverse: bool) -> Float[Array, "n n"]:
+    """Rᵀ, or V numbered from the end, lower triangular; not finite where a factorisation fails."""
     lower = jnp.linalg.cholesky(gram)
     if not inverse:
-        return (lower / jnp.diagonal(lower)).T
+        return lower
     # Numbered from the end, as the paper does, V is upper triangular, the transpose of a lower Cholesky factor.
     inverted = jax.scipy.linalg.cho_solve((lower, True), jnp.eye(len(gram), dtype=gram.dtype))
-    lower = jnp.linalg.cholesky(inverted[::-1, ::-1])
-    return -(lower / jnp.diagonal(lower))[::-1, ::-1]
+    return jnp.linalg.cholesky(inverted[::-1, ::-1])
+
+
+def _divides(lower: Float[Array, "n n"]) -> Array:
+    """Whether a factor is finite, divided by its diagonal too."""
+    return jnp.isfinite(jnp.max(jnp.abs(lower)) / jnp.min(jnp.diagonal(lower)))
+
+
+def _unit(lower: Float[Array, "n n"], inverse: bool) -> Float[Array, "n n"]:
+    """Unit upper triangular: rⱼₖ / rⱼⱼ, or −vₖⱼ / vₖₖ above the diagonal."""
+    unit = lower / jnp.diagonal(lower)
+    return -unit[::-1, ::-1] if inverse else unit.T
 
 
 def min_pivot(gram: Float[Array, "n n"], block: int = 32) -> Int[Array, " n"]:
