@@ -249,12 +249,17 @@ def merge(a: Stats, b: Stats) -> Stats:
     return {tap: {key: one.merge(b[tap][key]) for key, one in site.items()} for tap, site in a.items()}
 
 
-@partial(jax.jit, donate_argnames="stats")
 def averaged(stats: Stats) -> Stats:
-    """Complete statistics, with means in the place of Gram matrices."""
+    """Complete statistics, Gram matrices with their mean in the total's place; used up."""
+    is_gram = lambda one: isinstance(one, Gram)  # noqa: E731
     return jax.tree.map(
-        lambda one: one.averaged() if isinstance(one, Gram) else one, stats, is_leaf=lambda one: isinstance(one, Gram)
+        lambda one: Gram(_mean(one.total, one.weight), None) if is_gram(one) else one, stats, is_leaf=is_gram
     )
+
+
+@partial(jax.jit, donate_argnums=0)
+def _mean(total: Float[Array, "in in"], weight: Float[Array, ""]) -> Float[Array, "in in"]:
+    return Gram(total, weight).mean
 
 
 def start_pieces(empty: Stats, devices: Devices) -> Stats:

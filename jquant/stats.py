@@ -29,7 +29,7 @@ class Gram:
 
     Attributes:
       total: float32 `[in, in]`.
-      weight: float32 scalar; None where `total` is the mean (`averaged`).
+      weight: float32 scalar; None where `total` is the mean.
     """
 
     total: Any
@@ -54,10 +54,6 @@ class Gram:
     def scaled(self, factor: Float[Array, " in"]) -> "Gram":
         """What would have been seen, had the features been multiplied by `factor`."""
         return replace(self, total=self.total * factor[:, None] * factor)
-
-    def averaged(self) -> "Gram":
-        """Of a complete one, the mean in the total's place, so that taking it makes no copy."""
-        return Gram(self.mean, None)
 
     @property
     def mean(self) -> Float[Array, "in in"]:

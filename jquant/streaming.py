@@ -251,11 +251,13 @@ def _begin(folder: Path, source: ModelFile, run: dict[str, Any], outside: Decode
         except OSError as failed:
             raise InputError(f"{folder} can't be written ({failed.strerror}).") from None
         write_json(folder / MANIFEST, manifest)
-    (folder / BLOCKS).mkdir(exist_ok=True)
+    for part in (BLOCKS, OUTSIDE):
+        (folder / part).mkdir(exist_ok=True)
     if not (folder / TOKENIZER).exists():
         write_text(folder / TOKENIZER, source.tokenizer.backend.to_str())
-    if not (folder / OUTSIDE).exists():
-        write_item(folder / OUTSIDE, flat_params(outside), {"rotation": to_json(outside.norm.rotation)})
+    for name, leaf in flat_params(outside).items():
+        if not (folder / OUTSIDE / name).exists():
+            write_item(folder / OUTSIDE / name, {name: leaf}, {"rotation": to_json(outside.norm.rotation)})
 
 
 def _told(plan: list[Choices]) -> dict[str, list[str]]:

@@ -228,8 +228,7 @@ def test_damage_is_found_and_named_and_mended_by_the_same_command(folder, tmp_pa
     target = tmp_path / "q"
     quantize_to_folder(open_model(folder), target, GPTQ3, TOKENS, batch=4)
     whole = files(target)
-    codes = next((target / "blocks" / "00001" / "mlp.up.kernel.codes").rglob("0"))
-    codes = codes if codes.is_file() else next(path for path in codes.rglob("*") if path.is_file())
+    codes = max((target / "blocks" / "00001" / "mlp.up.kernel.codes").iterdir(), key=lambda path: path.stat().st_size)
     flipped = bytearray(codes.read_bytes())
     flipped[len(flipped) // 2] ^= 1
     for broken in (bytes(flipped), codes.read_bytes()[:-3]):

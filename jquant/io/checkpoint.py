@@ -2,7 +2,7 @@
 
     manifest.json      what the checkpoint holds and was made from
     tokenizer.json
-    outside/           embedding, last norm, head
+    outside/ …         embedding, last norm and head, an item each: they are the largest arrays of all
     blocks/00000/ …    a block's parameters, packed as they are in memory
 
 An item is a folder of arrays as Orbax writes them (zarr; lazily read, and onto another mesh than they came from) beside
@@ -33,7 +33,7 @@ from jquant.io.tokenizer import Tokenizer
 from jquant.qtensor import QTensor
 from jquant.transforms import Rotation
 
-VERSION = 1
+VERSION = 2
 CHUNK = 1 << 26  # bytes of an array in one file
 MANIFEST, TOKENIZER, ITEM = "manifest.json", "tokenizer.json", "item.json"
 OUTSIDE, BLOCKS = "outside", "blocks"

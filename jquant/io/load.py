@@ -125,14 +125,13 @@ class ModelFile:
         decoder = nnx.eval_shape(lambda: Decoder(self.config, nnx.Rngs(0)))
         decoder.segments = nnx.List([])
         graph, state = nnx.split(decoder)
-        shapes = {path: leaf.shape for path, leaf in flatten_mapping(nnx.to_pure_dict(state)).items()}
-        params = {path: self._put(path, ..., shape) for path, shape in shapes.items()}
+        params = {path: self._put(path, ..., shape) for path, shape in _shapes(state).items()}
         return nnx.merge(graph, unflatten_mapping(params))
 
     def blocks(self, first: int = 0) -> Iterator[Block]:
         """Blocks from layer `first` on; the next one is read while this one is worked on. Errors as of `load`."""
         graph, state = nnx.split(nnx.eval_shape(lambda: Block(self.config, nnx.Rngs(0))))
-        shapes = {path: leaf.shape for path, leaf in flatten_mapping(nnx.to_pure_dict(state)).items()}
+        shapes = _shapes(state)
 
         def read(layer: int) -> Block:
             flat = {path: self._put(("segments", 0, *path), layer, shape) for path, shape in shapes.items()}
@@ -222,9 +221,11 @@ class QuantizedFile:
         """
         decoder = nnx.eval_shape(lambda: Decoder(self.config, nnx.Rngs(0)))
         decoder.segments = nnx.List([])
-        item = self.folder / checkpoint.OUTSIDE
-        decoder.norm.rotation = checkpoint.from_json(checkpoint.read_json(item / checkpoint.ITEM)["rotation"])
-        return _filled(decoder, checkpoint.read_item(item))
+        _, state = nnx.split(decoder)
+        items = {name: self.folder / checkpoint.OUTSIDE / name for name in map(_name, _shapes(state))}
+        rotation = checkpoint.read_json(items["norm.scale"] / checkpoint.ITEM)["rotation"]
+        decoder.norm.rotation = checkpoint.from_json(rotation)
+        return _filled(decoder, {name: checkpoint.read_item(item)[name] for name, item in items.items()})
 
     def blocks(self, first: int = 0) -> Iterator[Block]:
         """Blocks from layer `first` on. Errors as of `outside`."""
@@ -270,7 +271,15 @@ def _filled(module: Any, params: Mapping[str, Any]) -> Any:
 def _expected(config: DecoderConfig) -> tuple[Any, dict[tuple[Any, ...], tuple[int, ...]]]:
     """Structure of a decoder, and the shape of each of its parameters, layers stacked on axis 0."""
     graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))
-    return graph, {path: leaf.shape for path, leaf in flatten_mapping(nnx.to_pure_dict(state)).items()}
+    return graph, _shapes(state)
+
+
+def _shapes(state: Any) -> dict[tuple[Any, ...], tuple[int, ...]]:
+    return {path: leaf.shape for path, leaf in flatten_mapping(nnx.to_pure_dict(state)).items()}
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return ".".join(map(str, path))
 
 
 def _stacked(path: tuple[Any, ...]) -> bool:
