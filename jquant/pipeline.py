@@ -442,7 +442,7 @@ def seen_by(path: str, chosen: Method, site: Site, stats: Stats) -> dict[str, An
 @partial(jax.jit, static_argnames="chosen")
 def round_weight(
     w: Float[Array, "in out"], seen: Mapping[str, Any], clip: Array | None, *, chosen: Method
-) -> tuple[QTensor, SolveInfo]:
+) -> tuple[QTensor | Array, SolveInfo]:
     """One weight rounded by its method: one program for all weights of a shape.
 
     Args:
