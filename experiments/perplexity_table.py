@@ -117,7 +117,8 @@ def check_methods(settings: dict[str, Any]) -> dict[str, Method | Plan | None]:
     Raises:
       InputError: an unknown method, or bits or a group that no format takes: before any work is done.
     """
-    names = settings["methods"] if settings["method"] is None else [settings["method"]]
+    one = settings.get("method")  # a setting of the perplexity table alone
+    names = settings["methods"] if one is None else [one]
     if not isinstance(names, list):
         raise InputError(f"methods is a list, e.g. methods=[fp32,gptq], not {names!r}.")
     if not names:

@@ -27,7 +27,7 @@ from experiments.command_line import one_sentence
 from jquant.errors import InputError
 from jquant.io.checkpoint import read_json, write_json
 
-ATTEMPTS = 3  # by a process that dies without a word, a trial is begun again as often by its engine
+ATTEMPTS = 3  # at a trial: in one process, or in several where it dies and its engine begins the trial again
 
 
 class Sweep(Callback):
