@@ -143,11 +143,7 @@ def quantize_stream(
     outside = source.outside()
     turns = rotations(source.config, **asdict(rotation)) if rotation else {}
     outside = rotate_outside(outside, turns)
-    calibration = spill = None
-    if memory_gb is not None:
-        if isinstance(memory_gb, bool) or not isinstance(memory_gb, int | float) or not memory_gb >= 0:
-            raise InputError(f"memory_gb takes gigabytes from 0, not {memory_gb!r}.")
-        spill = Spill(folder / WINDOWS, memory_gb * 1e9)
+    calibration, spill = None, _spill(folder, memory_gb)
     if needs:
         if spill:
             on_first(partial(_renew, spill.folder))
@@ -224,6 +220,14 @@ def _check_folder(folder: Path, run: dict[str, Any]) -> None:
             raise InputError(f"{folder} holds another run ({told}): give this one another folder.")
     elif folder.exists() and any(path.name not in (f".{MANIFEST}", WINDOWS) for path in folder.iterdir()):
         raise InputError(f"{folder} is not empty, and holds no {MANIFEST} that says what is in it.")
+
+
+def _spill(folder: Path, memory_gb: float | int | None) -> Spill | None:
+    if memory_gb is None:
+        return None
+    if isinstance(memory_gb, bool) or not isinstance(memory_gb, int | float) or not memory_gb >= 0:
+        raise InputError(f"memory_gb takes gigabytes from 0, not {memory_gb!r}.")
+    return Spill(folder / WINDOWS, memory_gb * 1e9)
 
 
 def _renew(folder: Path) -> None:
