@@ -208,8 +208,8 @@ def read_tokenizer(folder: Path, facts: dict[str, Any]) -> Tokenizer:
 
 def _handler() -> ocp.PyTreeCheckpointHandler:
     # Plain zarr: OCDBT's file names are random, and the same run shall write the same bytes. Not compressed: packed
-    # codes hardly shrink, and with embedding and head of Llama-3-8B's shape the first block took 84 s compressed, beside
-    # other work, and 34 s as it is.
+    # codes hardly shrink, and with embedding and head of Llama-3-8B's shape the first block took 84 s compressed,
+    # beside other work, and 34 s as it is.
     return ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=False, use_compression=False)
 
 
