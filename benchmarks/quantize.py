@@ -48,7 +48,7 @@ def main() -> None:
 def measure(decoder, chosen: Method, tokens: np.ndarray) -> dict:
     """Median seconds a block of each part, and those of the first block, compilation with them."""
     plan = check_plan(decoder, chosen)
-    calibration = Calibration(decoder, plan, tokens, batch=8, inputs="quantized", held_out=0)
+    calibration = Calibration(decoder, plan, tokens, batch=None, inputs="quantized", held_out=0)
     light = tuple((path, Method(one.format, transform=SmoothQuant())) for path, one in plan[0])
     unsolved = tuple((path, replace(one, rounding=Nearest())) for path, one in plan[0])
     parts: dict[str, list[float]] = {"forward": [], "Gram": [], "range and transform": [], "solve": []}

@@ -46,7 +46,7 @@ def quantize_decoder(
     method: Method | Plan,
     tokens: Int[np.ndarray, "n context"] | None = None,
     *,
-    batch: int = 8,
+    batch: int | None = None,
     inputs: Literal["quantized", "float"] = "quantized",
     passes: int = 1,
     held_out: int = 0,
@@ -59,7 +59,7 @@ def quantize_decoder(
       decoder: float; left untouched.
       method: a point in the space of methods, or a plan that gives weights different ones (`methods.assign`).
       tokens: calibration windows; not needed by methods that look at weights alone.
-      batch: windows per forward pass.
+      batch: windows per forward pass and device; by default `usual_batch()`.
       inputs: whether a block is fitted to what the quantized blocks before it produce, or to what float ones do.
       passes: how often a block is rounded. From the second time on, its projections are fitted to the inputs that its
         own quantized projections produce.
@@ -94,7 +94,7 @@ def quantize_decoders(
     methods: Mapping[str, Method | Plan],
     tokens: Int[np.ndarray, "n context"] | None = None,
     *,
-    batch: int = 8,
+    batch: int | None = None,
     inputs: Literal["quantized", "float"] = "float",
     passes: int = 1,
     held_out: int = 0,

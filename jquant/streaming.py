@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Int
 
-from jquant.calibration import Calibration, Choices
+from jquant.calibration import Calibration, Choices, usual_batch
 from jquant.errors import InputError
 from jquant.hosts import as_first, gather, on_first
 from jquant.io.checkpoint import (
@@ -55,7 +55,7 @@ def quantize_to_folder(
     method: Method | Plan,
     tokens: Int[np.ndarray, "n context"] | None = None,
     *,
-    batch: int = 8,
+    batch: int | None = None,
     inputs: Literal["quantized", "float"] = "quantized",
     passes: int = 1,
     held_out: int = 0,
@@ -70,7 +70,7 @@ def quantize_to_folder(
       folder: of the checkpoint; what an earlier call with the same arguments finished there is kept.
       method: a point in the space of methods, or a plan.
       tokens: calibration windows.
-      batch: windows per forward pass.
+      batch: windows per forward pass and device; by default `usual_batch()`.
       inputs: see `quantize_decoder`.
       passes: see `quantize_decoder`.
       held_out: see `quantize_decoder`.
@@ -106,7 +106,7 @@ def quantize_stream(
     method: Method | Plan,
     tokens: Int[np.ndarray, "n context"] | None = None,
     *,
-    batch: int = 8,
+    batch: int | None = None,
     inputs: Literal["quantized", "float"] = "quantized",
     passes: int = 1,
     held_out: int = 0,
@@ -130,7 +130,7 @@ def quantize_stream(
         "dtype": source.dtype,
         "methods": _told(plan),
         "calibration": None if tokens is None else _digest(tokens.tobytes(), str(tokens.shape).encode()),
-        "batch": batch,
+        "batch": batch or usual_batch(),
         "inputs": inputs,
         "passes": passes,
         "held_out": held_out,

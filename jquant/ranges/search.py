@@ -93,11 +93,11 @@ def _metric(metric: str, block: Block, gram: Array | None) -> Callable[[Array], 
     """The error of each block, `[groups, columns]`, as a function of its members' Δ `[groups, members, columns]`."""
     rows, columns = block
     if metric == "mse":
-        return lambda delta: jnp.sum(delta**2, -2)
+        return lambda delta: _weighted_sum(jnp.ones((1, delta.shape[1], 1)), delta**2)
     assert gram is not None
     if metric == "diagonal":
         weight = jnp.repeat(grouped(jnp.diagonal(gram)[:, None], (rows, 1)), columns, -2)
-        return lambda delta: jnp.sum(weight * delta**2, -2)
+        return lambda delta: _weighted_sum(weight, delta**2)
     groups = -(-gram.shape[0] // rows)
     pad = groups * rows - gram.shape[0]
     tiles = jnp.pad(gram, ((0, pad), (0, pad))).reshape(groups, rows, groups, rows)
@@ -105,7 +105,13 @@ def _metric(metric: str, block: Block, gram: Array | None) -> Callable[[Array], 
 
     def energy(delta: Array) -> Array:
         delta = delta.reshape(groups, rows, -1)  # a block's columns side by side
-        each = jnp.sum(delta * jnp.einsum("gij,gjo->gio", tiles, delta, precision="highest"), -2)
-        return jnp.sum(each.reshape(groups, columns, -1), -2)
+        products = delta * jnp.einsum("gij,gjo->gio", tiles, delta, precision="highest")
+        return jnp.sum(_weighted_sum(jnp.ones((1, rows, 1)), products).reshape(groups, columns, -1), -2)
 
     return energy
+
+
+def _weighted_sum(weight: Float[Array, "_ members 1"], values: Array) -> Array:
+    """Over the members of each group: as a matrix product, in half the time that XLA's sum takes on a CPU."""
+    weight = jnp.broadcast_to(weight, (*values.shape[:-1], 1))
+    return jnp.matmul(weight.mT, values, precision="highest")[:, 0]
