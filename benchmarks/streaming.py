@@ -51,7 +51,7 @@ def main() -> None:
         size = sum(path.stat().st_size for path in source.iterdir())
         Console().print(f"{size / 1e9:.1f} GB written in {time.perf_counter() - begin:.0f} s")
         parts = {}
-        for name, blocks in (("rtn", given.layers), ("gptq", min(BLOCKS, given.layers))):
+        for name, blocks in (("gptq", min(BLOCKS, given.layers)), ("rtn", given.layers)):
             command = [
                 sys.executable,
                 "-m",

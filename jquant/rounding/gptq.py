@@ -127,23 +127,30 @@ class GPTQ:
         n, mean, places = len(gram), jnp.mean(diagonal), jnp.arange(len(gram))
         inverse = self.form == "inverse"
 
+        def ordered(order: Array, damped: Array) -> Array:
+            def row(at: tuple[Array, Array]) -> Array:
+                place, row = at
+                return jnp.where(places == place, damped[row], gram[row][order])
+
+            # Some rows at a time: rows and columns put in order one after the other would be a copy more.
+            return jax.lax.map(row, (places, order), batch_size=64)
+
         def attempt(state):
             *_, used, attempts = state
             # 1e-6 is the least that float32 can see beside the mean.
             used = jnp.where(attempts == 0, damping, jnp.maximum(10 * used, 1e-6))
             damped = diagonal + used * mean
             order = self._order(gram, diagonal, damped)
-            ordered = gram[order][:, order].at[places, places].set(damped[order])
-            return _factor(ordered, inverse), order, used, attempts + 1
+            return _factor(ordered(order, damped), inverse), order, used, attempts + 1
 
         def failed(state):
-            lower, _, used, attempts = state
+            upper, _, used, attempts = state
             # Past 1000 times the mean the matrix itself is not finite; the identity below then means plain rounding.
-            return (attempts == 0) | (~_divides(lower) & (used < 1e3))
+            return (attempts == 0) | (~_divides(upper) & (used < 1e3))
 
         blank = (jnp.zeros_like(gram), places, jnp.zeros_like(damping), jnp.int32(0))
-        lower, order, used, attempts = jax.lax.while_loop(failed, attempt, blank)
-        return _unit(jnp.where(_divides(lower), lower, jnp.eye(n, dtype=gram.dtype)), inverse), order, used, attempts
+        upper, order, used, attempts = jax.lax.while_loop(failed, attempt, blank)
+        return _unit(jnp.where(_divides(upper), upper, jnp.eye(n, dtype=gram.dtype)), inverse), order, used, attempts
 
     def _order(
         self, gram: Float[Array, "n n"], diagonal: Float[Array, " n"], damped: Float[Array, " n"]
@@ -168,24 +175,26 @@ def _enliven(diagonal: Float[Array, " n"], dead: Array) -> Float[Array, " n"]:
 
 
 def _factor(gram: Float[Array, "n n"], inverse: bool) -> Float[Array, "n n"]:
-    """Rᵀ, or V numbered from the end, lower triangular; not finite where a factorisation fails."""
-    lower = jnp.linalg.cholesky(gram)
+    """R, or Vᵀ numbered from the end, upper triangular; not finite where a factorisation fails.
+
+    LAPACK's matrices lie column by column: of a transposed one, H being symmetric, no copy is made.
+    """
+    upper = jnp.linalg.cholesky(gram.T, symmetrize_input=False).T
     if not inverse:
-        return lower
+        return upper
+    inverted = jax.scipy.linalg.cho_solve((upper.T, True), jnp.eye(len(gram), dtype=gram.dtype))
     # Numbered from the end, as the paper does, V is upper triangular, the transpose of a lower Cholesky factor.
-    inverted = jax.scipy.linalg.cho_solve((lower, True), jnp.eye(len(gram), dtype=gram.dtype))
-    return jnp.linalg.cholesky(inverted[::-1, ::-1])
+    return jnp.linalg.cholesky(inverted[::-1, ::-1])[::-1, ::-1]
 
 
-def _divides(lower: Float[Array, "n n"]) -> Array:
+def _divides(upper: Float[Array, "n n"]) -> Array:
     """Whether a factor is finite, divided by its diagonal too."""
-    return jnp.isfinite(jnp.max(jnp.abs(lower)) / jnp.min(jnp.diagonal(lower)))
+    return jnp.isfinite(jnp.max(jnp.abs(upper)) / jnp.min(jnp.diagonal(upper)))
 
 
-def _unit(lower: Float[Array, "n n"], inverse: bool) -> Float[Array, "n n"]:
+def _unit(upper: Float[Array, "n n"], inverse: bool) -> Float[Array, "n n"]:
     """Unit upper triangular: rⱼₖ / rⱼⱼ, or −vₖⱼ / vₖₖ above the diagonal."""
-    unit = lower / jnp.diagonal(lower)
-    return -unit[::-1, ::-1] if inverse else unit.T
+    return -upper / jnp.diagonal(upper) if inverse else upper / jnp.diagonal(upper)[:, None]
 
 
 def min_pivot(gram: Float[Array, "n n"], block: int = 32) -> Int[Array, " n"]:

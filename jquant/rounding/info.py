@@ -11,6 +11,8 @@ from jaxtyping import Float
 from jquant.formats import Format
 from jquant.qtensor import QTensor, Stored, dequantize
 
+ROWS = 2048  # of H Δ at a time
+
 
 def _unknown() -> Array:
     return jnp.float32(jnp.nan)
@@ -72,8 +74,21 @@ class Rounding(Protocol):
 
 
 def output_energy(delta: Float[Array, "in out"], gram: Float[Array, "in in"] | None) -> Float[Array, ""]:
-    """trace(Δᵀ H Δ); NaN where no Gram matrix was observed."""
-    return _unknown() if gram is None else jnp.sum(delta * jnp.matmul(gram, delta, precision="highest"))
+    """trace(Δᵀ H Δ); NaN where no Gram matrix was observed.
+
+    Of a wide H some rows at a time, since H Δ is another matrix of the weight's size. Columns are summed last: where
+    they are split over devices, nothing is moved until then.
+    """
+    if gram is None:
+        return _unknown()
+    rows = next(rows for rows in range(min(len(gram), ROWS), 0, -1) if len(gram) % rows == 0)
+
+    def add(so_far: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
+        some_gram, some_delta = part
+        return so_far + jnp.sum(some_delta * jnp.matmul(some_gram, delta, precision="highest"), 0), None
+
+    parts = (gram.reshape(-1, rows, len(gram)), delta.reshape(-1, rows, delta.shape[1]))
+    return jnp.sum(jax.lax.scan(add, jnp.zeros(delta.shape[1], jnp.float32), parts)[0])
 
 
 def solve_info(
