@@ -18,6 +18,7 @@ from jquant.qtensor import dequantize, from_codes
 from jquant.ranges import MinMax
 from jquant.rounding import GPTQ, Nearest
 from jquant.rounding.gptq import min_pivot
+from jquant.rounding.info import output_energy
 
 ROWS, OUT = 40, 16
 ORDERS, FORMS = ["activation", "pivot", "rows"], ["babai", "inverse"]
@@ -452,6 +453,23 @@ def test_memory_does_not_grow_with_the_number_of_dampings():
         for count in (2, 12)
     ]
     assert used[1] < 1.05 * used[0]
+
+
+def test_a_tall_matrix_is_solved_beside_two_copies_of_its_gram_matrix():
+    """The bytes of n² are what a wide model's down-projection is quantized in; before there were three."""
+    rows, out = 2048, 32
+    shapes = [jax.ShapeDtypeStruct((rows, out), jnp.float32), jax.ShapeDtypeStruct((rows // 32, out), jnp.float16)]
+    shapes += [jax.ShapeDtypeStruct((rows // 32, out), jnp.uint8), jax.ShapeDtypeStruct((rows, rows), jnp.float32)]
+    solve = lambda w, scale, zero, gram: GPTQ()(w, scale, zero, gram, Int(4, 32))  # noqa: E731
+    used = jax.jit(solve).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+    assert 4 * rows**2 < used < 2.5 * 4 * rows**2
+
+
+@pytest.mark.parametrize("rows", [1, 72, 2053, 3000])
+def test_the_output_energy_of_a_matrix_is_the_oracles_whether_it_is_summed_in_parts_or_not(rows):
+    w, gram = problem(3, rows=rows, out=5)
+    got = output_energy(jnp.asarray(w), jnp.asarray(gram))
+    assert float(got) == pytest.approx(oracle.output_error(w, 0 * w, gram), rel=1e-5)
 
 
 @pytest.mark.parametrize("order", ["activation", "pivot"])
