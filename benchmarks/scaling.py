@@ -2,7 +2,7 @@
 
     python -m benchmarks.scaling
 
-GPTQ-4 of Llama-3's shapes, 128 windows of 2,048 tokens, at most 4 a device and step; bfloat16 blocks and windows. The
+GPTQ-4 of Llama-3's shapes, 256 windows of 2,048 tokens, at most 4 a device and step; bfloat16 blocks and windows. The
 programs of a block (observing a batch, joining the pieces of its statistics, rounding the weights) are compiled for
 virtual devices at full size, and their collectives are read from the compiled text. Seconds are those counts at the
 rates stated below, nothing overlapping: a bound to plan by, no measurement. An all-to-all or all-gather that gives b
@@ -38,7 +38,7 @@ SHAPES = {  # hidden, ffn, layers, heads, key/value heads
     "405B": (16384, 53248, 126, 128, 8),
 }
 MESHES = ((1, 1), (4, 1), (8, 1), (4, 2), (16, 4), (32, 8))
-WINDOWS, CONTEXT, BATCH = 128, 2048, 4
+WINDOWS, CONTEXT, BATCH = 256, 2048, 4
 # Assumed rates of one device: bfloat16 and float32 products a second, and bytes a second through its links.
 BF16, FLOAT32, LINK = 400e12, 40e12, 50e9
 COLLECTIVE = re.compile(
