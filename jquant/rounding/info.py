@@ -88,7 +88,8 @@ def output_energy(delta: Float[Array, "in out"], gram: Float[Array, "in in"] | N
         return so_far + jnp.sum(some_delta * jnp.matmul(some_gram, delta, precision="highest"), 0), None
 
     parts = (gram.reshape(-1, rows, len(gram)), delta.reshape(-1, rows, delta.shape[1]))
-    return jnp.sum(jax.lax.scan(add, jnp.zeros(delta.shape[1], jnp.float32), parts)[0])
+    blank = jnp.zeros(delta.shape[1], jnp.result_type(delta, gram))
+    return jnp.sum(jax.lax.scan(add, blank, parts)[0])
 
 
 def solve_info(
