@@ -175,7 +175,7 @@ def _enliven(diagonal: Float[Array, " n"], dead: Array) -> Float[Array, " n"]:
 
 
 def _factor(gram: Float[Array, "n n"], inverse: bool) -> Float[Array, "n n"]:
-    """R, or Vᵀ numbered from the end, upper triangular; not finite where a factorisation fails.
+    """R, or Vᵀ, upper triangular; not finite where a factorisation fails.
 
     LAPACK's matrices lie column by column: of a transposed one, H being symmetric, no copy is made.
     """
