@@ -52,7 +52,7 @@ def main() -> None:
 def codes(decoder: Decoder, tokens: np.ndarray, inputs: Any, devices: Devices | None) -> list[np.ndarray]:
     """All codes of each of the first blocks."""
     plan = check_plan(decoder, method("gptq"))
-    calibration = Calibration(decoder, plan, tokens, batch=8, inputs=inputs, held_out=0, devices=devices)
+    calibration = Calibration(decoder, plan, tokens, batch=None, inputs=inputs, held_out=0, devices=devices)
     found = []
     for done in islice(quantize_blocks(blocks(decoder), {"": plan}, calibration, devices=devices), BLOCKS):
         weights = [jax.device_get(leaf) for leaf in flat_params(done[""][0]).values() if isinstance(leaf, QTensor)]

@@ -140,9 +140,8 @@ def quantize_stream(
     _check_folder(folder, run)
     rotation = shared(plan, "rotation", None)
     needs = any(chosen.needs for layer in plan for _, chosen in layer)
-    outside = source.outside()
     turns = rotations(source.config, **asdict(rotation)) if rotation else {}
-    outside = rotate_outside(outside, turns)
+    outside = rotate_outside(source.outside(), turns)
     calibration, spill = None, _spill(folder, memory_gb)
     if needs:
         if spill:
