@@ -146,7 +146,7 @@ METHODS: dict[str, Callable[[int, Group, bool], Method]] = {
     "gptq_plain": lambda bits, group, symmetric: Method(
         Int(bits, group, symmetric), MinMax(), GPTQ(order="rows"), token_weights="uniform"
     ),
-    # The paper's clips are 10, of both ends together; 21 for each end cost a twentieth of the time and bring nothing.
+    # Clips in 21 steps take a twentieth longer, for 0.5 % less KL and 0.05 % more perplexity (noblank, float inputs).
     "awq": lambda bits, group, symmetric: Method(
         Int(bits, group, symmetric), Search("gram", steps=11), transform=AWQ()
     ),
