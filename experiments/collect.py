@@ -17,7 +17,7 @@ from typing import Any
 from experiments import tables
 from experiments.command_line import console, one_sentence
 from jquant.errors import InputError
-from jquant.io.checkpoint import read_json
+from jquant.io.files import read_json
 from paper_figures import perplexity_bits
 
 SWEEP, TRIAL = "sweep.json", "trial.json"

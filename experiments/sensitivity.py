@@ -28,6 +28,7 @@ from experiments.command_line import Report, console, one_sentence, progress_bar
 from experiments.perplexity_table import FLOAT, check_methods, describe, prepare_tokens
 from jquant import InputError, Method, QTensor, dequantize
 from jquant.evaluation.perplexity import Reference, Scores, score
+from jquant.io.files import write_text
 from jquant.io.hub import cache_dir
 from jquant.io.load import load_from_config
 from jquant.models.decoder import Decoder, blocks
@@ -75,7 +76,7 @@ def analyse(settings: dict[str, Any]) -> None:
         rows.append(row)
     for table in (projection_table(rows), layer_table(rows)):
         console.print(table)
-    tables.write_text(folder / "sensitivity.md", markdown(rows))
+    write_text(folder / "sensitivity.md", markdown(rows))
     console.print(f"Results: {folder}/sensitivity.jsonl, sensitivity.md. Figure: {figure.draw(rows, folder)[0]}.")
 
 

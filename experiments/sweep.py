@@ -25,7 +25,7 @@ from omegaconf import DictConfig
 from experiments.collect import SWEEP, TRIAL, Overrides, collect, read_sweep, trial_folder
 from experiments.command_line import one_sentence
 from jquant.errors import InputError
-from jquant.io.checkpoint import read_json, write_json
+from jquant.io.files import read_json, write_json
 
 ATTEMPTS = 3  # at a trial: in one process, or in several where it dies and its engine begins the trial again
 

@@ -4,8 +4,6 @@ import csv
 import io
 import json
 import math
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from scipy.special import stdtrit
 
 from experiments.compositions import takes_bits
 from jquant.errors import InputError
+from jquant.io.files import write_text
 
 Row = dict[str, Any]
 
@@ -223,22 +222,3 @@ def _change(fields: dict[str, float | None]) -> str:
         return ""
     # No interval: one window, or the baseline itself.
     return f"{change:+.2f}" + (f" [{low:+.2f}, {high:+.2f}]" if low < high else "")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all, also when interrupted or out of space."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    except OSError as failed:
-        raise InputError(f"{path} can't be written ({failed.strerror}).") from None

@@ -31,13 +31,11 @@ from jquant.io.checkpoint import (
     VERSION,
     block_folder,
     check_item,
-    read_json,
     to_json,
     tokenizer_facts,
     write_item,
-    write_json,
-    write_text,
 )
+from jquant.io.files import read_json, write_json, write_text
 from jquant.io.load import ModelFile, Progress, QuantizedFile
 from jquant.methods import Method, Plan
 from jquant.models.decoder import Block, Decoder
@@ -217,7 +215,7 @@ def _check_folder(folder: Path, run: dict[str, Any]) -> None:
         if differing := sorted(key for key in run if run[key] != earlier.get(key)):
             told = "; ".join(f"{key}: {_short(earlier.get(key))}, now {_short(run[key])}" for key in differing)
             raise InputError(f"{folder} holds another run ({told}): give this one another folder.")
-    elif folder.exists() and any(path.name not in (f".{MANIFEST}", WINDOWS) for path in folder.iterdir()):
+    elif folder.exists() and any(not path.name.startswith((WINDOWS, f".{MANIFEST}")) for path in folder.iterdir()):
         raise InputError(f"{folder} is not empty, and holds no {MANIFEST} that says what is in it.")
 
 

@@ -11,7 +11,6 @@ under another name, synced and renamed, so a process may die at any moment.
 """
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -29,6 +28,7 @@ from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 from jquant.activations import Activation
 from jquant.errors import InputError
 from jquant.formats import Codebook, Float, Int, UInt
+from jquant.io.files import read_json, sync, write_json
 from jquant.io.tokenizer import Tokenizer
 from jquant.qtensor import QTensor
 from jquant.transforms import Rotation
@@ -67,9 +67,9 @@ def write_item(folder: Path, params: Params, facts: Mapping[str, Any]) -> None:
         item = {"weights": {path: _static(leaf) for path, leaf in params.items()}, "files": files, **facts}
         write_json(beside / ITEM, item)
         for path in [*beside.rglob("*"), beside]:
-            _sync(path)
+            sync(path)
         beside.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except (OSError, ValueError) as failed:  # tensorstore reports a full disk as a ValueError
         shutil.rmtree(beside, ignore_errors=True)
         reason = getattr(failed, "strerror", None) or str(failed).splitlines()[0]
@@ -117,45 +117,6 @@ def check_item(folder: Path) -> dict[str, Any]:
         if not file.is_file() or _checked(file) != checked:
             raise InputError(f"{file} is not what was written: {again}")
     return item
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON; errors as of `write_text`."""
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all.
-
-    Raises:
-      InputError: the disk is full or can't be written.
-    """
-    beside = path.with_name(f".{path.name}")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        _sync(beside)
-        beside.rename(path)
-        _sync(path.parent)
-    except OSError as failed:
-        beside.unlink(missing_ok=True)
-        raise InputError(f"{path} can't be written ({failed.strerror}).") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-      InputError: it is not there, or no JSON object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing.") from None
-    except ValueError as broken:
-        raise InputError(f"{path} is damaged ({broken}).") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is damaged: it is no JSON object.")
-    return content
 
 
 def block_folder(folder: Path, layer: int) -> Path:
@@ -244,11 +205,3 @@ def _checked(file: Path) -> list[Any]:
     """Size and SHA-256."""
     with file.open("rb") as handle:
         return [os.fstat(handle.fileno()).st_size, hashlib.file_digest(handle, "sha256").hexdigest()]
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -18,6 +18,7 @@ from jax import Array
 
 from jquant.errors import InputError
 from jquant.io import checkpoint
+from jquant.io.files import read_json
 from jquant.io.gguf import GGUFCheckpoint
 from jquant.io.hub import fetch_repo, fetch_wheel_member, load_config
 from jquant.io.safetensors import SafetensorsCheckpoint
@@ -194,7 +195,7 @@ class QuantizedFile:
     @cached_property
     def manifest(self) -> dict[str, Any]:
         """What the checkpoint holds and was made from."""
-        return checkpoint.read_json(self.folder / checkpoint.MANIFEST)
+        return read_json(self.folder / checkpoint.MANIFEST)
 
     @property
     def name(self) -> str:
@@ -223,7 +224,7 @@ class QuantizedFile:
         decoder.segments = nnx.List([])
         _, state = nnx.split(decoder)
         items = {name: self.folder / checkpoint.OUTSIDE / name for name in map(_name, _shapes(state))}
-        rotation = checkpoint.read_json(items["norm.scale"] / checkpoint.ITEM)["rotation"]
+        rotation = read_json(items["norm.scale"] / checkpoint.ITEM)["rotation"]
         decoder.norm.rotation = checkpoint.from_json(rotation)
         return _filled(decoder, {name: checkpoint.read_item(item)[name] for name, item in items.items()})
 
@@ -234,7 +235,7 @@ class QuantizedFile:
             item = checkpoint.block_folder(self.folder, layer)
             if not item.exists():
                 raise InputError(f"{self.folder} is not finished: {item.name} is its first missing block.")
-            block.mlp.rotation = checkpoint.from_json(checkpoint.read_json(item / checkpoint.ITEM)["rotation"])
+            block.mlp.rotation = checkpoint.from_json(read_json(item / checkpoint.ITEM)["rotation"])
             yield _filled(block, checkpoint.read_item(item))
 
     def load(self, progress: Progress | None = None) -> LanguageModel:
@@ -250,7 +251,7 @@ class QuantizedFile:
     def report(self) -> dict[tuple[int, str], SolveInfo]:
         """What quantization did to each weight of the finished blocks: (layer, path) -> SolveInfo."""
         items = {layer: checkpoint.block_folder(self.folder, layer) for layer in range(self.config.layers)}
-        read = {layer: checkpoint.read_json(item / checkpoint.ITEM) for layer, item in items.items() if item.exists()}
+        read = {layer: read_json(item / checkpoint.ITEM) for layer, item in items.items() if item.exists()}
         infos = {layer: item["report"].items() for layer, item in read.items()}
         number = lambda value: math.nan if value is None else value  # noqa: E731
         return {

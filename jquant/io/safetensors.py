@@ -1,6 +1,5 @@
 """Hugging Face folders: config.json and safetensors files, sharded or not, memory-mapped."""
 
-import json
 from pathlib import Path
 
 import ml_dtypes
@@ -8,6 +7,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jquant.errors import InputError
+from jquant.io.files import read_json
 from jquant.models.config import DecoderConfig, config_from_hf
 
 # ml_dtypes comes with jax and teaches NumPy bfloat16.
@@ -31,10 +31,10 @@ class SafetensorsCheckpoint:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.config: DecoderConfig = config_from_hf(_json(folder / "config.json"), str(folder / "config.json"))
+        self.config: DecoderConfig = config_from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
         index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
         if index.exists():
-            names = _json(index).get("weight_map")
+            names = read_json(index).get("weight_map")
             if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
                 raise InputError(f"{index} lacks a weight_map from tensor names to file names.")
             shards = sorted({self._inside(name) for name in names.values()})
@@ -71,18 +71,6 @@ class SafetensorsCheckpoint:
         # Opened anew: pages of a mapping that stays open count as this process's memory, in the end the whole file.
         with _open(shard) as handle:
             return handle.get_tensor(name)
-
-
-def _json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as broken:
-        raise InputError(f"{path} is not JSON ({broken}).") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is not a JSON object.")
-    return content
 
 
 def _open(path: Path):

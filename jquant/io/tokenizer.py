@@ -6,7 +6,6 @@ GGUF metadata is parsed here and not by `gguf.GGUFReader`, whose one NumPy view 
 file with 49,152 tokens; the parser below takes 0.06 s.
 """
 
-import json
 import mmap
 import os
 import struct
@@ -21,6 +20,7 @@ from gguf import GGUFReader
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from jquant.errors import InputError
+from jquant.io.files import read_json
 
 _WAY_OUT = "model.tokenizer=<folder with tokenizer.json> would do instead"
 
@@ -318,8 +318,11 @@ def tokenizer_from_folder(path: str | os.PathLike[str]) -> Tokenizer:
     backend = _backend(folder)
     backend.no_truncation()  # tokenizer.json may carry the settings of whoever saved it
     backend.no_padding()
-    settings = _read_json(folder / "tokenizer_config.json")
-    sources = (_read_json(folder / "generation_config.json"), settings, _read_json(folder / "config.json"))
+    generation, settings, config = (
+        read_json(folder / name) if (folder / name).exists() else {}
+        for name in ("generation_config.json", "tokenizer_config.json", "config.json")
+    )
+    sources = (generation, settings, config)
     bos, eos = (_special_ids(backend, sources, name) for name in ("bos", "eos"))
     template, jinja = settings.get("chat_template"), folder / "chat_template.jinja"
     if jinja.is_file():
@@ -345,18 +348,6 @@ def _backend(folder: Path) -> tokenizers.Tokenizer:
         return AutoTokenizer.from_pretrained(folder, use_fast=True, local_files_only=True).backend_tokenizer
     except Exception as error:  # both libraries raise bare Exceptions
         raise InputError(f"{folder} holds a tokenizer that cannot be read ({error}); {_WAY_OUT}") from error
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file} is not valid JSON ({error}); download it again") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file} is not a JSON object; download it again")
-    return content
 
 
 def _special_ids(backend: tokenizers.Tokenizer, sources: Iterable[dict[str, Any]], name: str) -> tuple[int, ...]:

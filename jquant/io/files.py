@@ -1,0 +1,91 @@
+"""Files as they are found on a disk: only plain ones are opened, and what is written is there whole or not at all."""
+
+import json
+import os
+import stat
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from jquant.errors import InputError
+
+JSON_LIMIT = 1 << 28  # bytes; the largest in use, tokenizers and indices of shards, have some 30 million
+
+
+def check_plain(path: Path) -> int:
+    """Size of a plain file in bytes.
+
+    Raises:
+      InputError: there is no such file, or it is a folder, a pipe or a device, which would be read for ever.
+    """
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing.") from None
+    except (OSError, ValueError) as wrong:  # ValueError: a name with a NUL or half a surrogate pair
+        raise InputError(f"{str(path)!r} can't be opened ({getattr(wrong, 'strerror', None) or wrong}).") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise InputError(f"{path} is not a plain file.")
+    return found.st_size
+
+
+def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
+    """A JSON object.
+
+    Args:
+      path: of a UTF-8 file.
+      limit: bytes that it may have.
+
+    Raises:
+      InputError: it is not there, no plain file, larger than `limit`, nested too deeply, or no JSON object.
+    """
+    size = check_plain(path)
+    if size > limit:
+        raise InputError(f"{path} has {size:,} bytes, where JSON of {limit:,} at most is read.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise InputError(f"{path} is not JSON that can be read (it is nested too deeply).") from None
+    except (OSError, ValueError) as broken:
+        raise InputError(f"{path} is not JSON ({broken}).") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is not a JSON object.")
+    return content
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON; errors as of `write_text`."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file, and its folder if need be, whole or not at all, also when interrupted or out of space.
+
+    Raises:
+      InputError: the disk is full or can't be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(beside, 0o644)
+            os.replace(beside, path)
+        except BaseException:
+            os.unlink(beside)
+            raise
+        sync(path.parent)
+    except OSError as failed:
+        raise InputError(f"{path} can't be written ({failed.strerror}).") from None
+
+
+def sync(path: Path) -> None:
+    """Has the disk hold what was written to a file or folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
