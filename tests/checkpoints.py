@@ -2,6 +2,7 @@
 
 import functools
 import json
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
@@ -148,8 +149,12 @@ def write_gguf(
     tensors: dict[str, np.ndarray | tuple[np.ndarray, gguf.GGMLQuantizationType]] | None = None,
     architecture: str = "llama",
     without: tuple[str, ...] = (),
+    also: Callable[[gguf.GGUFWriter], None] | None = None,
 ) -> Path:
-    """Writes a GGUF file with tokenizer; raw bytes come as (uint8 array, type), fields in `without` are left out."""
+    """Writes a GGUF file with tokenizer; raw bytes come as (uint8 array, type), fields in `without` are left out.
+
+    `also` adds fields of its own.
+    """
     config, writer = model.config, gguf.GGUFWriter(path, architecture)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -171,6 +176,8 @@ def write_gguf(
     writer.add_eos_token_id(1)
     for field in without:
         del writer.kv_data[0][field]
+    if also:
+        also(writer)
     for name, array in (gguf_tensors(model) if tensors is None else tensors).items():
         if isinstance(array, tuple):
             writer.add_tensor(name, np.ascontiguousarray(array[0]), raw_dtype=array[1])

@@ -9,7 +9,7 @@ import pytest
 
 from jquant.errors import InputError
 from jquant.formats import GGUF
-from jquant.io.gguf_blocks import LAYOUTS, block_size, from_blocks, to_blocks
+from jquant.io.gguf.blocks import LAYOUTS, block_size, from_blocks, to_blocks
 from jquant.qtensor import bits_per_weight, dequantize
 
 KINDS = list(GGUF)

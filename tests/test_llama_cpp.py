@@ -11,7 +11,7 @@ import pytest
 
 from jquant.errors import InputError
 from jquant.formats import GGUF, Int
-from jquant.io.gguf_blocks import block_size, to_blocks
+from jquant.io.gguf.blocks import block_size, to_blocks
 from jquant.qtensor import dequantize, quantize
 from jquant.ranges import LlamaCpp, MinMax
 from jquant.rounding import GPTQ, Nearest

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -28,6 +28,7 @@ from jquant.models.decoder import Block, Decoder, with_blocks
 from jquant.models.families import LLAMA
 from jquant.rounding import SolveInfo
 
+DTYPES = ("float32", "bfloat16", "float16")
 SAMPLE = 1 << 20  # bytes of a file read at a time for its fingerprint
 
 
@@ -64,6 +65,7 @@ class Checkpoint(Protocol):
     description: str
     format: str
     files: list[Path]
+    shapes: dict[str, tuple[int, ...]]
 
     def read(self, name: str) -> np.ndarray:
         """One tensor by its name in the file."""
@@ -87,13 +89,59 @@ class ModelFile:
       checkpoint: the opened file or folder.
       tokenizer: text to ids and back.
       name: what the user called it.
-      dtype: of weights and activations.
+      dtype: of weights and activations, one of DTYPES.
+
+    Raises:
+      InputError: another dtype; a tensor is missing, has another shape than the configuration asks for, or would not be
+        used; BOS or EOS is no token of the model.
     """
 
     checkpoint: Checkpoint
     tokenizer: Tokenizer
     name: str
     dtype: str
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise InputError(f"Weights are computed in {', '.join(DTYPES)}, not in dtype={self.dtype!r}.")
+        self._check_tensors()
+        for role, ids in (("bos", [self.tokenizer.bos_id]), ("eos", self.tokenizer.eos_ids)):
+            for index in ids:
+                if index is not None and not 0 <= index < self.config.vocab_size:
+                    raise InputError(
+                        f"{self.name}: {role}_token_id {index} is none of the model's {self.config.vocab_size} tokens."
+                    )
+
+    def _check_tensors(self) -> None:
+        """Every tensor of the file is used, and every tensor that the decoder needs is there with its shape."""
+        there, where = self.checkpoint.shapes, self.checkpoint.files[0]
+        wanted: dict[str, tuple[int, ...]] = {}
+        for path, shape in _expected(self.config).items():
+            for layer in range(self.config.layers) if _stacked(path) else [...]:
+                name, transposed = _name_in(self.checkpoint, path, layer)
+                own = shape[1:] if _stacked(path) else shape
+                wanted[name] = own[::-1] if transposed else own
+                if name not in there:
+                    raise InputError(f"{where.parent if where.suffix == '.json' else where} lacks the tensor {name}.")
+                if there[name] != wanted[name]:
+                    raise InputError(f"{name} has shape {there[name]}; the model's header asks for {wanted[name]}.")
+        if unused := [name for name in there if name not in wanted and not self._idle(name)]:
+            more = f" and {len(unused) - 1} more tensors" if unused[1:] else ""
+            raise InputError(
+                f"{where}: {unused[0]}{more} would not be used: a Llama decoder of {self.config.layers} layers, "
+                f"{'tied' if self.config.tied else 'not tied'}, has no such weights here."
+            )
+
+    def _idle(self, name: str) -> bool:
+        """Whether a tensor that is not read changes nothing: biases of 0, a tied head's copy, rotary frequencies."""
+        if name.endswith("rotary_emb.inv_freq"):  # which old files keep, and the configuration gives too
+            return True
+        if name.endswith(".bias"):
+            return not np.any(self.checkpoint.read(name))
+        names = getattr(LLAMA, self.checkpoint.format)
+        if name != names["head.kernel"] or not self.config.tied:
+            return False
+        return np.array_equal(self.checkpoint.read(name), self.checkpoint.read(names["embedding"]))
 
     @property
     def config(self) -> DecoderConfig:
@@ -104,15 +152,16 @@ class ModelFile:
         """The whole model; `progress` is called with ("load", tensors done, tensors in all).
 
         Raises:
-          InputError: a tensor is missing, has the wrong shape, or NaN or infinite values.
+          InputError: a tensor holds NaN or infinite values, or values beyond the dtype's range.
         """
-        graph, expected = _expected(self.config)
+        graph, _ = nnx.split(nnx.eval_shape(lambda: Decoder(self.config, nnx.Rngs(0))))
+        expected = _expected(self.config)
         done, total = 0, sum(self.config.layers if _stacked(path) else 1 for path in expected)
         params: dict[Any, Any] = {}
         for path, shape in expected.items():
             values = np.empty(shape, jnp.dtype(self.dtype))
             for layer in range(self.config.layers) if _stacked(path) else [...]:
-                values[layer] = self._read(path, layer, values[layer].shape)
+                values[layer] = self._read(path, layer)
                 done += 1
                 if progress:
                     progress("load", done, total)
@@ -126,16 +175,16 @@ class ModelFile:
         decoder = nnx.eval_shape(lambda: Decoder(self.config, nnx.Rngs(0)))
         decoder.segments = nnx.List([])
         graph, state = nnx.split(decoder)
-        params = {path: self._put(path, ..., shape) for path, shape in _shapes(state).items()}
+        params = {path: self._put(path, ...) for path in _shapes(state)}
         return nnx.merge(graph, unflatten_mapping(params))
 
     def blocks(self, first: int = 0) -> Iterator[Block]:
         """Blocks from layer `first` on; the next one is read while this one is worked on. Errors as of `load`."""
         graph, state = nnx.split(nnx.eval_shape(lambda: Block(self.config, nnx.Rngs(0))))
-        shapes = _shapes(state)
+        paths = list(_shapes(state))
 
         def read(layer: int) -> Block:
-            flat = {path: self._put(("segments", 0, *path), layer, shape) for path, shape in shapes.items()}
+            flat = {path: self._put(("segments", 0, *path), layer) for path in paths}
             return nnx.merge(graph, unflatten_mapping(flat))
 
         with ThreadPoolExecutor(1) as pool:
@@ -158,19 +207,20 @@ class ModelFile:
                     digest.update(handle.read(SAMPLE))
         return digest.hexdigest()[:16]
 
-    def _put(self, path: tuple[Any, ...], layer: Any, shape: tuple[int, ...]) -> Array:
-        return jax.device_put(np.asarray(self._read(path, layer, shape), jnp.dtype(self.dtype), order="C"))
+    def _put(self, path: tuple[Any, ...], layer: Any) -> Array:
+        return jax.device_put(self._read(path, layer))
 
-    def _read(self, path: tuple[Any, ...], layer: Any, shape: tuple[int, ...]) -> np.ndarray:
-        place = ".".join(map(str, path)).replace("segments.0", "layers")
-        name = getattr(LLAMA, self.checkpoint.format)[place].format(layer)
-        values = self.checkpoint.read(name)
-        if place.endswith("kernel"):
-            values = values.T
-        if values.shape != shape:
-            raise InputError(f"{name} has shape {values.shape}; the model's header asks for {shape}.")
+    def _read(self, path: tuple[Any, ...], layer: Any) -> np.ndarray:
+        """One parameter in the model's dtype; its shape was checked when the file was opened."""
+        name, transposed = _name_in(self.checkpoint, path, layer)
+        stored = self.checkpoint.read(name)
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = np.asarray(stored.T if transposed else stored, jnp.dtype(self.dtype), order="C")
+        # After the cast: 70,000 is no float16.
         if not np.isfinite(values).all():
-            raise InputError(f"{name} holds NaN or infinite values.")
+            if not np.isfinite(stored).all():
+                raise InputError(f"{name} holds NaN or infinite values.")
+            raise InputError(f"{name} holds values up to {np.abs(stored).max():g}, more than {self.dtype} can.")
         return values
 
 
@@ -269,10 +319,16 @@ def _filled(module: Any, params: Mapping[str, Any]) -> Any:
     )
 
 
-def _expected(config: DecoderConfig) -> tuple[Any, dict[tuple[Any, ...], tuple[int, ...]]]:
-    """Structure of a decoder, and the shape of each of its parameters, layers stacked on axis 0."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))
-    return graph, _shapes(state)
+@lru_cache(8)
+def _expected(config: DecoderConfig) -> Mapping[tuple[Any, ...], tuple[int, ...]]:
+    """The shape of each of a decoder's parameters, layers stacked on axis 0."""
+    return _shapes(nnx.state(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0)))))
+
+
+def _name_in(checkpoint: Checkpoint, path: tuple[Any, ...], layer: Any) -> tuple[str, bool]:
+    """A parameter's name in a file, and whether it lies there transposed."""
+    place = ".".join(map(str, path)).replace("segments.0", "layers")
+    return getattr(LLAMA, checkpoint.format)[place].format(layer), place.endswith("kernel")
 
 
 def _shapes(state: Any) -> dict[tuple[Any, ...], tuple[int, ...]]:

@@ -7,7 +7,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jquant.errors import InputError
-from jquant.io.files import read_json
+from jquant.io.files import check_plain, read_json
 from jquant.models.config import DecoderConfig, config_from_hf
 
 # ml_dtypes comes with jax and teaches NumPy bfloat16.
@@ -22,9 +22,11 @@ class SafetensorsCheckpoint:
       format: "hf", which names the tensors' naming scheme.
       description: how the weights are stored, e.g. "safetensors BF16".
       files: what it consists of.
+      shapes: of its tensors, by name, kernels `[out, in]`.
 
     Raises:
-      InputError: a file is missing, truncated or not what its name says; another architecture.
+      InputError: a file is missing, truncated or not what its name says; a tensor that two shards have, or that is not
+        where the index says; another architecture.
     """
 
     format = "hf"
@@ -33,29 +35,48 @@ class SafetensorsCheckpoint:
         self.folder = folder
         self.config: DecoderConfig = config_from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
         index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+        placed: dict[str, Path] = {}
         if index.exists():
-            names = read_json(index).get("weight_map")
-            if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-                raise InputError(f"{index} lacks a weight_map from tensor names to file names.")
-            shards = sorted({self._inside(name) for name in names.values()})
+            placed = self._read_index(index)
+            shards = sorted(set(placed.values()))
         elif single.exists():
             shards = [single]
         else:
             raise InputError(f"{folder} has neither model.safetensors nor model.safetensors.index.json.")
         self.files = [folder / "config.json", *shards]
         self._tensors: dict[str, tuple[Path, str]] = {}  # name -> shard, dtype
+        self.shapes: dict[str, tuple[int, ...]] = {}
         for shard in shards:
-            with _open(shard) as handle:
-                self._tensors |= {name: (shard, handle.get_slice(name).get_dtype()) for name in handle.keys()}  # noqa: SIM118
+            self._list(shard)
         if not self._tensors:
             raise InputError(f"{folder} holds no tensors.")
+        for name in placed:
+            if name not in self._tensors:
+                raise InputError(f"{index} names the tensor {name}, which {placed[name].name} lacks.")
+        for name, (shard, _) in self._tensors.items():
+            if placed and placed.get(name) != shard:
+                raise InputError(f"{shard} holds the tensor {name}, which {index.name} does not place there.")
         kinds = [kind for _, kind in self._tensors.values()]
         self.description = f"safetensors {max(set(kinds), key=kinds.count)}"
 
-    def _inside(self, name: str) -> Path:
-        if Path(name).name != name:
-            raise InputError(f"{self.folder}: the index names a shard outside the folder, {name!r}.")
-        return self.folder / name
+    def _read_index(self, index: Path) -> dict[str, Path]:
+        """The shard of every tensor."""
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+            raise InputError(f"{index} lacks a weight_map from tensor names to file names.")
+        for name in set(names.values()):
+            if Path(name).name != name or not name.isprintable():
+                raise InputError(f"{self.folder}: the index names a shard outside the folder, {name!r}.")
+        return {tensor: self.folder / name for tensor, name in names.items()}
+
+    def _list(self, shard: Path) -> None:
+        """Takes up a shard's tensors."""
+        with _open(shard) as handle:
+            for name in handle.keys():  # noqa: SIM118
+                if name in self._tensors:
+                    raise InputError(f"{shard} and {self._tensors[name][0].name} both hold the tensor {name}.")
+                piece = handle.get_slice(name)
+                self._tensors[name], self.shapes[name] = (shard, piece.get_dtype()), tuple(piece.get_shape())
 
     def read(self, name: str) -> np.ndarray:
         """One tensor in its stored dtype, kernels `[out, in]`.
@@ -74,9 +95,8 @@ class SafetensorsCheckpoint:
 
 
 def _open(path: Path):
+    check_plain(path)
     try:
         return safe_open(path, framework="numpy")
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing.") from None
     except (SafetensorError, OSError) as broken:
         raise InputError(f"{path} is not a whole safetensors file ({broken}).") from None

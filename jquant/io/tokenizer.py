@@ -2,25 +2,25 @@
 
 The work is done by the `tokenizers` library; this file builds its object from what the file says. transformers can do
 that for GGUF too, but only by importing torch, which jquant never does; the tests compare the two on whole texts.
-GGUF metadata is parsed here and not by `gguf.GGUFReader`, whose one NumPy view per string takes two seconds to open a
-file with 49,152 tokens; the parser below takes 0.06 s.
+
+Files come from strangers: nothing of them runs, and what the libraries make of a damaged one, panics of their compiled
+code included, ends in an InputError.
 """
 
-import mmap
 import os
-import struct
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 import tokenizers
-from gguf import GGUFReader
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from jquant.errors import InputError
-from jquant.io.files import read_json
+from jquant.io.files import JSON_LIMIT, check_plain, read_json
+from jquant.io.gguf.header import read_metadata
 
 _WAY_OUT = "model.tokenizer=<folder with tokenizer.json> would do instead"
 
@@ -59,17 +59,19 @@ class Tokenizer:
             int32 ids, shape [tokens].
 
         Raises:
-            InputError: `text` holds an unpaired surrogate.
+            InputError: `text` holds an unpaired surrogate; the tokenizer's own expressions fail on it.
         """
         try:
-            encoding = self.backend.encode(text, add_special_tokens=False)
-        except TypeError as error:  # how tokenizers reports a str that has no UTF-8 form
+            text.encode()
+        except UnicodeEncodeError as error:
             raise InputError("the text holds an unpaired surrogate; read its file with encoding='utf-8'") from error
-        return np.array(encoding.ids, dtype=np.int32)
+        with _sentences("The tokenizer fails on this text"):
+            return np.array(self.backend.encode(text, add_special_tokens=False).ids, dtype=np.int32)
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """Return the text of `ids`, special tokens by name; bytes that are no UTF-8 become U+FFFD."""
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
+        with _sentences("The tokenizer can't spell these ids"):
+            return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def stream(self, ids: Iterable[SupportsIndex]) -> Iterator[str]:
         """Yield the text of `ids` while they arrive, never a part of a character; the pieces join to `decode(ids)`."""
@@ -126,18 +128,15 @@ _PRE_TOKENIZERS = {
 }
 
 _CONTROL, _USER_DEFINED = 3, 4  # gguf.TokenType
-_STRING, _ARRAY = 8, 9  # gguf.GGUFValueType; the others, by their struct letter:
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+# Characters of a SentencePiece token, which is cut at every place to find its merge; training stops at 16 by default.
+_LONGEST = 512
 
 
-def tokenizer_from_gguf(path_or_reader: str | os.PathLike[str] | GGUFReader) -> Tokenizer:
+def tokenizer_from_gguf(path: str | os.PathLike[str]) -> Tokenizer:
     """Build the tokenizer that a GGUF file describes in its `tokenizer.ggml.*` fields.
 
     Reads byte-level BPE (`model` "gpt2") with the pre-tokenizers of the table above, and SentencePiece BPE ("llama").
     Only the metadata is read, so a file cut off inside its tensors passes here.
-
-    Args:
-        path_or_reader: the file, or a reader open on it.
 
     Raises:
         InputError: the file is unreadable or truncated, lacks a field, or has another kind of tokenizer.
@@ -145,8 +144,7 @@ def tokenizer_from_gguf(path_or_reader: str | os.PathLike[str] | GGUFReader) -> 
     Source: the GGUF specification (ggml/docs/gguf.md); compared with transformers 5.23's
     `integrations/gguf/gguf_tokenizer_mapping.py`.
     """
-    path = path_or_reader.data.filename if isinstance(path_or_reader, GGUFReader) else path_or_reader
-    fields = _Fields(path, _read_metadata(path))
+    fields = _Fields(path, read_metadata(path))
     tokens, kind = fields.get("tokens", list), fields.get("model", str)
     vocab = {token: index for index, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
@@ -154,21 +152,35 @@ def tokenizer_from_gguf(path_or_reader: str | os.PathLike[str] | GGUFReader) -> 
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
     if kind not in builders:
         raise InputError(f"{path} has a tokenizer of kind {kind!r}, which jquant does not build from GGUF; {_WAY_OUT}")
-    try:
+    with _sentences(f"{path} holds an unusable tokenizer", _WAY_OUT):  # a merge of unknown tokens, for one
         backend, add_bos = builders[kind](fields, vocab)
         _add_special_tokens(backend, fields, tokens)
-    except InputError:
-        raise
-    except Exception as error:  # tokenizers raises bare Exceptions, on a merge of unknown tokens for one
-        raise InputError(f"{path} holds an unusable tokenizer ({error}); {_WAY_OUT}") from error
     eos = (fields.token_id(name, len(tokens)) for name in ("eos", "eot", "eom"))
+    template = fields.metadata.get("tokenizer.chat_template")
     return Tokenizer(
         backend,
         bos_id=fields.token_id("bos", len(tokens)),
         eos_ids=tuple(dict.fromkeys(i for i in eos if i is not None)),
         add_bos=fields.get("add_bos_token", bool, add_bos),
-        chat_template=fields.metadata.get("tokenizer.chat_template"),
+        chat_template=template if isinstance(template, str) else None,
     )
+
+
+@contextmanager
+def _sentences(what: str, way_out: str = "") -> Iterator[None]:
+    """Turns what the tokenizers library raises into an InputError.
+
+    That is bare Exceptions and, from its compiled code, panics, which no `except Exception` catches.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{what} ({reason})" + (f"; {way_out}" if way_out else ".")) from error
 
 
 class _Fields(NamedTuple):
@@ -179,6 +191,7 @@ class _Fields(NamedTuple):
 
     def get(self, name: str, kind: type, default: Any = None) -> Any:
         value = self.metadata.get(f"tokenizer.ggml.{name}", default)
+        value = value.tolist() if isinstance(value, np.ndarray) else value
         if not isinstance(value, kind):
             fault = "no" if value is None else "an ill-typed"
             raise InputError(f"{self.path} has {fault} field tokenizer.ggml.{name}; {_WAY_OUT}")
@@ -186,7 +199,7 @@ class _Fields(NamedTuple):
 
     def token_id(self, name: str, vocab_size: int) -> int | None:
         index = self.metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if index is not None and not (isinstance(index, int) and 0 <= index < vocab_size):
+        if index is not None and not (type(index) is int and 0 <= index < vocab_size):
             raise InputError(f"{self.path} gives tokenizer.ggml.{name}_token_id {index} of {vocab_size}; {_WAY_OUT}")
         return index
 
@@ -214,9 +227,11 @@ def _byte_level(fields: _Fields, vocab: dict[str, int]) -> tuple[tokenizers.Toke
 
 def _sentencepiece(fields: _Fields, vocab: dict[str, int]) -> tuple[tokenizers.Tokenizer, bool]:
     """SentencePiece BPE with byte fallback, its merges recovered from the scores (transformers' `generate_merges`)."""
-    architecture = fields.metadata.get("general.architecture", "")
+    architecture = str(fields.metadata.get("general.architecture", ""))
     if architecture.startswith(("gemma", "phi3")):  # Gemma's scores do not order its merges; Phi-3 spaces differently
         raise InputError(f"{fields.path} has the SentencePiece dialect of {architecture}; {_WAY_OUT}")
+    if longest := next((token for token in vocab if len(token) > _LONGEST), None):
+        raise InputError(f"{fields.path} has a token of {len(longest):,} characters; {_WAY_OUT}")
     merges = [
         (score, token[:cut], token[cut:])
         for token, score in zip(vocab, fields.get("scores", list), strict=True)
@@ -243,62 +258,6 @@ def _add_special_tokens(backend: tokenizers.Tokenizer, fields: _Fields, tokens: 
     backend.add_tokens([AddedToken(tokens[i], normalized=False, special=False) for i in sorted(plain)])
 
 
-def _read_metadata(path: Any) -> dict[str, Any]:
-    """All key-value pairs of a little-endian GGUF file of version 2 or 3."""
-    try:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            if data[:4] != b"GGUF":
-                raise ValueError("it does not begin with GGUF")
-            version, _, count = struct.unpack_from("<IQQ", data, 4)
-            if version not in (2, 3):
-                raise ValueError(f"version {version} is neither 2 nor 3")
-            metadata, position = {}, 24
-            for _ in range(count):
-                key, position = _read_string(data, position)
-                (kind,) = struct.unpack_from("<I", data, position)
-                metadata[key], position = _read_value(data, position + 4, kind)
-            return metadata
-    except (OSError, ValueError, struct.error) as error:
-        raise InputError(f"{path} cannot be read as GGUF ({error}); download or convert it again") from error
-
-
-def _read_value(data: mmap.mmap, position: int, kind: int) -> tuple[Any, int]:
-    """One value and the position after it."""
-    if kind == _STRING:
-        return _read_string(data, position)
-    count = 1
-    if kind == _ARRAY:
-        kind, count = struct.unpack_from("<IQ", data, position)
-        position += 12
-        if kind == _STRING:
-            strings = []
-            for _ in range(count):
-                string, position = _read_string(data, position)
-                strings.append(string)
-            return strings, position
-        layout = f"<{count}{_scalar(kind)}"
-        return list(struct.unpack_from(layout, data, position)), position + struct.calcsize(layout)
-    layout = "<" + _scalar(kind)
-    return struct.unpack_from(layout, data, position)[0], position + struct.calcsize(layout)
-
-
-def _scalar(kind: int) -> str:
-    if kind not in _SCALARS:
-        raise ValueError(f"a value has the unknown type {kind}")
-    return _SCALARS[kind]
-
-
-_LENGTH = struct.Struct("<Q")
-
-
-def _read_string(data: mmap.mmap, position: int) -> tuple[str, int]:
-    start = position + _LENGTH.size
-    end = start + _LENGTH.unpack_from(data, position)[0]
-    if end > len(data):  # a slice would silently come back short
-        raise ValueError("it ends inside a string")
-    return data[start:end].decode(), end
-
-
 # ---- Hugging Face folder --------------------------------------------------------------------------------------------
 
 # Without one of these transformers 5 builds an empty tokenizer from config.json alone, and says nothing.
@@ -308,55 +267,68 @@ _VOCABULARIES = ("*.model", "vocab.*", "tekken.json", "*.tiktoken")
 def tokenizer_from_folder(path: str | os.PathLike[str]) -> Tokenizer:
     """Load the tokenizer of a Hugging Face model folder.
 
-    `tokenizer.json` is read directly; without it transformers converts what there is (which may import torch).
-    BOS and EOS come from the first of generation_config.json, tokenizer_config.json and config.json that names them.
+    `tokenizer.json` is read directly; without it transformers converts what there is (which may import torch), and is
+    told to run nothing of the folder's own. BOS and EOS come from the first of generation_config.json,
+    tokenizer_config.json and config.json that names them.
 
     Raises:
         InputError: there is no such folder, no tokenizer in it, or a file of it is broken.
     """
     folder = Path(path)
-    backend = _backend(folder)
-    backend.no_truncation()  # tokenizer.json may carry the settings of whoever saved it
-    backend.no_padding()
     generation, settings, config = (
         read_json(folder / name) if (folder / name).exists() else {}
         for name in ("generation_config.json", "tokenizer_config.json", "config.json")
     )
-    sources = (generation, settings, config)
-    bos, eos = (_special_ids(backend, sources, name) for name in ("bos", "eos"))
+    backend = _backend(folder)
+    backend.no_truncation()  # tokenizer.json may carry the settings of whoever saved it
+    backend.no_padding()
+    bos, eos = (_special_ids(backend, (generation, settings, config), name, folder) for name in ("bos", "eos"))
     template, jinja = settings.get("chat_template"), folder / "chat_template.jinja"
-    if jinja.is_file():
-        template = jinja.read_text(encoding="utf-8")
+    if jinja.exists():
+        check_plain(jinja)
+        template = jinja.read_text(encoding="utf-8", errors="replace")
+    with _sentences(f"{folder} holds an unusable tokenizer", _WAY_OUT):
+        add_bos = bool(bos) and backend.encode("").ids[:1] == [bos[0]]  # what the file's post-processor does
     return Tokenizer(
         backend,
         bos_id=bos[0] if bos else None,
         eos_ids=eos,
-        add_bos=bool(bos) and backend.encode("").ids[:1] == [bos[0]],  # what the file's post-processor does
+        add_bos=add_bos,
         chat_template=template if isinstance(template, str) else None,
     )
 
 
 def _backend(folder: Path) -> tokenizers.Tokenizer:
     file = folder / "tokenizer.json"
-    if not file.is_file() and not any(any(folder.glob(pattern)) for pattern in _VOCABULARIES):
+    vocabularies = [found for pattern in _VOCABULARIES for found in folder.glob(pattern)]
+    if not file.exists() and not vocabularies:
         raise InputError(f"{folder} holds no tokenizer; give model.tokenizer a folder with tokenizer.json")
-    try:
-        if file.is_file():
+    if file.exists() and check_plain(file) > JSON_LIMIT:
+        raise InputError(f"{file} has more than {JSON_LIMIT:,} bytes.")
+    with _sentences(f"{folder} holds a tokenizer that cannot be read", _WAY_OUT):
+        if file.exists():
             return tokenizers.Tokenizer.from_file(str(file))
+        for found in [*vocabularies, *folder.glob("*.json"), *folder.glob("merges.txt")]:
+            check_plain(found)
         from transformers import AutoTokenizer  # slow to import, and rarely needed
 
-        return AutoTokenizer.from_pretrained(folder, use_fast=True, local_files_only=True).backend_tokenizer
-    except Exception as error:  # both libraries raise bare Exceptions
-        raise InputError(f"{folder} holds a tokenizer that cannot be read ({error}); {_WAY_OUT}") from error
+        # Without trust_remote_code=False it would ask, on standard input, whether to run the folder's Python.
+        return AutoTokenizer.from_pretrained(
+            folder, use_fast=True, local_files_only=True, trust_remote_code=False
+        ).backend_tokenizer
 
 
-def _special_ids(backend: tokenizers.Tokenizer, sources: Iterable[dict[str, Any]], name: str) -> tuple[int, ...]:
+def _special_ids(
+    backend: tokenizers.Tokenizer, sources: Iterable[dict[str, Any]], name: str, folder: Path
+) -> tuple[int, ...]:
     """The ids that the first source to know `bos` or `eos` gives, as an id, a token, or a list of them."""
     for source in sources:
         value = source.get(f"{name}_token_id", source.get(f"{name}_token"))
         entries = value if isinstance(value, list) else [value]
         tokens = [entry.get("content") if isinstance(entry, dict) else entry for entry in entries]
+        if any(token is not None and type(token) not in (int, str) for token in tokens):
+            raise InputError(f"{folder}: {name}_token_id takes an id, a token or a list of them, not {value!r}.")
         ids = [backend.token_to_id(token) if isinstance(token, str) else token for token in tokens]
-        if ids := [i for i in ids if isinstance(i, int)]:
+        if ids := [i for i in ids if i is not None]:
             return tuple(ids)
     return ()

@@ -198,13 +198,14 @@ def with_blocks(decoder: Decoder, layers: Sequence[Block]) -> Decoder:
 
 
 def rotary_table(config: DecoderConfig, positions: Int[Array, " t"]) -> Float[Array, "t half 2"]:
-    """Cosine and sine of each position and frequency pair (RoPE, arXiv 2104.09864), float32."""
+    """Cosine and sine of each position and frequency pair (RoPE, arXiv 2104.09864), float32, times the magnitude."""
     half = config.head_dim // 2
     frequency = config.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     if config.rope_divisors is not None:
         frequency = frequency / jnp.asarray(config.rope_divisors, jnp.float32)
     angle = positions[:, None].astype(jnp.float32) * frequency
-    return jnp.stack([jnp.cos(angle), jnp.sin(angle)], -1)
+    turned = jnp.stack([jnp.cos(angle), jnp.sin(angle)], -1)
+    return turned if config.rope_magnitude == 1 else turned * config.rope_magnitude
 
 
 def rotate(x: Float[Array, "b h t d"], rotary: Float[Array, "t half 2"]) -> Float[Array, "b h t d"]:
