@@ -6,15 +6,14 @@ goes on after the last one, its windows led through the finished blocks again. S
 was not interrupted.
 """
 
-import hashlib
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import cache, partial
+from functools import partial
 from itertools import compress, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import jax
 import numpy as np
@@ -22,6 +21,7 @@ from filelock import FileLock, Timeout
 from flax import nnx
 from jaxtyping import Int
 
+from jquant import provenance
 from jquant.calibration import Calibration, Choices, usual_batch
 from jquant.errors import InputError
 from jquant.hosts import as_first, gather, on_first
@@ -36,6 +36,7 @@ from jquant.io.checkpoint import (
     TokenizerFacts,
     block_folder,
     check_item,
+    fits,
     read_manifest,
     text_checksum,
     to_json,
@@ -135,18 +136,21 @@ def quantize_stream(
             f"loaded model instead."
         )
     _check_formats(plan)
+    needs = any(chosen.needs for layer in plan for _, chosen in layer)
     check_options(plan, tokens, inputs, passes, held_out)
     run = {
         "source": source.fingerprint(),
         "dtype": source.dtype,
         "methods": _told(plan),
-        "calibration": None if tokens is None else _digest(tokens.tobytes(), str(tokens.shape).encode()),
+        "calibration": None if tokens is None else provenance.array_digest(tokens),
         "batch": batch or usual_batch(),
         "inputs": inputs,
         "passes": passes,
         "held_out": held_out,
-        "devices": f"data {devices.data} × model {devices.model}" if devices else "one",
-        "code": _sources(),
+        # Statistics are added in the windows' order whatever the mesh; split columns may round a product differently.
+        "columns": devices.model if devices and needs else 1,
+        "code": provenance.code_of(plan, [__name__]),
+        "packages": provenance.packages(),
     }
     spill = _spill(folder, memory_gb)
     _check_ours(folder)
@@ -156,7 +160,7 @@ def quantize_stream(
         turns = rotations(source.config, **asdict(rotation)) if rotation else {}
         outside = rotate_outside(source.outside(), turns)
         calibration = None
-        if any(chosen.needs for layer in plan for _, chosen in layer):
+        if needs:
             if spill:
                 on_first(partial(_renew, spill.folder))
             calibration = Calibration(
@@ -265,7 +269,7 @@ def _check_run(folder: Path, run: dict[str, Any]) -> None:
     if (folder / MANIFEST).exists():
         earlier = read_manifest(folder)["run"]
         if differing := sorted(key for key in run if run[key] != earlier.get(key)):
-            told = "; ".join(f"{key}: {_short(earlier.get(key))}, now {_short(run[key])}" for key in differing)
+            told = "; ".join(f"{key}: {_changes(key, earlier.get(key), run[key])}" for key in differing)
             raise InputError(f"{folder} holds another run ({told}): give this one another folder.")
 
 
@@ -349,26 +353,29 @@ def _write(folder: Path, manifest: Manifest, place: Path, params: Params, facts:
     write_item(place, params, facts)
 
 
-def _told(plan: list[Choices]) -> dict[str, list[str]]:
+class Told(TypedDict):
+    """A method's description, and the weights that have it."""
+
+    method: dict[str, Any]
+    weights: list[str]
+
+
+def _told(plan: list[Choices]) -> list[Told]:
     """The methods, and which weights have each."""
-    weights: dict[str, list[str]] = {}
+    weights: dict[Method, list[str]] = {}
     for layer, choices in enumerate(plan):
         for path, chosen in choices:
-            weights.setdefault(repr(chosen), []).append(f"{layer}.{path}")
-    return weights
+            weights.setdefault(chosen, []).append(f"{layer}.{path}")
+    return [{"method": provenance.describe(chosen), "weights": its} for chosen, its in weights.items()]
 
 
-def _short(value: Any) -> str:
-    if isinstance(value, dict):
-        return "; ".join(f"{method[:100]}… for {len(weights)} weights" for method, weights in value.items())[:160]
-    return str(value)
-
-
-def _digest(*parts: bytes) -> str:
-    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
-
-
-@cache
-def _sources() -> str:
-    """Of the code that the result depends on."""
-    return _digest(*(path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py"))))
+def _changes(key: str, earlier: Any, now: Any) -> str:
+    """What of a run is another, three differences at most."""
+    if key == "methods" and fits(earlier, list[Told]):
+        earlier, now = ({name: one["method"] for one in told for name in one["weights"]} for told in (earlier, now))
+        names = dict.fromkeys([*earlier, *now])
+        lines = [line for name in names for line in provenance.differences(earlier.get(name), now.get(name))]
+    else:
+        lines = provenance.differences(earlier, now)
+    lines = list(dict.fromkeys(lines))
+    return "; ".join(lines[:3]) + (f" and {len(lines) - 3} more" if lines[3:] else "")

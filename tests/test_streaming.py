@@ -440,10 +440,10 @@ def test_a_folder_that_another_process_writes_is_refused(folder, tmp_path):
     steps.close()
     quantize_to_folder(source, target, rtn)
     (tmp_path / "other").mkdir()
-    script = "import sys, filelock as f\nlock = f.FileLock(sys.argv[1])\nlock.acquire()\nprint('held', flush=True)\ninput()"
+    script = "import sys, filelock as f\nheld = f.FileLock(sys.argv[1])\nheld.acquire()\nprint(1, flush=True)\ninput()"
     command = [sys.executable, "-c", script, tmp_path / "other" / ".lock"]
     holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert holder.stdout.readline() == "held\n"
+    assert holder.stdout.readline() == "1\n"
     with refused(str(tmp_path / "other"), "is being written by another process"):
         quantize_to_folder(source, tmp_path / "other", rtn)
     holder.kill()
