@@ -27,7 +27,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -133,10 +134,10 @@ def _gguf(data: bytes, rng: np.random.Generator) -> bytes:
     """A length, count, kind, number or offset of the header replaced; sometimes bits of it."""
     head = data.find(b"\0" * 33, 64)
     head = min(head if head > 0 else len(data), len(data) - 8)
-    if rng.random() < 0.4:
-        return _bytes(data, rng, head)
     # Most fields follow a name: the kind of a value four bytes, the value itself some more.
     names = [found.end() for found in re.finditer(rb"[a-z_.0-9]{6,}", data[:head])]
+    if rng.random() < 0.4 or not names:
+        return _bytes(data, rng, head)
     at = int(rng.choice(names)) + int(rng.choice([-40, 0, 4, 8, 12, 16, 20, 24]))
     at = min(max(at, 4), len(data) - 8)
     word = struct.pack("<Q", int(rng.choice(np.array(WORDS, np.uint64))))[: int(rng.choice([1, 4, 8]))]
@@ -201,14 +202,19 @@ def worker(templates: Path) -> None:
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         told = json.loads(line)
-        size = sum(path.stat().st_size for path in Path(told["case"]).rglob("*") if path.is_file())
-        limit = _data_bytes() + 3 * size + SLACK
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
-        try:
-            outcome, why = good.read(Path(told["case"]), told["kind"])
-        finally:
-            resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        outcome, why = good.read(Path(told["case"]), told["kind"], limited)
         print(json.dumps({"outcome": outcome, "why": why[:300]}), flush=True)
+
+
+@contextmanager
+def limited(case: Path) -> Iterator[None]:
+    """Refuses this process memory beyond what it has, three times the files' sizes, and SLACK."""
+    size = sum(path.stat().st_size for path in case.rglob("*") if path.is_file())
+    resource.setrlimit(resource.RLIMIT_DATA, (_data_bytes() + 3 * size + SLACK, resource.RLIM_INFINITY))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
 def _data_bytes() -> int:
@@ -219,7 +225,8 @@ def _data_bytes() -> int:
 class Reader:
     """The process, started anew where it hangs or dies."""
 
-    def __init__(self, templates: Path):
+    def __init__(self, templates: Path, limit_s: float = LIMIT_S):
+        self._limit_s = limit_s
         self._command = [sys.executable, __file__, "--worker", str(templates)]
         self._start()
 
@@ -234,7 +241,7 @@ class Reader:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"case": str(case), "kind": kind}).encode() + b"\n")
         self._process.stdin.flush()
-        answer = self._answer(LIMIT_S)
+        answer = self._answer(self._limit_s)
         if isinstance(answer, dict):
             return answer["outcome"], answer["why"]
         self._process.kill()

@@ -6,7 +6,11 @@ The oracles are not jquant's: json for what a config.json says, the gguf package
 import json
 import logging
 import math
+import os
 import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +43,16 @@ GGUF = {
     "llama.attention.layer_norm_rms_epsilon": "norm_eps",
     "llama.context_length": "context_length",
     "llama.rope.freq_base": "rope_base",
+}
+
+
+# What the tests of `fuzz` itself have a reader do.
+TRAPS: dict[str, Callable[[], Any]] = {
+    "hang": lambda: time.sleep(1000),
+    "memory": lambda: np.empty(1 << 30, np.uint8),
+    "escape": lambda: {}["key"],
+    "crash": os.abort,
+    "good": lambda: {},
 }
 
 
@@ -98,14 +112,14 @@ class Good:
     def __init__(self, templates: Path):
         logging.disable(logging.WARNING)
         self._whole = {part: self._load(part, templates) for part in ("folder", "sharded", "x.gguf", "quantized")}
-        for kind in ("words.gguf", "results"):
-            self._whole[kind] = self._load(kind, templates)
+        self._whole |= {part: self._load(part, templates) for part in ("words.gguf", "results")} | {"trap": {}}
 
-    def read(self, case: Path, kind: str) -> tuple[str, str]:
-        """The outcome, as `fuzz` tells them, and why."""
+    def read(self, case: Path, kind: str, limited: Callable[[Path], AbstractContextManager[None]]) -> tuple[str, str]:
+        """The outcome, as `fuzz` tells them, and why; `limited` bounds the memory that the reading takes."""
         [part] = [path.name for path in case.iterdir()]
         try:
-            found = self._load(part, case)
+            with limited(case):
+                found = self._load(part, case)
         except InputError as wrong:
             message = str(wrong)
             if "\n" in message or len(message) > 1000 or "\ud800" in message:
@@ -132,6 +146,8 @@ class Good:
             return _words(tokenizer_from_gguf(where / part))
         if part == "results":
             return _results(where / part)
+        if part == "trap":
+            return TRAPS[(where / part).read_text()]()
         from jquant.io.load import load_model
 
         model = load_model(where / part)

@@ -173,6 +173,14 @@ def test_an_expression_that_backtracks_for_ever_ends_in_a_sentence(folder):
         tokenizer.encode("a" * 40 + "!")
 
 
+def test_two_tokens_of_one_id_are_refused(folder):
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["vocab"]["ab"] = content["model"]["vocab"]["cd"]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with refused("folder", "two tokens one id"):
+        tokenizer_from_folder(folder)
+
+
 # ---- config.json ----------------------------------------------------------------------------------------------------
 
 KEYS = (
