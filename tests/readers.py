@@ -111,6 +111,9 @@ class Good:
 
     def __init__(self, templates: Path):
         logging.disable(logging.WARNING)
+        import transformers
+
+        self._oracle = transformers.LlamaConfig()  # imported now: no case waits for it
         self._whole = {part: self._load(part, templates) for part in ("folder", "sharded", "x.gguf", "quantized")}
         self._whole |= {part: self._load(part, templates) for part in ("words.gguf", "results")} | {"trap": {}}
 
