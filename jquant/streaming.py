@@ -9,6 +9,7 @@ was not interrupted.
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache, partial
 from itertools import compress, islice
@@ -17,6 +18,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from filelock import FileLock, Timeout
 from flax import nnx
 from jaxtyping import Int
 
@@ -29,27 +31,36 @@ from jquant.io.checkpoint import (
     OUTSIDE,
     TOKENIZER,
     VERSION,
+    Manifest,
+    Params,
+    TokenizerFacts,
     block_folder,
     check_item,
+    read_manifest,
+    text_checksum,
     to_json,
     tokenizer_facts,
     write_item,
+    write_sealed,
 )
-from jquant.io.files import read_json, write_json, write_text
+from jquant.io.files import write_text
 from jquant.io.load import ModelFile, Progress, QuantizedFile
 from jquant.methods import Method, Plan
 from jquant.models.decoder import Block, Decoder
 from jquant.pipeline import check_options, check_plan, flat_params, quantize_blocks, relative_error, shared
 from jquant.rotation import rotate_block, rotate_outside, rotations
 from jquant.sharding import Devices
+from jquant.transforms import Rotation
 from jquant.waiting import Spill
 
+LOCK = ".lock"  # held by the process that writes
 WINDOWS = ".windows"  # beside the blocks: calibration windows that wait on disk
+OURS = (LOCK, WINDOWS, f".{MANIFEST}")
 
 
 def quantize_to_folder(
     source: ModelFile | QuantizedFile,
-    folder: Path,
+    folder: str | Path,
     method: str | Method | Plan,
     tokens: Int[np.ndarray, "n context"] | None = None,
     *,
@@ -66,7 +77,7 @@ def quantize_to_folder(
     Args:
       source: the float model (`open_model`).
       folder: of the checkpoint; what an earlier call with the same arguments finished there is kept.
-      method: a point in the space of methods, or a plan.
+      method: a name, a point in the space of methods, or a plan.
       tokens: calibration windows.
       batch: windows per forward pass and device; by default `usual_batch()`.
       inputs: see `quantize_decoder`.
@@ -78,8 +89,9 @@ def quantize_to_folder(
       progress: called with ("quantize", blocks done, blocks in all) and the error so far.
 
     Raises:
-      InputError: what `quantize_decoder` and `ModelFile` find; a method that takes gradients through the whole model; a
-        folder that holds something else, the beginnings of another run, or a damaged block; a full disk.
+      InputError: what `quantize_decoder` and `ModelFile` find; a method that takes gradients through the whole model
+        or has a user's own format; a folder that holds something else, the beginnings of another run, or a damaged
+        block, or that another process is writing; a disk that is full or can't be written.
     """
     for _ in quantize_stream(
         source,
@@ -95,12 +107,12 @@ def quantize_to_folder(
         progress=progress,
     ):
         pass
-    return QuantizedFile(folder)
+    return QuantizedFile(Path(folder))
 
 
 def quantize_stream(
     source: ModelFile | QuantizedFile,
-    folder: Path,
+    folder: str | Path,
     method: str | Method | Plan,
     tokens: Int[np.ndarray, "n context"] | None = None,
     *,
@@ -115,13 +127,14 @@ def quantize_stream(
     """`quantize_to_folder` step by step: yields each layer once its block is on disk."""
     if isinstance(source, QuantizedFile):
         raise InputError(f"{source.folder} is quantized already: quantize the float model.")
-    layers = source.config.layers
+    folder = Path(folder)
     plan = check_plan(nnx.eval_shape(lambda: Decoder(source.config, nnx.Rngs(0))), method)
     for weight, part in _whole_model(plan):
         raise InputError(
             f"{weight}: {part} takes gradients through the whole model, which is never in memory here; quantize the "
             f"loaded model instead."
         )
+    _check_formats(plan)
     check_options(source.config, plan, tokens, batch, inputs, passes, held_out)
     run = {
         "source": source.fingerprint(),
@@ -135,25 +148,45 @@ def quantize_stream(
         "devices": f"data {devices.data} × model {devices.model}" if devices else "one",
         "code": _sources(),
     }
-    _check_folder(folder, run)
-    rotation = shared(plan, "rotation", None)
-    needs = any(chosen.needs for layer in plan for _, chosen in layer)
-    turns = rotations(source.config, **asdict(rotation)) if rotation else {}
-    outside = rotate_outside(source.outside(), turns)
-    calibration, spill = None, _spill(folder, memory_gb)
-    if needs:
+    spill = _spill(folder, memory_gb)
+    _check_ours(folder)
+    with _owned(folder):
+        _check_run(folder, run)
+        rotation = shared(plan, "rotation", None)
+        turns = rotations(source.config, **asdict(rotation)) if rotation else {}
+        outside = rotate_outside(source.outside(), turns)
+        calibration = None
+        if any(chosen.needs for layer in plan for _, chosen in layer):
+            if spill:
+                on_first(partial(_renew, spill.folder))
+            calibration = Calibration(
+                outside, plan, tokens, batch=batch, inputs=inputs, held_out=held_out, devices=devices, spill=spill
+            )
+        # Not before all that may be wrong with the call was found.
+        on_first(partial(_begin, folder, source, run, outside))
+        del outside
+        yield from _quantize_missing(source, folder, plan, turns, calibration, passes, devices, progress)
         if spill:
-            on_first(partial(_renew, spill.folder))
-        calibration = Calibration(
-            outside, plan, tokens, batch=batch, inputs=inputs, held_out=held_out, devices=devices, spill=spill
-        )
-    on_first(partial(_begin, folder, source, run, outside))  # not before all that may be wrong with the call was found
-    del outside
+            on_first(partial(shutil.rmtree, spill.folder, ignore_errors=True))
+
+
+def _quantize_missing(
+    source: ModelFile,
+    folder: Path,
+    plan: list[Choices],
+    turns: dict[str, Rotation],
+    calibration: Calibration | None,
+    passes: int,
+    devices: Devices | None,
+    progress: Progress | None,
+) -> Iterator[int]:
+    """Quantizes and writes the blocks from the first missing one on; yields each layer once it is on disk."""
 
     def blocks(first: int) -> Iterator[Block]:
         for block in source.blocks(first):
             yield rotate_block(block, turns) if turns else block
 
+    manifest, layers = read_manifest(folder), source.config.layers
     places = [block_folder(folder, layer) for layer in range(layers)]
     there = as_first([place.exists() for place in places]).tolist()
     for place in compress(places, there):
@@ -172,12 +205,10 @@ def quantize_stream(
                 "rotation": to_json(quantized.mlp.rotation),
                 "report": {name: jax.tree.map(known, vars(info)) for name, info in infos.items()},
             }
-            on_first(partial(write_item, places[layer], gather(flat_params(quantized)), facts))
+            on_first(partial(_write, folder, manifest, places[layer], gather(flat_params(quantized)), facts))
         if progress:
             progress("quantize", layer + 1, layers, error=relative_error([report]))
         yield layer
-    if spill:
-        on_first(partial(shutil.rmtree, spill.folder, ignore_errors=True))
 
 
 def _catch_up(calibration: Calibration, blocks: Callable[[int], Iterator[Block]], folder: Path, count: int) -> None:
@@ -208,15 +239,62 @@ def _whole_model(plan: list[Choices]) -> Iterator[tuple[str, str]]:
             yield from ((f"layers.{layer}.{path}", part) for part, wanted in whole.items() if wanted)
 
 
-def _check_folder(folder: Path, run: dict[str, Any]) -> None:
-    """Raises InputError unless the folder is empty, or holds the same run."""
+def _check_formats(plan: list[Choices]) -> None:
+    """Raises InputError for a method with a part of a user's own that a checkpoint would have to hold."""
+    for layer, choices in enumerate(plan):
+        for path, chosen in choices:
+            try:
+                to_json(chosen.format)
+                to_json(chosen.activation)
+            except InputError as wrong:
+                raise InputError(f"layers.{layer}.{path}: {wrong}; quantize the loaded model instead.") from None
+
+
+def _check_ours(folder: Path) -> None:
+    """Raises InputError unless the folder is empty, or holds a run."""
+    try:
+        others = folder.exists() and any(not path.name.startswith(OURS) for path in folder.iterdir())
+        if others and not (folder / MANIFEST).exists():
+            raise InputError(f"{folder} is not empty, and holds no {MANIFEST} that says what is in it.")
+    except OSError as failed:
+        raise InputError(f"{folder} can't be read ({failed.strerror}).") from None
+
+
+def _check_run(folder: Path, run: dict[str, Any]) -> None:
+    """Raises InputError if the folder holds another run."""
     if (folder / MANIFEST).exists():
-        earlier = read_json(folder / MANIFEST).get("run", {})
+        earlier = read_manifest(folder)["run"]
         if differing := sorted(key for key in run if run[key] != earlier.get(key)):
             told = "; ".join(f"{key}: {_short(earlier.get(key))}, now {_short(run[key])}" for key in differing)
             raise InputError(f"{folder} holds another run ({told}): give this one another folder.")
-    elif folder.exists() and any(not path.name.startswith((WINDOWS, f".{MANIFEST}")) for path in folder.iterdir()):
-        raise InputError(f"{folder} is not empty, and holds no {MANIFEST} that says what is in it.")
+
+
+@contextmanager
+def _owned(folder: Path) -> Iterator[None]:
+    """Keeps other processes from writing the folder, until the end of this one at the latest.
+
+    Raises:
+      InputError: another process holds it; it can't be written.
+    """
+    lock, made = FileLock(folder / LOCK, timeout=0, thread_local=False), not folder.exists()
+
+    def hold() -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout:
+            raise InputError(f"{folder} is being written by another process.") from None
+        except OSError as failed:
+            raise InputError(f"{folder} can't be written ({failed.strerror}).") from None
+
+    on_first(hold)
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            if made and not (folder / MANIFEST).exists():  # nothing was begun
+                shutil.rmtree(folder, ignore_errors=True)
+            lock.release()
 
 
 def _spill(folder: Path, memory_gb: float | int | None) -> Spill | None:
@@ -237,28 +315,38 @@ def _renew(folder: Path) -> None:
 
 
 def _begin(folder: Path, source: ModelFile, run: dict[str, Any], outside: Decoder) -> None:
-    """Writes what is missing beside the blocks."""
+    """Writes what is missing beside the blocks, the manifest first."""
+    words = source.tokenizer.backend.to_str()
     if not (folder / MANIFEST).exists():
-        manifest = {
+        manifest: Manifest = {
             "version": VERSION,
             "name": source.name,
             "stored_as": source.checkpoint.description,
             "config": asdict(source.config),
-            "tokenizer": tokenizer_facts(source.tokenizer),
+            "tokenizer": TokenizerFacts(**tokenizer_facts(source.tokenizer)),
+            "files": {TOKENIZER: text_checksum(words)},
             "run": run,
         }
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as failed:
-            raise InputError(f"{folder} can't be written ({failed.strerror}).") from None
-        write_json(folder / MANIFEST, manifest)
-    for part in (BLOCKS, OUTSIDE):
-        (folder / part).mkdir(exist_ok=True)
+        write_sealed(folder / MANIFEST, manifest)
+    manifest = read_manifest(folder)
+    try:
+        for part in (BLOCKS, OUTSIDE):
+            (folder / part).mkdir(exist_ok=True)
+    except OSError as failed:
+        raise InputError(f"{folder / part} can't be made ({failed.strerror}).") from None
     if not (folder / TOKENIZER).exists():
-        write_text(folder / TOKENIZER, source.tokenizer.backend.to_str())
+        write_text(folder / TOKENIZER, words)
     for name, leaf in flat_params(outside).items():
         if not (folder / OUTSIDE / name).exists():
-            write_item(folder / OUTSIDE / name, {name: leaf}, {"rotation": to_json(outside.norm.rotation)})
+            facts = {"rotation": to_json(outside.norm.rotation), "report": {}}
+            _write(folder, manifest, folder / OUTSIDE / name, {name: leaf}, facts)
+
+
+def _write(folder: Path, manifest: Manifest, place: Path, params: Params, facts: dict[str, Any]) -> None:
+    """Writes an item, unless the folder is no longer this run's."""
+    if read_manifest(folder) != manifest:
+        raise InputError(f"{folder / MANIFEST} was replaced while this run was writing: it writes nothing more.")
+    write_item(place, params, facts)
 
 
 def _told(plan: list[Choices]) -> dict[str, list[str]]:

@@ -1,13 +1,16 @@
 """Quantizing from disk to disk: the bytes of the loaded model's run, whatever happens to the process."""
 
 import json
+import random
 import shutil
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import checkpoints
 import jax
@@ -26,6 +29,7 @@ from jquant import (
     NF4,
     Activation,
     Hadamard,
+    InputError,
     Int,
     LlamaCpp,
     LossSearch,
@@ -34,12 +38,18 @@ from jquant import (
     Tuning,
     double_quantized,
 )
+from jquant import (
+    METHODS as ROWS,
+)
 from jquant.evaluation.perplexity import score, score_from_disk
-from jquant.io.checkpoint import block_folder, read_item
+from jquant.io import checkpoint
+from jquant.io.checkpoint import block_folder, checksum, read_item, read_sealed, write_item, write_sealed
 from jquant.io.load import LanguageModel, QuantizedFile, load_model, open_model
 from jquant.methods import method
-from jquant.pipeline import quantize_decoder
+from jquant.models.decoder import blocks
+from jquant.pipeline import flat_params, quantize_decoder, round_weight
 from jquant.sharding import MODEL, Devices
+from jquant.stats import AbsMax, Gram
 from jquant.streaming import quantize_stream, quantize_to_folder
 
 ROOT = Path(__file__).parents[1]
@@ -75,7 +85,10 @@ def states(decoder) -> list[np.ndarray]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """What a run writes; its lock stays where it was, and holds nothing."""
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert not found.pop(".lock", b"")
+    return found
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -192,7 +205,8 @@ def test_a_checkpoint_written_on_one_mesh_is_read_onto_another(model, folder, tm
     def place(name: str, of: jax.ShapeDtypeStruct) -> NamedSharding:
         return NamedSharding(columns.mesh, P(None, MODEL) if name.endswith("codes") else P())
 
-    params = read_item(block_folder(tmp_path / "q", 1), place)
+    shapes = {name: leaf.shape for name, leaf in flat_params(next(blocks(model.decoder))).items()}
+    params = read_item(block_folder(tmp_path / "q", 1), shapes, place)
     codes = params["mlp.up.kernel"].codes
     assert codes.sharding.spec == P(None, MODEL)
     assert np.array_equal(codes, next(islice(written.blocks(), 1, None)).mlp.up.kernel.get_value().codes)
@@ -246,8 +260,260 @@ def test_damage_is_found_and_named_and_mended_by_the_same_command(folder, tmp_pa
     with refused(str(codes)):
         load_model(target)
     (target / "manifest.json").write_text("{")
-    with refused("manifest.json", "damaged"):
+    with refused("manifest.json", "not JSON"):
         load_model(target)
+
+
+# ---- damage and forgery ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    """A checkpoint of one block: quantized scales, static activations, a rotation, all that item.json describes."""
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    source = checkpoints.save(tmp_path_factory.mktemp("source"), checkpoints.llama(**shape))
+    static = Activation(Int(8, "tensor", True), static=True)
+    plan = [("attention", Method(NF4(32, double_quantized()), rotation=Hadamard())),
+            ("mlp.down", Method(GGUF["Q4_K"], LlamaCpp(), rotation=Hadamard())),
+            ("mlp", Method(Int(8, "channel", True), rotation=Hadamard(), activation=static))]  # fmt: skip
+    return quantize_to_folder(open_model(source), tmp_path_factory.mktemp("small") / "q", plan, TOKENS).folder
+
+
+@pytest.fixture
+def copy(small, tmp_path) -> Path:
+    return Path(shutil.copytree(small, tmp_path / "copy"))
+
+
+def read(folder: Path, part: str) -> Any:
+    """What a part of a checkpoint holds."""
+    file = QuantizedFile(folder)
+    if part.startswith("outside"):
+        return jax.tree.leaves(nnx.state(file.outside()))
+    if part.startswith("blocks"):
+        return [file.report(), *(jax.tree.leaves(nnx.state(block)) for block in file.blocks())]
+    return file.config, file.tokenizer
+
+
+def refuses(folder: Path, part: str) -> bool:
+    """Whether reading it ends in a sentence that names the folder; no other exception gets through."""
+    try:
+        read(folder, part)
+    except InputError as wrong:
+        return str(folder) in str(wrong) and len(str(wrong).splitlines()) == 1 and len(str(wrong)) < 700
+    return False
+
+
+def test_a_flipped_bit_in_any_file_of_a_checkpoint_is_found(copy):
+    """Also in manifest.json, item.json and tokenizer.json, whose figures changed the perplexity without a word."""
+    rng, names = random.Random(0), sorted(files(copy))
+    assert len(names) > 50
+    for name in names:
+        whole = (copy / name).read_bytes()
+        for _ in range(10 if name.endswith(".json") else 1):
+            flipped = bytearray(whole)
+            flipped[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+            (copy / name).write_bytes(flipped)
+            assert refuses(copy, name), name
+        (copy / name).write_bytes(whole)
+    load_model(copy)
+
+
+def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
+    """Where the parts of a JSON value are."""
+    if path:
+        yield path
+    for key, one in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from places(one, (*path, key))
+
+
+def mutated(content: dict, rng: random.Random) -> dict:
+    """The same JSON with one part deleted, renamed, nested, or replaced by another number or type."""
+    content = json.loads(json.dumps(content))
+    *way, key = rng.choice(list(places(content)))
+    at: Any = content
+    for step in way:
+        at = at[step]
+    old = at[key]
+    others = [None, True, -1, 0, 7, 10**12, 1.5, 1e300, "", "x", "../x", "int8", [], {}, [[]], {"type": "Int"}]
+    match rng.choice(["delete", "rename", "nest", "number", "replace", "replace"]):
+        case "delete":
+            del at[key]
+        case "rename" if isinstance(at, dict):
+            at[rng.choice(["../x", "/etc/passwd", "x", ""])] = at.pop(key)
+        case "nest":
+            at[key] = rng.choice([[old], {"a": old}, [old, old]])
+        case "number" if type(old) in (int, float):
+            at[key] = rng.choice([-old, old + 1, old * 1000, old / 2, float(old)])
+        case _:
+            at[key] = rng.choice(others)
+    return content
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "blocks/00000/item.json", "outside/norm.scale/item.json"])
+def test_mutations_of_manifest_and_item_end_in_a_sentence_or_an_equal_load(copy, name):
+    """With the checksum as it was, never a load; with one made to fit, never another exception."""
+    path, rng, refusals = copy / name, random.Random(name), 0
+    seal, content = json.loads(path.read_text())["sha256"], read_sealed(path)
+    others = [other for _ in range(50) if (other := mutated(content, rng)) != content]
+    for other in others:
+        path.write_text(json.dumps(other | {"sha256": seal}, indent=1) + "\n")
+        assert refuses(copy, name), other
+        write_sealed(path, other)
+        refusals += refuses(copy, name) or not read(copy, name)
+    write_sealed(path, content)
+    read(copy, name)
+    assert len(others) > 40
+    assert refusals > 0.4 * len(others)  # names, reports and what fixes no shape may be anything
+
+
+def test_mutations_of_tokenizer_json_end_in_a_sentence(copy):
+    path, rng, refusals = copy / "tokenizer.json", random.Random(0), 0
+    whole, manifest = json.loads(path.read_text()), read_sealed(copy / "manifest.json")
+    whole["model"]["vocab"], whole["model"]["merges"] = dict(list(whole["model"]["vocab"].items())[:30]), []
+    for _ in range(60):
+        path.write_text(json.dumps(mutated(whole, rng)))
+        write_sealed(copy / "manifest.json", manifest)
+        assert refuses(copy, "tokenizer.json")
+        write_sealed(copy / "manifest.json", manifest | {"files": {"tokenizer.json": checksum(path)}})
+        refusals += refuses(copy, "tokenizer.json") or not read(copy, "tokenizer.json")
+    assert 20 < refusals < 60
+
+
+def test_arrays_that_were_forged_end_in_a_sentence(copy):
+    """Checksums made to fit: another shape, a dtype, an array of another name, files that Orbax can't read."""
+    item = copy / "blocks" / "00000"
+    told, rng = read_sealed(item / "item.json"), random.Random(0)
+    for name in [name for name in told["files"] if name.endswith((".zarray", "_METADATA"))]:
+        whole = (item / name).read_bytes()
+        cut = rng.randrange(len(whole))
+        forged = rng.choice([whole[:cut], whole.replace(b"32", b"31"), whole.replace(b"u1", b"i1"), b"[]", b"{}"])
+        if forged != whole:
+            (item / name).write_bytes(forged)
+            write_sealed(item / "item.json", told | {"files": told["files"] | {name: checksum(item / name)}})
+            assert refuses(copy, "blocks"), forged
+        (item / name).write_bytes(whole)
+    write_sealed(item / "item.json", told)
+    (item / "mlp.up.kernel.codes" / "9.9").write_bytes(b"more")
+    with refused("9.9", "item.json has no such file"):
+        load_model(copy)
+    (item / "mlp.up.kernel.codes" / "9.9").unlink()
+    shutil.copytree(item, copy / "blocks" / "00001")
+    with refused("00001", "no place"):
+        load_model(copy)
+
+
+def test_shapes_are_those_that_the_manifest_asks_for(copy):
+    manifest = read_sealed(copy / "manifest.json")
+    others = {"hidden": 64, "ffn": 96, "kv_heads": 1, "vocab_size": 300, "layers": 2, "tied": True}
+    for field, value in others.items():
+        write_sealed(copy / "manifest.json", manifest | {"config": manifest["config"] | {field: value}})
+        with refused(str(copy)):
+            load_model(copy)
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if "clips" not in method(name).needs])
+def test_what_every_method_gives_is_what_reading_asks_for(name):
+    """Formats, parts, shapes and dtypes, by abstract evaluation."""
+    chosen, shape, rows = method(name, group=32), (512, 128), 512
+    square, number, row = (jax.ShapeDtypeStruct(of, np.float32) for of in ((rows, rows), (), (rows,)))
+    seen = {"gram": Gram(square, number), "held_out": Gram(square, number), "abs_max": AbsMax(row)}
+    of_w = jax.ShapeDtypeStruct(shape, np.float32)
+    q, _ = jax.eval_shape(lambda w, seen: round_weight(w, seen, None, chosen=chosen), of_w, seen)
+    expected = checkpoint._expected("mlp.up.kernel", checkpoint._static(q), shape)
+    assert jax.tree.structure(q) == jax.tree.structure(expected)
+    assert [(a.shape, a.dtype) for a in jax.tree.leaves(q)] == [(a.shape, a.dtype) for a in jax.tree.leaves(expected)]
+
+
+# ---- folders ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_another_process_writes_is_refused(folder, tmp_path):
+    """Two runs that begin together: one of them has the folder, until it ends, is closed, or its process dies."""
+    target, source, rtn = tmp_path / "q", open_model(folder), method("rtn", group=32)
+    steps = quantize_stream(source, target, rtn)
+    next(steps)
+    for other in (rtn, method("rtn", bits=3, group=32)):
+        with refused(str(target), "is being written by another process"):
+            quantize_to_folder(source, target, other)
+    with refused("not finished"):  # but can be read
+        load_model(target)
+    steps.close()
+    quantize_to_folder(source, target, rtn)
+    (tmp_path / "other").mkdir()
+    script = "import sys, filelock as f\nlock = f.FileLock(sys.argv[1])\nlock.acquire()\nprint('held', flush=True)\ninput()"
+    command = [sys.executable, "-c", script, tmp_path / "other" / ".lock"]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with refused(str(tmp_path / "other"), "is being written by another process"):
+        quantize_to_folder(source, tmp_path / "other", rtn)
+    holder.kill()
+    holder.communicate()
+    quantize_to_folder(source, str(tmp_path / "other"), rtn)
+    assert files(target) == files(tmp_path / "other")
+
+
+def test_a_run_whose_folder_was_replaced_writes_nothing_more(folder, tmp_path):
+    target, rtn = tmp_path / "q", method("rtn", group=32)
+    for replace_it in (lambda: shutil.rmtree(target), lambda: write_sealed(target / "manifest.json", {"version": 3})):
+        steps = quantize_stream(open_model(folder), target, rtn)
+        next(steps)
+        replace_it()
+        before = files(target)
+        with refused("manifest.json"):
+            next(steps)
+        assert files(target) == before
+        shutil.rmtree(target, ignore_errors=True)
+    steps = quantize_stream(open_model(folder), target, rtn)
+    next(steps)
+    manifest = read_sealed(target / "manifest.json")
+    write_sealed(target / "manifest.json", manifest | {"run": manifest["run"] | {"passes": 2}})
+    with refused("manifest.json was replaced while this run was writing"):
+        next(steps)
+    assert not (target / "blocks" / "00001").exists()
+
+
+def test_a_folder_that_can_not_be_written_ends_in_a_sentence(folder, tmp_path, monkeypatch):
+    source, rtn = open_model(folder), method("rtn", group=32)
+    for name in ("blocks", "outside"):
+        steps = quantize_stream(source, tmp_path / name, rtn)
+        next(steps)
+        steps.close()
+        shutil.rmtree(tmp_path / name / name)
+        (tmp_path / name / name).write_text("in its place")
+        with refused(str(tmp_path / name / name), "File exists"):
+            quantize_to_folder(source, tmp_path / name, rtn)
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "q"):
+        with refused(str(place), "Not a directory"):
+            quantize_to_folder(source, place, rtn)
+    next(quantize_stream(source, tmp_path / "read-only", rtn))
+
+    def read_only(path: Path, *_, **__) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    with refused(str(tmp_path / "read-only"), "can't be written (Permission denied)"):
+        quantize_to_folder(source, tmp_path / "read-only", rtn)
+    with refused("item can't be written (Permission denied)"):
+        write_item(tmp_path / "item", {}, {})
+
+
+@dataclass(frozen=True)
+class Ours(Int):
+    """A user's own format, which no checkpoint can hold."""
+
+
+def test_a_users_own_format_is_refused_before_the_folder_is_made(folder, tmp_path):
+    for own in (
+        Method(Ours(4, 32)),
+        Method(Int(4, 32, scale=Ours(8, 2, symmetric=True))),
+        Method(Int(4, 32), activation=Activation(Ours(8, "channel", symmetric=True))),
+    ):
+        with refused("layers.1.mlp.up.kernel", "Ours", "quantize the loaded model"):
+            quantize_to_folder(
+                open_model(folder), str(tmp_path / "q"), [(r"layers\.1\.mlp\.up", own), ("", GPTQ3)], TOKENS
+            )
+        assert not (tmp_path / "q").exists()
 
 
 def test_a_disk_that_fills_up_ends_in_one_sentence_and_keeps_finished_blocks(folder, tmp_path):

@@ -8,17 +8,24 @@
 An item is a folder of arrays as Orbax writes them (zarr; lazily read, and onto another mesh than they came from) beside
 item.json: the formats, which are no arrays, size and SHA-256 of every file, and what quantization did. It is written
 under another name, synced and renamed, so a process may die at any moment.
+
+manifest.json has tokenizer.json's size and SHA-256; both kinds of JSON end with their own. What is read is compared
+with what the model's shape asks for, so that a file whose checksums were made to fit ends in a sentence, too.
 """
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, replace
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, TypedDict, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tokenizers
@@ -27,21 +34,53 @@ from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 
 from jquant.activations import Activation
 from jquant.errors import InputError
-from jquant.formats import Codebook, Float, Int, UInt
-from jquant.io.files import read_json, sync, write_json
+from jquant.formats import Codebook, Float, Format, Int, UInt
+from jquant.io.files import check_plain, read_json, sync, write_text
 from jquant.io.tokenizer import Tokenizer
-from jquant.qtensor import QTensor
+from jquant.qtensor import QTensor, quantize
+from jquant.ranges import MinMax
 from jquant.transforms import Rotation
 
-VERSION = 2
+VERSION = 3
 CHUNK = 1 << 26  # bytes of an array in one file
 MANIFEST, TOKENIZER, ITEM = "manifest.json", "tokenizer.json", "item.json"
 OUTSIDE, BLOCKS = "outside", "blocks"
 SPECS = {kind.__name__: kind for kind in (Int, UInt, Codebook, Float, Activation, Rotation)}
 PARTS = ("codes", "scale", "zero", "input_scale")
+DTYPES = ("float32", "float16", "bfloat16")  # of arrays that are not quantized
 
 Params = dict[str, Any]  # "attention.q.kernel" -> Array or QTensor
 Place = Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding]
+
+
+class TokenizerFacts(TypedDict):
+    """What a tokenizer knows beyond tokenizer.json."""
+
+    bos_id: int | None
+    eos_ids: list[int]
+    add_bos: bool
+    chat_template: str | None
+
+
+class Manifest(TypedDict):
+    """manifest.json; `files` has [size, SHA-256] by name, `run` what decides the codes."""
+
+    version: int
+    name: str
+    stored_as: str
+    config: dict[str, Any]
+    tokenizer: TokenizerFacts
+    files: dict[str, list[Any]]
+    run: dict[str, Any]
+
+
+class Item(TypedDict):
+    """item.json; `weights` has what of each parameter is no array, `files` [size, SHA-256] by name."""
+
+    weights: dict[str, Any]
+    files: dict[str, list[Any]]
+    rotation: dict[str, Any] | None
+    report: dict[str, dict[str, float | None]]
 
 
 def write_item(folder: Path, params: Params, facts: Mapping[str, Any]) -> None:
@@ -60,12 +99,13 @@ def write_item(folder: Path, params: Params, facts: Mapping[str, Any]) -> None:
     try:
         shutil.rmtree(beside, ignore_errors=True)  # what a killed process left
         beside.mkdir(parents=True)
-        arrays = unflatten_mapping({tuple(path.split(".")): _arrays(leaf) for path, leaf in params.items()})
+        arrays = unflatten_mapping({tuple(path.split(".")): _parts(leaf) for path, leaf in params.items()})
+        arrays = jax.tree.map(np.asarray, arrays)
         pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK), arrays)
         _handler().save(epath.Path(beside.absolute()), args=ocp.args.PyTreeSave(arrays, save_args=pieces))
-        files = {str(path.relative_to(beside)): _checked(path) for path in sorted(beside.rglob("*")) if path.is_file()}
+        files = {name: checksum(beside / name) for name in _files(beside)}
         item = {"weights": {path: _static(leaf) for path, leaf in params.items()}, "files": files, **facts}
-        write_json(beside / ITEM, item)
+        write_sealed(beside / ITEM, item)
         for path in [*beside.rglob("*"), beside]:
             sync(path)
         beside.rename(folder)
@@ -76,47 +116,136 @@ def write_item(folder: Path, params: Params, facts: Mapping[str, Any]) -> None:
         raise InputError(f"{folder} can't be written ({reason}); what is finished is kept.") from None
 
 
-def read_item(folder: Path, place: Place | None = None) -> Params:
-    """The parameters of an item, checked against its checksums.
+def read_item(folder: Path, shapes: Mapping[str, tuple[int, ...]], place: Place | None = None) -> Params:
+    """The parameters of an item, checked against its checksums and against what they must be.
 
     Args:
       folder: its place.
+      shapes: of all its parameters, by name.
       place: where each array goes, by name and shape; the first device by default.
 
     Raises:
-      InputError: it is not there, or a file of it is missing, truncated or changed.
+      InputError: what `check_item` finds; other parameters than those of `shapes`, or arrays that don't suit them.
     """
     weights = check_item(folder)["weights"]
+    wrong = partial(damaged, folder / ITEM, again=folder)
+    if weights.keys() != shapes.keys():
+        raise wrong(f"it holds {_some(weights)}, where {_some(shapes)} belong")
+    leaves = {}
+    for name, shape in shapes.items():
+        try:
+            leaves[name] = _expected(name, weights[name], shape)
+        except InputError as found:
+            raise wrong(f"{name}: {found}") from None
+    wanted = flatten_mapping(unflatten_mapping({tuple(name.split(".")): _parts(leaf) for name, leaf in leaves.items()}))
     path = epath.Path(folder.absolute())
-    stored = flatten_mapping(_handler().metadata(path).tree)  # pyright: ignore[reportArgumentType]
+    try:
+        stored = flatten_mapping(_handler().metadata(path).tree)  # pyright: ignore[reportArgumentType]
+        found = {key: (array.shape, jnp.dtype(array.dtype)) for key, array in stored.items()}
+    except Exception as broken:  # whatever Orbax and tensorstore make of files that are not theirs
+        raise damaged(folder, f"its arrays can't be read: {_first_line(broken)}", folder) from None
+    for key in sorted(found.keys() | wanted.keys()):
+        asked = (wanted[key].shape, wanted[key].dtype) if key in wanted else None
+        if found.get(key) != asked:
+            raise damaged(folder, f"{'.'.join(key)} is {_told(found.get(key))}, where {_told(asked)} belongs", folder)
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    wanted = {}
-    for key, array in stored.items():
-        shape = jax.ShapeDtypeStruct(array.shape, array.dtype)
-        wanted[key] = jax.ShapeDtypeStruct(
-            array.shape, array.dtype, sharding=place(".".join(key), shape) if place else first
-        )
-    abstract = unflatten_mapping(wanted)
+    sharded = {
+        key: jax.ShapeDtypeStruct(of.shape, of.dtype, sharding=place(".".join(key), of) if place else first)
+        for key, of in wanted.items()
+    }
+    abstract = unflatten_mapping(sharded)
     how = ocp.args.PyTreeRestore(item=abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract))
-    flat = flatten_mapping(_handler().restore(path, args=how))
-    return {name: _leaf(tuple(name.split(".")), flat, static) for name, static in weights.items()}
+    try:
+        flat = flatten_mapping(_handler().restore(path, args=how))
+    except Exception as broken:
+        raise damaged(folder, f"its arrays can't be read: {_first_line(broken)}", folder) from None
+    return {name: _leaf(tuple(name.split(".")), flat, leaf) for name, leaf in leaves.items()}
 
 
-def check_item(folder: Path) -> dict[str, Any]:
-    """item.json of an item whose files are all as they were written.
+def check_item(folder: Path) -> Item:
+    """item.json of an item whose files are all as they were written, and no others.
 
     Raises:
-      InputError: it is not there, or a file of it is missing, truncated or changed.
+      InputError: it is not there, or a file of it is missing, truncated, changed or not listed.
     """
-    item = read_json(folder / ITEM)
-    again = f"delete {folder.name} and run the same command again."
-    if not all(isinstance(item.get(key), dict) for key in ("files", "weights")):
-        raise InputError(f"{folder / ITEM} is damaged: {again}")
-    for name, checked in item["files"].items():
-        file = folder / name
-        if not file.is_file() or _checked(file) != checked:
-            raise InputError(f"{file} is not what was written: {again}")
+    item, lying = read_item_json(folder), _files(folder) - {ITEM}
+    for name in sorted(item["files"].keys() | lying):
+        # A path that leads out of the folder is none that lies in it.
+        if name not in lying or checksum(folder / name) != item["files"].get(name):
+            listed = name in item["files"]
+            what = "it is missing, or its checksum differs" if listed else f"{ITEM} has no such file"
+            raise damaged(Path(f"{folder}/{name}"), what, folder)
     return item
+
+
+def read_item_json(folder: Path) -> Item:
+    """item.json alone; errors as of `check_item`."""
+    item: Any = read_sealed(folder / ITEM, folder)
+    if not fits(item, Item):
+        raise damaged(folder / ITEM, "a key of it is missing, or of another type", folder)
+    return item
+
+
+def read_rotation(folder: Path, size: int) -> Rotation | None:
+    """The rotation that an item's block, or the residual stream, has.
+
+    Raises:
+      InputError: it is no rotation of that size.
+    """
+    try:
+        rotation = from_json(read_item_json(folder)["rotation"])
+    except InputError as wrong:
+        raise damaged(folder / ITEM, f"rotation: {wrong}", folder) from None
+    if rotation is not None and (type(rotation) is not Rotation or rotation.size != size):
+        raise damaged(folder / ITEM, f"its rotation is not one of {size}", folder)
+    return rotation
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """manifest.json, as it was written.
+
+    Raises:
+      InputError: it is not there, was changed, or was written by another version of jquant.
+    """
+    path = folder / MANIFEST
+    version = read_json(path).get("version")
+    if type(version) is int and version != VERSION:
+        raise InputError(f"{folder} was written by a jquant with checkpoints of version {version}.")
+    manifest: Any = read_sealed(path)
+    if not fits(manifest, Manifest):
+        raise damaged(path, "a key of it is missing, or of another type")
+    return manifest
+
+
+def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON object whose last entry is the SHA-256 of the rest; errors as of `write_text`."""
+    write_text(path, _sealed(content))
+
+
+def read_sealed(path: Path, again: Path | None = None) -> dict[str, Any]:
+    """A JSON object that `write_sealed` wrote, its checksum taken out.
+
+    Args:
+      path: of the file.
+      again: see `damaged`.
+
+    Raises:
+      InputError: it is not there, or not byte for byte what was written.
+    """
+    content = read_json(path)
+    content.pop("sha256", None)
+    try:
+        if path.read_bytes() == _sealed(content).encode():
+            return content
+    except (OSError, ValueError, RecursionError):
+        pass
+    raise damaged(path, "its checksum differs", again)
+
+
+def damaged(path: Path, what: str, again: Path | None = None) -> InputError:
+    """What to raise for a file or folder that is not what was written; `again` is what quantizing can write again."""
+    way = f"delete {again.name} and run the same command again" if again else "quantize the model into another folder"
+    return InputError(f"{path} is not what was written ({' '.join(what.split())[:300]}): {way}.")
 
 
 def block_folder(folder: Path, layer: int) -> Path:
@@ -125,45 +254,87 @@ def block_folder(folder: Path, layer: int) -> Path:
 
 
 def to_json(value: Any) -> Any:
-    """Formats, activations, rotations and what they are made of, as JSON; `from_json` gives an equal value."""
-    if is_dataclass(value) and not isinstance(value, type):
-        kind = type(value).__name__
-        assert kind in SPECS, kind
-        return {"type": kind} | {one.name: to_json(getattr(value, one.name)) for one in fields(value)}
-    return [to_json(one) for one in value] if isinstance(value, tuple) else value
+    """Formats, activations, rotations and what they are made of, as JSON; `from_json` gives an equal value.
+
+    Raises:
+      InputError: a type that `from_json` doesn't know, such as a user's own.
+    """
+    kind = type(value)
+    if SPECS.get(kind.__name__) is kind:
+        return {"type": kind.__name__} | {one.name: to_json(getattr(value, one.name)) for one in fields(value)}
+    if kind is tuple:
+        return [to_json(one) for one in value]
+    if kind not in (NoneType, bool, int, float, str):
+        raise InputError(f"a checkpoint can't hold a {kind.__name__}; it knows {', '.join(SPECS)}")
+    return value
 
 
 def from_json(value: Any) -> Any:
     """What `to_json` was given.
 
     Raises:
-      InputError: a type that there is not.
+      InputError: a type that there is not, or options that it doesn't take.
     """
     if isinstance(value, list):
         return tuple(map(from_json, value))
     if not isinstance(value, dict):
         return value
-    if value.get("type") not in SPECS:
-        raise InputError(f"There is no {value.get('type')!r} among {', '.join(SPECS)}.")
-    return SPECS[value["type"]](**{key: from_json(one) for key, one in value.items() if key != "type"})
+    kind = value.get("type")
+    if not isinstance(kind, str) or kind not in SPECS:
+        raise InputError(f"there is no {str(kind)[:50]!r} among {', '.join(SPECS)}")
+    hints = get_type_hints(SPECS[kind])
+    given = {key: from_json(one) for key, one in value.items() if key != "type"}
+    for key in sorted(given.keys() | hints.keys()):
+        if key not in hints or key not in given or not fits(given[key], hints[key]):
+            raise InputError(f"{kind} has no {key[:50]}={str(value.get(key, 'nothing'))[:50]}")
+    return SPECS[kind](**given)
+
+
+def fits(value: Any, wanted: Any) -> bool:
+    """Whether a value read from JSON is of a type as annotations write it, all the way down; True is no int."""
+    of, inner = get_origin(wanted), get_args(wanted)
+    if wanted is Any:
+        return True
+    if is_typeddict(wanted):
+        keys = get_type_hints(wanted)
+        return type(value) is dict and all(key in value and fits(value[key], keys[key]) for key in keys)
+    if of in (Union, UnionType):
+        return any(fits(value, one) for one in inner)
+    if of is Literal:
+        return type(value) is str and value in inner
+    if of in (dict, list, tuple) and type(value) is not of:
+        return False
+    if of is dict:
+        return all(fits(one, inner[1]) for one in value.values())
+    if of is list or (of is tuple and inner[1:] == (...,)):
+        return all(fits(one, inner[0]) for one in value)
+    if of is tuple:
+        return len(value) == len(inner) and all(map(fits, value, inner))
+    if wanted is Format:
+        return type(value) in (Int, UInt, Codebook, Float)
+    return type(value) in ((int, float) if wanted is float else (wanted,))
 
 
 def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
     """What a tokenizer knows beyond tokenizer.json."""
-    return {key: getattr(tokenizer, key) for key in ("bos_id", "eos_ids", "add_bos", "chat_template")}
+    return {key: getattr(tokenizer, key) for key in TokenizerFacts.__annotations__}
 
 
-def read_tokenizer(folder: Path, facts: dict[str, Any]) -> Tokenizer:
+def read_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
     """The tokenizer of a checkpoint.
 
     Raises:
-      InputError: tokenizer.json is missing or broken.
+      InputError: tokenizer.json is missing, changed or broken.
     """
-    path = folder / TOKENIZER
+    facts, path = manifest["tokenizer"], folder / TOKENIZER
+    if checksum(path) != manifest["files"].get(TOKENIZER):
+        raise damaged(path, "its checksum differs", path)
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as broken:  # the library raises bare Exceptions
-        raise InputError(f"{path} can't be read ({broken}).") from None
+    except BaseException as broken:  # the library raises bare Exceptions, and Rust's panics, which are none
+        if not isinstance(broken, Exception) and type(broken).__name__ != "PanicException":
+            raise
+        raise InputError(f"{path} can't be read ({_first_line(broken)}).") from None
     return Tokenizer(backend, facts["bos_id"], tuple(facts["eos_ids"]), facts["add_bos"], facts["chat_template"])
 
 
@@ -174,16 +345,17 @@ def _handler() -> ocp.PyTreeCheckpointHandler:
     return ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=False, use_compression=False)
 
 
-def _arrays(leaf: Any) -> Any:
+def _parts(leaf: Any) -> Any:
+    """A QTensor's arrays by name, as a dictionary of dictionaries; other leaves as they are."""
     if not isinstance(leaf, QTensor):
-        return np.asarray(leaf)
-    return {part: _arrays(value) for part in PARTS if (value := getattr(leaf, part)) is not None}
+        return leaf
+    return {part: _parts(value) for part in PARTS if (value := getattr(leaf, part)) is not None}
 
 
 def _static(leaf: Any) -> Any:
-    """What of a leaf is no array; None for plain arrays."""
+    """What of a leaf is no array; the dtype of plain ones."""
     if not isinstance(leaf, QTensor):
-        return None
+        return str(leaf.dtype)
     parts = {part: _static(value) for part in PARTS if (value := getattr(leaf, part)) is not None}
     return {
         "format": to_json(leaf.format),
@@ -193,15 +365,82 @@ def _static(leaf: Any) -> Any:
     }
 
 
-def _leaf(path: tuple[str, ...], flat: Mapping[tuple[str, ...], Any], static: Any) -> Any:
-    if static is None:
+def _expected(name: str, static: Any, shape: tuple[int, ...]) -> Any:
+    """The parameter that item.json describes, its arrays as shapes and dtypes.
+
+    Raises:
+      InputError: there is no such parameter of that shape.
+    """
+    if isinstance(static, str) and static in DTYPES:
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(static))
+    if not isinstance(static, dict) or not name.endswith("kernel"):
+        raise InputError(f"{str(static)[:50]} is no dtype of it")
+    format, activation = (from_json(static.get(key)) for key in ("format", "activation"))
+    if not fits(format, Format) or not isinstance(activation, Activation | None):
+        raise InputError("it has no format")
+    leaf = _quantized(shape, format, activation)
+    if _static(leaf) != static:
+        raise InputError("its parts are not those of its format")
+    return leaf
+
+
+@lru_cache
+def _quantized(shape: tuple[int, ...], format: Format, activation: Activation | None) -> QTensor:
+    """What quantizing a weight of that shape gives, its arrays as shapes and dtypes."""
+
+    def made(w: jax.Array) -> QTensor:
+        q = quantize(w, *MinMax()(w, format), format)
+        static = activation is not None and activation.static
+        scale = activation.format.grid(-w[:1, :1], w[:1, :1])[0] if static else None
+        return replace(q, activation=activation, input_scale=scale)
+
+    return jax.eval_shape(made, jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
+def _leaf(path: tuple[str, ...], flat: Mapping[tuple[str, ...], Any], of: Any) -> Any:
+    """A leaf with arrays in the places of its shapes."""
+    if not isinstance(of, QTensor):
         return flat[path]
-    parts = dict.fromkeys(PARTS) | {part: _leaf((*path, part), flat, of) for part, of in static["parts"].items()}
-    told = {key: from_json(static[key]) for key in ("format", "in_features", "activation")}
-    return QTensor(**parts, **told)
+    parts = {part: _leaf((*path, part), flat, value) for part in PARTS if (value := getattr(of, part)) is not None}
+    return replace(of, **parts)
 
 
-def _checked(file: Path) -> list[Any]:
-    """Size and SHA-256."""
-    with file.open("rb") as handle:
-        return [os.fstat(handle.fileno()).st_size, hashlib.file_digest(handle, "sha256").hexdigest()]
+def _files(folder: Path) -> set[str]:
+    """What lies in a folder and is no folder, by its path in there."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+
+
+def checksum(file: Path) -> list[Any]:
+    """Size and SHA-256.
+
+    Raises:
+      InputError: it is no plain file, or can't be read.
+    """
+    check_plain(file)
+    try:
+        with file.open("rb") as handle:
+            return [os.fstat(handle.fileno()).st_size, hashlib.file_digest(handle, "sha256").hexdigest()]
+    except OSError as failed:
+        raise InputError(f"{file} can't be read ({failed.strerror}).") from None
+
+
+def text_checksum(text: str) -> list[Any]:
+    """Size and SHA-256 of the file that `write_text` makes of a text."""
+    return [len(text.encode()), hashlib.sha256(text.encode()).hexdigest()]
+
+
+def _sealed(content: Mapping[str, Any]) -> str:
+    dump = lambda told: json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False) + "\n"  # noqa: E731
+    return dump({**content, "sha256": text_checksum(dump(content))[1]})
+
+
+def _some(names: Mapping[str, Any]) -> str:
+    return ", ".join(sorted(names))[:150] or "nothing"
+
+
+def _told(array: tuple[Any, Any] | None) -> str:
+    return "missing" if array is None else f"{array[1]} of shape {array[0]}"
+
+
+def _first_line(problem: BaseException) -> str:
+    return (str(problem).splitlines() or [type(problem).__name__])[0][:200]

@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -18,7 +18,6 @@ from jax import Array
 
 from jquant.errors import InputError
 from jquant.io import checkpoint
-from jquant.io.files import read_json
 from jquant.io.gguf import GGUFCheckpoint
 from jquant.io.hub import fetch_repo, fetch_wheel_member, load_config, text_fields
 from jquant.io.safetensors import SafetensorsCheckpoint
@@ -235,20 +234,18 @@ class QuantizedFile:
       folder: where it is.
 
     Raises:
-      InputError: the folder holds no checkpoint, or one of another version of jquant.
+      InputError: the folder holds no checkpoint, a damaged one, or one of another version of jquant.
     """
 
     folder: Path
 
     def __post_init__(self) -> None:
-        version = self.manifest.get("version")
-        if version != checkpoint.VERSION:
-            raise InputError(f"{self.folder} was written by a jquant with checkpoints of version {version}.")
+        _ = self.manifest
 
     @cached_property
-    def manifest(self) -> dict[str, Any]:
+    def manifest(self) -> checkpoint.Manifest:
         """What the checkpoint holds and was made from."""
-        return read_json(self.folder / checkpoint.MANIFEST)
+        return checkpoint.read_manifest(self.folder)
 
     @property
     def name(self) -> str:
@@ -257,39 +254,59 @@ class QuantizedFile:
 
     @cached_property
     def config(self) -> DecoderConfig:
-        """The decoder's shape."""
-        told = self.manifest["config"]
-        divisors = told["rope_divisors"]
-        return DecoderConfig(**told | {"rope_divisors": None if divisors is None else tuple(divisors)})
+        """The decoder's shape.
+
+        Raises:
+          InputError: the manifest has one that no decoder has.
+        """
+        told: Any = {key: tuple(of) if isinstance(of, list) else of for key, of in self.manifest["config"].items()}
+        try:
+            return DecoderConfig(**told)
+        except (InputError, TypeError) as wrong:
+            raise checkpoint.damaged(self.folder / checkpoint.MANIFEST, f"config: {wrong}") from None
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Text to ids and back."""
-        return checkpoint.read_tokenizer(self.folder, self.manifest["tokenizer"])
+        """Text to ids and back.
+
+        Raises:
+          InputError: tokenizer.json is missing, changed or broken.
+        """
+        tokenizer = checkpoint.read_tokenizer(self.folder, self.manifest)
+        for index in (tokenizer.bos_id, *tokenizer.eos_ids):
+            if index is not None and not 0 <= index < self.config.vocab_size:
+                raise checkpoint.damaged(self.folder / checkpoint.MANIFEST, f"{index} is none of the model's tokens")
+        return tokenizer
 
     def outside(self) -> Decoder:
         """The decoder without its blocks.
 
         Raises:
-          InputError: a file is missing, truncated or changed.
+          InputError: a file is missing, truncated, changed, or not what the manifest's decoder has.
         """
+        place = self.folder / checkpoint.OUTSIDE
+        shapes = {_name(path): shape for path, shape in _expected(self.config).items() if not _stacked(path)}
+        for item in place.glob("[!.]*"):
+            if item.name not in shapes:
+                raise checkpoint.damaged(item, f"{checkpoint.MANIFEST} has no place for it")
+        params = {name: checkpoint.read_item(place / name, {name: shape})[name] for name, shape in shapes.items()}
         decoder = nnx.eval_shape(lambda: Decoder(self.config, nnx.Rngs(0)))
         decoder.segments = nnx.List([])
-        _, state = nnx.split(decoder)
-        items = {name: self.folder / checkpoint.OUTSIDE / name for name in map(_name, _shapes(state))}
-        rotation = read_json(items["norm.scale"] / checkpoint.ITEM)["rotation"]
-        decoder.norm.rotation = checkpoint.from_json(rotation)
-        return _filled(decoder, {name: checkpoint.read_item(item)[name] for name, item in items.items()})
+        decoder.norm.rotation = checkpoint.read_rotation(place / "norm.scale", self.config.hidden)
+        return _filled(decoder, params)
 
     def blocks(self, first: int = 0) -> Iterator[Block]:
         """Blocks from layer `first` on. Errors as of `outside`."""
+        finished = self._finished()
+        shapes = {_name(path[2:]): shape[1:] for path, shape in _expected(self.config).items() if _stacked(path)}
         for layer in range(first, self.config.layers):
-            block = nnx.eval_shape(lambda: Block(self.config, nnx.Rngs(0)))
             item = checkpoint.block_folder(self.folder, layer)
-            if not item.exists():
+            if layer not in finished:
                 raise InputError(f"{self.folder} is not finished: {item.name} is its first missing block.")
-            block.mlp.rotation = checkpoint.from_json(read_json(item / checkpoint.ITEM)["rotation"])
-            yield _filled(block, checkpoint.read_item(item))
+            params = checkpoint.read_item(item, shapes)
+            block = nnx.eval_shape(lambda: Block(self.config, nnx.Rngs(0)))
+            block.mlp.rotation = checkpoint.read_rotation(item, self.config.ffn)
+            yield _filled(block, params)
 
     def load(self, progress: Progress | None = None) -> LanguageModel:
         """The whole model; `progress` is called with ("load", blocks done, blocks in all). Errors as of `outside`."""
@@ -302,16 +319,33 @@ class QuantizedFile:
         return LanguageModel(decoder, self.tokenizer, self.name, self.manifest["stored_as"], self.report())
 
     def report(self) -> dict[tuple[int, str], SolveInfo]:
-        """What quantization did to each weight of the finished blocks: (layer, path) -> SolveInfo."""
-        items = {layer: checkpoint.block_folder(self.folder, layer) for layer in range(self.config.layers)}
-        read = {layer: read_json(item / checkpoint.ITEM) for layer, item in items.items() if item.exists()}
-        infos = {layer: item["report"].items() for layer, item in read.items()}
+        """What quantization did to each weight of the finished blocks: (layer, path) -> SolveInfo.
+
+        Raises:
+          InputError: an item.json is damaged.
+        """
+        known, report = {one.name for one in fields(SolveInfo)}, {}
         number = lambda value: math.nan if value is None else value  # noqa: E731
-        return {
-            (layer, path): SolveInfo(**{key: number(value) for key, value in info.items()})
-            for layer, told in infos.items()
-            for path, info in told
-        }
+        for layer, item in self._finished().items():
+            for path, info in checkpoint.read_item_json(item)["report"].items():
+                if info.keys() != known:
+                    raise checkpoint.damaged(item / checkpoint.ITEM, f"report of {path}", item)
+                report[layer, path] = SolveInfo(**{key: number(value) for key, value in info.items()})
+        return report
+
+    def _finished(self) -> dict[int, Path]:
+        """Where the finished blocks lie, by layer.
+
+        Raises:
+          InputError: something lies beside them that is none of the manifest's decoder.
+        """
+        finished = {}
+        for item in sorted((self.folder / checkpoint.BLOCKS).glob("[!.]*")):
+            layer = int(item.name) if item.name.isdecimal() else -1
+            if not 0 <= layer < self.config.layers or item != checkpoint.block_folder(self.folder, layer):
+                raise checkpoint.damaged(item, f"{checkpoint.MANIFEST} has no place for it")
+            finished[layer] = item
+        return finished
 
 
 def _filled(module: Any, params: Mapping[str, Any]) -> Any:
