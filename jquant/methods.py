@@ -211,12 +211,17 @@ def method(name: str, bits: int = 4, group: Group = 64, symmetric: bool = False)
     """The named method at the given width; rows that fix a width of their own (int8, nf4, q4_k …) ignore it.
 
     Raises:
-      InputError: no such method, with the names there are.
+      InputError: no such method, with the three nearest names.
     """
     if name not in METHODS:
-        known = difflib.get_close_matches(name, METHODS, n=len(METHODS), cutoff=0.0)
-        raise InputError(f"There is no method {name!r}; known: {', '.join(known)}.")
+        raise unknown(name, METHODS)
     return METHODS[name](bits, group, symmetric)
+
+
+def unknown(name: str, known: Iterable[str]) -> InputError:
+    """What to raise for a name that no method has: it names the three that are spelt most like it."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.0)
+    return InputError(f"There is no method {name!r}; the nearest names are {', '.join(near)}.")
 
 
 def assign(plan: "Method | Plan", weights: Iterable[str]) -> dict[str, Method | None]:
