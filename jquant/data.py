@@ -1,13 +1,16 @@
 """Text to token windows."""
 
 import re
+from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt64
 
 from jquant.errors import InputError
 from jquant.io.hub import fetch_wheel_member, load_config
+from jquant.models.config import DecoderConfig
 
 # A run of this many tokens is never shared by chance; quotations and boilerplate are shorter.
 SHARED_RUN = 64
@@ -76,6 +79,40 @@ def join_lines(text: str, join: str = "\n\n") -> str:
     return join.join(line if line.strip() else "" for line in text.splitlines(keepends=True))
 
 
+def check_whole(least: int, /, **options: Any) -> None:
+    """Raises InputError for an option that is no whole number from `least`; True and False are none."""
+    for name, value in options.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+            raise InputError(f"{name} takes a whole number from {least}, not {value!r}.")
+
+
+def check_tokens(tokens: Any, config: DecoderConfig, what: str) -> None:
+    """Refuses windows that a model can't read.
+
+    Args:
+      tokens: what the user gave as windows of token ids.
+      config: the model's.
+      what: what an error calls the windows.
+
+    Raises:
+      InputError: no integer NumPy array `[windows, context]` with a window and a token at least; an id that the
+        embedding does not have; windows longer than the model's context.
+    """
+    if not isinstance(tokens, np.ndarray) or not np.issubdtype(tokens.dtype, np.integer) or tokens.ndim != 2:
+        it = f"{tokens.dtype} {list(tokens.shape)}" if hasattr(tokens, "shape") else type(tokens).__name__
+        raise InputError(f"{what} are an integer NumPy array [windows, context], not {it}.")
+    if tokens.size == 0:
+        raise InputError(f"{what} hold no token: their shape is {list(tokens.shape)}.")
+    if tokens.shape[1] > config.context_length:
+        raise InputError(f"{what} are {tokens.shape[1]} tokens long; the model's context is {config.context_length}.")
+    wrong = (tokens < 0) | (tokens >= config.vocab_size)
+    if wrong.any():
+        raise InputError(
+            f"{what} hold the token id {tokens[wrong][0]}; the model's embedding has ids from 0 to "
+            f"{config.vocab_size - 1}."
+        )
+
+
 def windows(
     ids: Int[np.ndarray, " n"], context: int, count: int | None = None, bos: int | None = None
 ) -> Int[np.ndarray, "count context"]:
@@ -84,10 +121,9 @@ def windows(
     With `bos`, every window begins with that id and has one text token less.
 
     Raises:
-      InputError: fewer tokens than a window, or than `count` windows.
+      InputError: fewer tokens than a window, or than `count` windows; a context or a count that is no whole number.
     """
-    if count is not None and count < 1:
-        raise InputError(f"{count} windows can't be cut; ask for 1 or more, or for none in particular.")
+    check_whole(1, context=context, windows=1 if count is None else count)
     text = context - (bos is not None)
     whole = len(ids) // text if text > 0 else 0
     if whole < (count or 1):
@@ -103,8 +139,10 @@ def sample_windows(ids: Int[np.ndarray, " n"], context: int, count: int, seed: i
     """`count` of the text's non-overlapping windows, drawn without replacement, in the order of the text.
 
     Raises:
-      InputError: the text has fewer windows than that.
+      InputError: the text has fewer windows than that; a number that is no whole one, or out of range.
     """
+    check_whole(1, samples=count)
+    check_whole(0, seed=seed)
     every = windows(ids, context)
     if len(every) < count:
         raise InputError(
@@ -112,6 +150,15 @@ def sample_windows(ids: Int[np.ndarray, " n"], context: int, count: int, seed: i
             f"set calibration.samples={len(every)} or give a longer text."
         )
     return every[np.sort(np.random.default_rng(seed).choice(len(every), count, replace=False))]
+
+
+def run_hashes(ids: Int[np.ndarray, "..."]) -> UInt64[np.ndarray, " runs"]:
+    """A hash of every run of SHARED_RUN tokens, in order; ids of several windows are one text."""
+    if ids.size < SHARED_RUN:
+        return np.empty(0, np.uint64)
+    runs = np.lib.stride_tricks.sliding_window_view(ids.reshape(-1).astype(np.uint64), SHARED_RUN)
+    # A polynomial hash modulo 2^64 with an odd multiplier; a false alarm has a chance of about 1e-9.
+    return runs @ np.cumprod(np.full(SHARED_RUN, 0x9E3779B97F4A7C15, np.uint64))
 
 
 def check_disjoint(
@@ -127,14 +174,16 @@ def check_disjoint(
     Raises:
       InputError: a run is shared; calibrated weights would have seen what they are judged on.
     """
-    if min(evaluation.size, calibration.size) < SHARED_RUN:
-        return
-    run = lambda ids: np.lib.stride_tricks.sliding_window_view(ids.reshape(-1).astype(np.uint64), SHARED_RUN)  # noqa: E731
-    # A polynomial hash modulo 2^64 with an odd multiplier; a false alarm has a chance of about 1e-9.
-    powers = np.cumprod(np.full(SHARED_RUN, 0x9E3779B97F4A7C15, np.uint64))
-    shared = np.isin(run(evaluation) @ powers, run(calibration) @ powers)
+    check_unseen(evaluation, run_hashes(calibration), name, "choose another calibration.data")
+
+
+def check_unseen(
+    evaluation: Int[np.ndarray, "..."], calibrated_on: UInt64[np.ndarray, " runs"], name: str, way_out: str
+) -> None:
+    """`check_disjoint` against the hashes of a calibration text (`run_hashes`); the error ends in `way_out`."""
+    shared = np.isin(run_hashes(evaluation), calibrated_on)
     if shared.any():
         raise InputError(
             f"{name} occurs in the calibration text ({int(shared.sum())} runs of {SHARED_RUN} tokens are "
-            f"shared, the first at token {int(np.argmax(shared))}); choose another calibration.data."
+            f"shared, the first at token {int(np.argmax(shared))}); {way_out}."
         )

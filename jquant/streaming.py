@@ -50,7 +50,7 @@ WINDOWS = ".windows"  # beside the blocks: calibration windows that wait on disk
 def quantize_to_folder(
     source: ModelFile | QuantizedFile,
     folder: Path,
-    method: Method | Plan,
+    method: str | Method | Plan,
     tokens: Int[np.ndarray, "n context"] | None = None,
     *,
     batch: int | None = None,
@@ -101,7 +101,7 @@ def quantize_to_folder(
 def quantize_stream(
     source: ModelFile | QuantizedFile,
     folder: Path,
-    method: Method | Plan,
+    method: str | Method | Plan,
     tokens: Int[np.ndarray, "n context"] | None = None,
     *,
     batch: int | None = None,
@@ -122,7 +122,7 @@ def quantize_stream(
             f"{weight}: {part} takes gradients through the whole model, which is never in memory here; quantize the "
             f"loaded model instead."
         )
-    check_options(plan, tokens, inputs, passes, held_out)
+    check_options(source.config, plan, tokens, batch, inputs, passes, held_out)
     run = {
         "source": source.fingerprint(),
         "dtype": source.dtype,

@@ -47,9 +47,19 @@ def test_windows_takes_the_first_count():
         windows(ids, 10, 12, bos=7)
 
 
-@pytest.mark.parametrize(("context", "count", "bos"), [(0, None, None), (-3, None, None), (1, 2, 7), (10, -1, None)])
-def test_windows_of_no_size_or_number_are_refused(context, count, bos):
-    with refused("window"):
+@pytest.mark.parametrize(
+    ("context", "count", "bos", "said"),
+    [
+        (0, None, None, "context takes a whole number from 1, not 0"),
+        (-3, None, None, "not -3"),
+        (1, 2, 7, "2 window(s) of 1"),
+        (10, -1, None, "windows takes a whole number from 1, not -1"),
+        (10, 0, None, "not 0"),
+        (10, True, None, "not True"),
+    ],
+)
+def test_windows_of_no_size_or_number_are_refused(context, count, bos, said):
+    with refused(said):
         windows(np.arange(100, dtype=np.int32), context, count, bos)
 
 

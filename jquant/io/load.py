@@ -43,6 +43,8 @@ class LanguageModel:
       stored_as: how the checkpoint held the weights, e.g. "gguf Q4_1": rounding weights that already lie on a 4-bit
         grid is another experiment than rounding full-precision ones.
       report: what quantization did to each weight, (layer, path) -> SolveInfo; empty for a float model.
+      calibrated_on: hashes of the runs of tokens (`data.run_hashes`) of the texts that the weights were fitted to, on
+        which `perplexity` does not judge them; None where there were none, and after a way through files.
     """
 
     decoder: Decoder
@@ -50,6 +52,7 @@ class LanguageModel:
     name: str
     stored_as: str
     report: dict[tuple[int, str], Any] = field(default_factory=dict)
+    calibrated_on: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     @property
     def config(self) -> DecoderConfig:
