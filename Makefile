@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: table test setup lint slow clean
+.PHONY: table test setup lint slow fuzz clean
 
 table: setup
 	$(BIN)/python -m experiments.perplexity_table $(ARGS)
@@ -15,6 +15,10 @@ test: .venv/test
 
 slow: .venv/test
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+# Damaged files of every kind: what becomes of them, as a table.
+fuzz: .venv/test
+	$(BIN)/python tests/fuzz.py --cases 4000 $(ARGS)
 
 lint: .venv/test .venv/lint
 	$(BIN)/ruff check .

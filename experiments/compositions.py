@@ -1,9 +1,9 @@
 """Methods by name: rows of `jquant.methods.METHODS`, or compositions and plans written in configs/compositions/*.yaml.
 
-A file holds either one method, its parts named as in `jquant` (`_target_: jquant.NF4`), or `rules`, each a regular
-expression over weights' names (`layers.3.attention.v.kernel`) and the name of a row of METHODS; the first that is found
-decides, and a rule without a method leaves its weights float. `${bits}`, `${group}` and `${symmetric}` stand for the
-settings, so that one file serves every width.
+A file holds either one method, its parts named as in `jquant` (`_target_: jquant.NF4`; all: PARTS), or `rules`, each a
+regular expression over weights' names (`layers.3.attention.v.kernel`) and the name of a row of METHODS; the first that
+is found decides, and a rule without a method leaves its weights float. `${bits}`, `${group}` and `${symmetric}` stand
+for the settings, so that one file serves every width.
 """
 
 from collections.abc import Sequence
@@ -16,11 +16,22 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 import jquant
-from jquant import METHODS, Hadamard, InputError, Method, method
+from jquant import METHODS, Activation, Hadamard, InputError, Method, method
 from jquant.io.hub import load_config
-from jquant.methods import Plan
+from jquant.methods import Plan, unknown
 
 FOLDER = Path(__file__).parents[1] / "configs" / "compositions"
+# What a file may name: what methods are made of. Nothing else of jquant, whose functions read files and run models.
+PARTS = (
+    *("Int", "Codebook", "Float", "NF4", "NF3", "FP4", "FP8_E4M3", "FP8_E5M2", "MXFP4", "NVFP4", "double_quantized"),
+    *("MinMax", "Percentile", "Search", "LossSearch", "LlamaCpp"),
+    *("Nearest", "Stochastic", "GPTQ", "Refit"),
+    *("AWQ", "SmoothQuant", "Hadamard", "Activation", "Tuning", "Method"),
+)
+# Arguments of parts that are parts.
+AXES = ("format", "range", "rounding", "transform", "rotation", "activation")
+# Settings that a method may leave open, with two values of each.
+OPEN: dict[str, tuple[Any, Any]] = {"bits": (4, 3), "group": (64, 32), "symmetric": (False, True)}
 
 
 def find_method(name: str, bits: int, group: Any, symmetric: bool) -> "Method | Plan":
@@ -38,7 +49,7 @@ def find_method(name: str, bits: int, group: Any, symmetric: bool) -> "Method | 
     if name in METHODS:
         return method(name, bits, group, symmetric)
     if name not in _known():
-        raise InputError(f"There is no method {name!r}; known: {', '.join(_known())}.")
+        raise unknown(name, _known())
     settings = {"bits": bits, "group": group, "symmetric": symmetric}
     config = _read(name, settings)
     if "rules" in config:
@@ -51,7 +62,21 @@ def find_method(name: str, bits: int, group: Any, symmetric: bool) -> "Method | 
 
 def takes_bits(name: str) -> bool:
     """Whether a row of METHODS or a file leaves the width to the settings."""
-    return name in _known() and find_method(name, 3, 64, False) != find_method(name, 4, 64, False)
+    return name in _known() and leaves_open(name, "bits")
+
+
+def leaves_open(name: str, setting: str) -> bool:
+    """Whether the method of that name, with or without a width, takes `bits`, `group` or `symmetric` from the settings.
+
+    Raises:
+      InputError: as of `find_method`.
+    """
+    usual = {key: one for key, (one, _) in OPEN.items()}
+    found = find_method(name, **usual)
+    try:
+        return found != find_method(name, **usual | {setting: OPEN[setting][1]})
+    except InputError:  # the method takes the value, though not this one
+        return True
 
 
 def needs_of(plan: "Method | Plan | None") -> frozenset[str]:
@@ -77,25 +102,33 @@ def _known() -> list[str]:
 
 def _read(name: str, settings: dict[str, Any]) -> dict[str, Any]:
     """The file, with the settings in the places of their names."""
+    file = f"configs/compositions/{name}.yaml"
     try:
         both = OmegaConf.create({**settings, "method": load_config("compositions", name)})
         resolved: Any = OmegaConf.to_container(both, resolve=True)
-        return resolved["method"]
     except OmegaConfBaseException as wrong:
         reason = str(wrong).splitlines()[0]
-        raise InputError(
-            f"configs/compositions/{name}.yaml: {reason}; it may refer to {', '.join(settings)}."
-        ) from None
-    except YAMLError as wrong:
-        raise InputError(f"configs/compositions/{name}.yaml is no YAML: {' '.join(str(wrong).split())}.") from None
+        raise InputError(f"{file}: {reason}; it may refer to {', '.join(settings)}.") from None
+    except (YAMLError, OSError, ValueError, RecursionError) as wrong:
+        raise InputError(f"{file} is no YAML: {' '.join(str(wrong).split())}.") from None
+    if not isinstance(resolved["method"], dict):
+        raise InputError(f"{file} is neither a jquant.Method nor rules.")
+    return resolved["method"]
 
 
 def _plan(config: dict[str, Any], name: str, settings: dict[str, Any]) -> Plan:
+    file = f"configs/compositions/{name}.yaml"
+    if more := config.keys() - {"rules", "activation"}:
+        raise InputError(f"{file} has rules, and {more.pop()!r} beside them; only activation may stand there.")
     rules = config["rules"] if isinstance(config["rules"], list) else [config["rules"]]
     for rule in rules:
         if not isinstance(rule, dict) or "weights" not in rule or rule.keys() - {"weights", "method"}:
-            raise InputError(f"configs/compositions/{name}.yaml: a rule has weights and method, which {rule} has not.")
+            raise InputError(f"{file}: a rule has weights and method, which {rule} has not.")
+        if not isinstance(rule["weights"], str) or not isinstance(rule.get("method"), str | None):
+            raise InputError(f"{file}: a rule's weights are a regular expression, its method a name, not {rule}.")
     activation = _compose(config["activation"], name) if "activation" in config else None
+    if not isinstance(activation, Activation | None):
+        raise InputError(f"{file}: activation takes {{_target_: jquant.Activation}}, not {config['activation']}.")
 
     def complete(row: str | None) -> Method | None:
         chosen = None if row is None else method(row, **settings)
@@ -107,7 +140,7 @@ def _plan(config: dict[str, Any], name: str, settings: dict[str, Any]) -> Plan:
 def _compose(config: Any, name: str) -> Any:
     try:
         return _build(config)
-    except (InputError, TypeError) as wrong:
+    except (InputError, TypeError, ValueError, AttributeError) as wrong:
         raise InputError(f"configs/compositions/{name}.yaml: {wrong}") from None
 
 
@@ -119,6 +152,13 @@ def _build(config: Any) -> Any:
         return config
     target = str(config.get("_target_"))
     package, _, part = target.rpartition(".")
-    if package != "jquant" or part not in jquant.__all__:
-        raise InputError(f"{target!r} is not one of jquant's parts.")
-    return getattr(jquant, part)(**{key: _build(value) for key, value in config.items() if key != "_target_"})
+    if package != "jquant" or part not in PARTS:
+        raise InputError(f"{target!r} is not one of jquant's parts: {', '.join(PARTS)}.")
+    arguments = {key: _build(value) for key, value in config.items() if key != "_target_"}
+    for key, value in arguments.items():
+        if key in AXES and isinstance(value, str | int | float):
+            named = str(value).rpartition(".")[2]
+            example = named if named in PARTS else "…"
+            raise InputError(f"{key} takes a part, {{_target_: jquant.{example}}}, not {value!r}.")
+    made = getattr(jquant, part)
+    return made(**arguments) if arguments or callable(made) else made

@@ -6,6 +6,7 @@ All settings: configs/evaluate.yaml. The last line is JSON: the figures, and the
 """
 
 import json
+import math
 from typing import Any
 
 import hydra
@@ -13,7 +14,8 @@ import jax
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.command_line import console, devices_of, one_sentence, peak_rss_mb, progress_bars, run
-from jquant import load_text
+from experiments.settings import check
+from jquant import InputError, load_text
 from jquant.evaluation.perplexity import evaluation_windows, score_from_disk
 from jquant.io.hub import cache_dir
 from jquant.io.load import open_from_config
@@ -27,16 +29,26 @@ def main(config: DictConfig) -> None:
 
 
 def evaluate(settings: dict[str, Any]) -> None:
-    """Prints the perplexity and how it was measured."""
+    """Prints the perplexity and how it was measured.
+
+    Raises:
+      InputError: a setting can't be meant, a file can't be read, or the model's predictions are not finite.
+    """
+    check(settings)
     wanted, devices = settings["evaluation"], devices_of(settings)
     source = open_from_config(settings["model"])
     tokens = evaluation_windows(source, load_text(wanted["data"]), wanted["context"], wanted["windows"], wanted["bos"])
     with progress_bars(source.name) as report:
         scores = score_from_disk(source, tokens, devices=devices, progress=report)
+    if not math.isfinite(scores.perplexity):
+        raise InputError(
+            f"{source.name}: the perplexity is {scores.perplexity}; the model's predictions are not finite."
+        )
+    stderr = scores.stderr if scores.nll.size > 1 else None  # one token has none
     told = {
         "model": str(settings["model"].get("path") or source.name),
         "perplexity": scores.perplexity,
-        "perplexity_stderr": scores.stderr,
+        "perplexity_stderr": stderr,
         "data": wanted["data"],
         "windows": len(tokens),
         "context": tokens.shape[1],
@@ -44,9 +56,10 @@ def evaluate(settings: dict[str, Any]) -> None:
         "scored_tokens": scores.nll.size,
         "peak_rss_mb": peak_rss_mb(),
     }
-    console.print(f"{told['model']}: perplexity {scores.perplexity:.3f} ±{scores.stderr:.3f}", highlight=False)
+    spread = "" if stderr is None else f" ±{stderr:.3f}"
+    console.print(f"{told['model']}: perplexity {scores.perplexity:.3f}{spread}", highlight=False)
     if jax.process_index() == 0:
-        print(json.dumps(told))
+        print(json.dumps(told, allow_nan=False))
 
 
 if __name__ == "__main__":

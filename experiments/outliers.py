@@ -23,6 +23,7 @@ from rich.table import Table
 import paper_figures.outliers
 from experiments import provenance, tables
 from experiments.command_line import console, one_sentence, progress_bars, run
+from experiments.settings import check
 from jquant import LanguageModel, load_text
 from jquant.evaluation.outliers import INPUTS, Outliers, check_options, observe
 from jquant.evaluation.perplexity import evaluation_windows
@@ -41,8 +42,9 @@ def main(config: DictConfig) -> None:
 
 def find_outliers(settings: dict[str, Any]) -> None:
     """Computes the rows unless they are there, prints them in short and draws the figures."""
-    path = Path(settings["results"]) / str(settings["name"]) / "outliers.jsonl"
-    kept = paper_figures.outliers.read_rows(path) if path.exists() else []
+    check(settings)
+    folder = Path(settings["results"]) / str(settings["name"])
+    kept = tables.read_rows(folder, "outliers.jsonl")
     grid, wanted = {key: settings[key] for key in ("threshold", "bits", "group")}, settings["evaluation"]
     with progress_bars(settings["model"]["name"]) as report:
         model = load_from_config(settings["model"], progress=report)
@@ -54,11 +56,11 @@ def find_outliers(settings: dict[str, Any]) -> None:
         if not rows:
             seen = observe(model.decoder, tokens, **grid, progress=report)
             rows = [row | origin for row in rows_of(Outliers(*seen, tokens, **grid, bos=wanted["bos"]), model)]
-            tables.write_rows(path.parent, rows, path.name)
-    figures = paper_figures.outliers.draw(rows, path.parent)
+            tables.add_rows(folder, rows, "outliers.jsonl")
+    figures = paper_figures.outliers.draw(rows, folder)
     console.print(terminal_table(rows))
     console.print(caption(rows[0]), highlight=False, soft_wrap=True)
-    console.print(f"Results: {path}. Figures: {', '.join(map(str, figures))}.", soft_wrap=True)
+    console.print(f"Results: {folder}/outliers.jsonl. Figures: {', '.join(map(str, figures))}.", soft_wrap=True)
 
 
 def rows_of(found: Outliers, model: LanguageModel) -> list[Row]:

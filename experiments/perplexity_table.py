@@ -13,13 +13,11 @@ there, from the same settings, code, packages and machine, are not computed agai
 nothing finished is lost. With calibration.inputs=float all methods that look at activations are quantized in one pass.
 """
 
-import re
+import math
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from functools import reduce
 from itertools import chain
-from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +38,8 @@ from experiments.command_line import (
     reset_peak_rss,
     run,
 )
-from experiments.compositions import find_method, needs_calibration, needs_of, rotation_of
+from experiments.compositions import needs_calibration, rotation_of
+from experiments.settings import check_table
 from experiments.sweep import in_sweep, run_trial
 from jquant import InputError, LanguageModel, bits_per_weight, load_text
 from jquant.data import check_disjoint, sample_windows
@@ -50,24 +49,12 @@ from jquant.io.hub import cache_dir
 from jquant.io.load import ModelFile, QuantizedFile, open_from_config
 from jquant.methods import Method, Plan
 from jquant.models.decoder import Decoder
-from jquant.pipeline import check_plan, quantize_decoders
+from jquant.pipeline import check_plan, fallbacks, quantize_decoders
 from jquant.streaming import quantize_to_folder, streams
 from paper_figures import perplexity_bits
 
-FLOAT = "fp32"
 # Settings on which no figure of a row depends.
 WHERE = ("method", "methods", "baseline", "name", "results", "checkpoints")
-# The least that a setting takes.
-LEAST = {
-    "seed": 0,
-    "calibration.samples": 1,
-    "calibration.context": 1,
-    "calibration.passes": 1,
-    "calibration.held_out": 0,
-    "evaluation.windows": 1,
-    "evaluation.context": 2,
-    "generation.tokens": 0,
-}
 
 
 @hydra.main(version_base=None, config_path=str(provenance.ROOT / "configs"), config_name="perplexity_table")
@@ -99,10 +86,11 @@ def table_rows(settings: dict[str, Any]) -> list[dict[str, Any]]:
     """The table's rows, of which those that are missing are computed and kept in the results folder."""
     # Compiled programs are kept between runs: a second run of the same shapes starts at once.
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
-    methods = check_methods(settings)
-    check_settings(settings, methods)
+    methods = check_table(settings)
     devices_of(settings)
     source = open_from_config(settings["model"])
+    if any(methods.values()):
+        refuse_quantized(source)
     with progress_bars(settings["model"]["name"]) as report:
         model = source.load(report)
     for chosen in filter(None, methods.values()):
@@ -111,55 +99,13 @@ def table_rows(settings: dict[str, Any]) -> list[dict[str, Any]]:
     return compute_rows(source, model, methods, one_text_each(settings), folder)
 
 
-def check_methods(settings: dict[str, Any]) -> dict[str, Method | Plan | None]:
-    """The asked-for methods by name; None is the float model.
-
-    Raises:
-      InputError: an unknown method, or bits or a group that no format takes: before any work is done.
-    """
-    one = settings.get("method")  # a setting of the perplexity table alone
-    names = settings["methods"] if one is None else [one]
-    if not isinstance(names, list):
-        raise InputError(f"methods is a list, e.g. methods=[fp32,gptq], not {names!r}.")
-    if not names:
-        raise InputError("methods=[] leaves nothing to compute.")
-    if type(settings["symmetric"]) is not bool:
-        raise InputError(f"symmetric is true or false, not {settings['symmetric']!r}.")
-    shape = (settings["bits"], settings["group"], settings["symmetric"])
-    return {name: None if name == FLOAT else find_method(name, *shape) for name in map(str, names)}
-
-
-def check_settings(settings: dict[str, Any], methods: dict[str, Method | Plan | None]) -> None:
-    """Finds out before any work what would stop a row.
-
-    Raises:
-      InputError: a number out of range; an option that is not there; held-out windows or quantized inputs that a method
-        needs and does not get; a baseline that is not among the methods.
-    """
-    for name, least in LEAST.items():
-        *sections, key = name.split(".")
-        value = reduce(getitem, sections, settings)[key]
-        # null windows are the whole text; True is no number.
-        if not (type(value) is int and value >= least) and not (name == "evaluation.windows" and value is None):
-            raise InputError(f"{name} takes a whole number from {least}, not {value!r}.")
-    sampling, baseline, bos = settings["calibration"], settings["baseline"], settings["evaluation"]["bos"]
-    if type(bos) is not bool:
-        raise InputError(f"evaluation.bos is true or false, not {bos!r}.")
-    if sampling["inputs"] not in ("quantized", "float"):
-        raise InputError(f"calibration.inputs is quantized or float, not {sampling['inputs']!r}.")
-    texts = settings["evaluation"]["data"]
-    if not isinstance(texts, str) and not (
-        isinstance(texts, list) and texts and all(isinstance(one, str) for one in texts)
-    ):
-        raise InputError(f"evaluation.data is a text or a list of some, not {texts!r}.")
-    for name, chosen in methods.items():
-        needs = needs_of(chosen)
-        if "held_out" in needs and not sampling["held_out"]:
-            raise InputError(f"{name} chooses by held-out windows: set calibration.held_out to 1 or more.")
-        if "cross" in needs and sampling["inputs"] == "float":
-            raise InputError(f"{name} makes up for errors in quantized inputs: calibration.inputs=float leaves none.")
-    if baseline is not None and not any(re.fullmatch(rf"{re.escape(str(baseline))}(-\d+)?", name) for name in methods):
-        raise InputError(f"baseline={baseline} is not among the methods: {', '.join(methods)}.")
+def refuse_quantized(source: ModelFile | QuantizedFile) -> None:
+    """Raises InputError for a model that methods can't be applied to, before it is loaded."""
+    if isinstance(source, QuantizedFile):
+        raise InputError(
+            f"{source.folder} is quantized already: quantize the float model, or look at this one as it is by "
+            f"experiments.evaluate or the table's methods=[fp32]."
+        )
 
 
 def one_text_each(settings: dict[str, Any]) -> list[dict[str, Any]]:
@@ -226,7 +172,7 @@ def compute_rows(
         with progress_bars(f"{len(together)} methods" if len(together) > 1 else next(iter(together))) as report:
             quantized, seconds = quantize_all(source, model, together, tokens[0][1], texts[0], report)
         for name in together:
-            decoder = quantized.pop(name)
+            decoder, fell_back = quantized.pop(name)
             speed = None
             for index, (settings, (evaluation, _), origin) in enumerate(zip(texts, tokens, origins[name], strict=True)):
                 if origin["fingerprint"] in earlier:
@@ -237,10 +183,11 @@ def compute_rows(
                         references[index] = Reference(model.decoder, scores.hidden), scores
                     speed = speed or tokens_per_second(model, decoder, settings["generation"], report)
                     figures = measure(model, decoder, evaluation, *references[index], report)
+                figures |= as_stored(source, figures) if isinstance(source, QuantizedFile) else {}
                 row = {"method": name, **figures, "tokens_per_second": speed, "peak_rss_mb": peak_rss_mb()}
-                row |= {"quantize_seconds": seconds, "quantized_together": len(together), **origin}
-                earlier[origin["fingerprint"]] = row
-                tables.write_rows(folder, list(earlier.values()))
+                row |= {"quantize_seconds": seconds, "quantized_together": len(together), "fallbacks": fell_back}
+                earlier[origin["fingerprint"]] = row = row | origin
+                tables.add_rows(folder, [row])
                 console.print(tables.one_line(row), highlight=False, soft_wrap=True)
         if texts[0]["checkpoints"]:
             shutil.rmtree(texts[0]["checkpoints"], ignore_errors=True)
@@ -266,26 +213,35 @@ def quantize_all(
     calibration: np.ndarray | None,
     settings: dict[str, Any],
     report: Report,
-) -> tuple[dict[str, Decoder], float]:
-    """Decoders by the methods' names, and how long they took, together.
+) -> tuple[dict[str, tuple[Decoder, list[str]]], float]:
+    """By the methods' names, decoders and the weights that fell back to plain rounding; how long they took, together.
 
     A method alone leaves its finished blocks in the folder `checkpoints`, if there is one, and a killed run goes on
     from them; not so those that take gradients through the whole model.
     """
     chosen = {name: one for name, one in methods.items() if one is not None}
+    done = dict.fromkeys(methods, (model.decoder, []))
     if not chosen:
-        return dict.fromkeys(methods, model.decoder), 0.0
+        return done, 0.0
     how = {key: settings["calibration"][key] for key in ("inputs", "passes", "held_out")}
     how |= {"devices": devices_of(settings), "progress": report}
     begin = time.perf_counter()
     [name, *others] = chosen
     if settings["checkpoints"] and not others and streams(check_plan(model.decoder, chosen[name])):
         folder = Path(settings["checkpoints"]) / name
-        decoders = {name: quantize_to_folder(source, folder, chosen[name], calibration, **how).load().decoder}
+        written = quantize_to_folder(source, folder, chosen[name], calibration, **how).load()
+        quantized = {name: (written.decoder, written.report)}
     else:
-        done = quantize_decoders(model.decoder, chosen, calibration, **how)
-        decoders = {name: decoder for name, (decoder, _) in done.items()}
-    return dict.fromkeys(methods, model.decoder) | decoders, time.perf_counter() - begin
+        quantized = quantize_decoders(model.decoder, chosen, calibration, **how)
+    done |= {name: (decoder, fallbacks(infos)) for name, (decoder, infos) in quantized.items()}
+    return done, time.perf_counter() - begin
+
+
+def as_stored(source: QuantizedFile, figures: dict[str, Any]) -> dict[str, Any]:
+    """What a row says of a model that came quantized: there is no float one that it could be compared with."""
+    comparisons = dict.fromkeys(("perplexity_change_percent", "kl", "top1_agreement"))
+    bits = f"{figures['bits_per_weight']:.3f} bits a weight"
+    return {**comparisons, "stored": f"packed codes of {bits}, quantized from {source.manifest['stored_as']}"}
 
 
 def measure(
@@ -300,10 +256,12 @@ def measure(
     scores = float_scores
     if decoder is not model.decoder:
         scores = score(decoder, evaluation, reference=reference, progress=report)
+    if not math.isfinite(scores.perplexity):
+        raise InputError(f"The perplexity is {scores.perplexity}: the model's predictions are not finite.")
     projections = nnx.state(decoder.segments, lambda path, _: path[-1] == "kernel")
     return {
         "perplexity": scores.perplexity,
-        "perplexity_stderr": scores.stderr,
+        "perplexity_stderr": scores.stderr if scores.nll.size > 1 else None,  # one token has none
         "perplexity_change_percent": 100 * (scores.perplexity / float_scores.perplexity - 1),
         "kl": 0.0 if scores.kl is None else float(scores.kl.mean(dtype=np.float64)),
         "top1_agreement": 1.0 if scores.agrees is None else float(scores.agrees.mean()),

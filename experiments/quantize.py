@@ -16,11 +16,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments.command_line import console, devices_of, one_sentence, peak_rss_mb, progress_bars, run
 from experiments.compositions import find_method, needs_of
+from experiments.settings import check
 from jquant import load_text
 from jquant.data import sample_windows
 from jquant.io.hub import cache_dir
 from jquant.io.load import QuantizedFile, open_from_config
-from jquant.pipeline import relative_error
+from jquant.pipeline import fallbacks, relative_error
 from jquant.streaming import quantize_to_folder
 
 
@@ -32,7 +33,12 @@ def main(config: DictConfig) -> None:
 
 
 def quantize(settings: dict[str, Any]) -> QuantizedFile:
-    """Writes the checkpoint, or what is missing of it, and tells what it holds."""
+    """Writes the checkpoint, or what is missing of it, and tells what it holds.
+
+    Raises:
+      InputError: a setting can't be meant, or what `quantize_to_folder` finds.
+    """
+    check(settings)
     name, sampling, folder = str(settings["method"]), settings["calibration"], Path(settings["output"])
     chosen = find_method(name, settings["bits"], settings["group"], settings["symmetric"])
     devices = devices_of(settings)
@@ -47,12 +53,19 @@ def quantize(settings: dict[str, Any]) -> QuantizedFile:
         written = quantize_to_folder(source, folder, chosen, tokens, **how, devices=devices, progress=report)
     seconds = time.perf_counter() - begin
     megabytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+    report = written.report()
     console.print(
         f"{folder}: {written.config.layers} blocks by {name}, {megabytes:.0f} MB, error "
-        f"{relative_error([written.report()]):.3g}, {seconds:.0f} s, {peak_rss_mb():.0f} MB resident at most.",
+        f"{relative_error([report]):.3g}, {seconds:.0f} s, {peak_rss_mb():.0f} MB resident at most.",
         highlight=False,
         soft_wrap=True,
     )
+    if fell_back := fallbacks(report):
+        console.print(
+            f"Rounded plainly, for want of a finite solution: {len(fell_back)} weights, {', '.join(fell_back)}.",
+            highlight=False,
+            soft_wrap=True,
+        )
     return written
 
 

@@ -25,15 +25,17 @@ from rich.table import Table
 
 from experiments import tables
 from experiments.command_line import Report, console, one_sentence, progress_bars, run
-from experiments.perplexity_table import FLOAT, check_methods, describe, prepare_tokens
+from experiments.perplexity_table import describe, prepare_tokens, refuse_quantized
+from experiments.settings import check, check_methods
+from experiments.tables import FLOAT
 from jquant import InputError, Method, QTensor, dequantize
 from jquant.evaluation.perplexity import Reference, Scores, score
 from jquant.io.files import write_text
 from jquant.io.hub import cache_dir
-from jquant.io.load import load_from_config
+from jquant.io.load import open_from_config
 from jquant.models.decoder import Decoder, blocks
 from jquant.models.families import LLAMA
-from jquant.pipeline import check_plan, quantize_decoder
+from jquant.pipeline import check_plan, fallbacks, quantize_decoder
 from paper_figures import sensitivity as figure
 
 PATHS = tuple(path for site in LLAMA.sites for path in site.weights)
@@ -50,29 +52,29 @@ def main(config: DictConfig) -> None:
 def analyse(settings: dict[str, Any]) -> None:
     """Computes what is missing, writes and prints the tables, draws the figure."""
     folder = Path(settings["results"]) / str(settings["name"])
+    check(settings)
     methods = check_methods(settings)
     for name, chosen in methods.items():
         if not isinstance(chosen, Method) or chosen.transform or chosen.rotation or chosen.tuning or chosen.activation:
             raise InputError(f"{name}: sensitivity takes methods that change one weight at a time.")
+    source = open_from_config(settings["model"])
+    refuse_quantized(source)
     with progress_bars(settings["model"]["name"]) as report:
-        model = load_from_config(settings["model"], progress=report)
-    if isinstance(settings["evaluation"]["data"], list):
-        raise InputError("evaluation.data is one text here.")
+        model = source.load(report)
     evaluation, calibration = prepare_tokens(model, settings, methods.values())
     earlier, rows, reference = tables.read_rows(folder, "sensitivity.jsonl"), [], None
     for name, chosen in methods.items():
         assert isinstance(chosen, Method)
         check_plan(model.decoder, chosen)
         origin = describe(name, chosen, model, evaluation, calibration, settings)
-        row = next((row for row in earlier if row["fingerprint"] == origin["fingerprint"]), None)
+        row = next((row for row in earlier if row.get("fingerprint") == origin["fingerprint"]), None)
         if row is None:
             with progress_bars(name) as report:
                 scores = reference or score(model.decoder, evaluation, progress=report)
                 reference = scores
                 figures = measure(model.decoder, chosen, evaluation, calibration, scores, settings, report)
             row = {"method": name, FLOAT: scores.perplexity, **figures, **origin}
-            earlier.append(row)
-            tables.write_rows(folder, earlier, "sensitivity.jsonl")
+            tables.add_rows(folder, [row], "sensitivity.jsonl")
         rows.append(row)
     for table in (projection_table(rows), layer_table(rows)):
         console.print(table)
@@ -90,14 +92,15 @@ def measure(
     report: Report,
 ) -> dict[str, Any]:
     """Perplexity and KL with one projection type, one layer, one matrix, and everything quantized."""
-    quantized, _ = quantize_decoder(decoder, method, calibration, inputs="float", progress=report)
+    quantized, done = quantize_decoder(decoder, method, calibration, inputs="float", progress=report)
     float_values, values = _stacks(decoder), _stacks(quantized)
     graph, state = nnx.split(decoder)
     layers = decoder.config.layers
     wanted = {"projection": len(evaluation), "layer": settings["layer_windows"], "matrix": settings["matrix_windows"]}
     selections = list(_selections(layers, {kind for kind, windows in wanted.items() if windows}))
     figures: dict[str, Any] = {"all": None, "projections": {}, "layers": [], "matrices": []}
-    for done, (kind, path, layer) in enumerate(selections, 1):
+    figures["fallbacks"] = fallbacks(done)
+    for count, (kind, path, layer) in enumerate(selections, 1):
         mask = {p: np.isin(np.arange(layers), range(layers) if layer is None else layer) for p in PATHS}
         mask = {p: m if path in (None, p) else np.zeros_like(m) for p, m in mask.items()}
         mixed = nnx.merge(graph, _mix(state, float_values, values, mask))
@@ -114,7 +117,7 @@ def measure(
                 figures["layers"].append(entry)
             case _:
                 figures["matrices"].append({"layer": layer, "projection": _short(path), **entry})
-        report("evaluate", done, len(selections))
+        report("evaluate", count, len(selections))
     return figures
 
 
@@ -189,7 +192,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         lines = zip(*(column.cells for column in table.columns), strict=True)
         cells = [heading, ["---:"] * len(heading), *lines]
         text += f"{table.title}\n\n" + "".join(f"| {' | '.join(map(str, line))} |\n" for line in cells) + "\n"
-    return text + tables.caption(rows[:1]) + " Every weight is fitted to the float model's inputs.\n"
+    return text + tables.caption(rows) + " Every weight is fitted to the float model's inputs.\n"
 
 
 if __name__ == "__main__":

@@ -4,44 +4,109 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from rich import box
 from rich.table import Table
 from scipy.special import stdtrit
 
-from experiments.compositions import takes_bits
+from experiments.compositions import OPEN, leaves_open, takes_bits
 from jquant.errors import InputError
-from jquant.io.files import write_text
+from jquant.io.files import check_plain, write_text
 
 Row = dict[str, Any]
+
+FLOAT = "fp32"  # the method that leaves the model as it is
+LOCK = ".lock"  # beside a results file, and never removed: another process may be waiting for it
+
+# What the rows of each file have at least, as `misfit` reads it.
+_PROTOCOL = {"model": str, "weights_stored_as": str, "dtype": str, "data": str, "windows": int, "context": int}
+_ORIGIN: dict[str, Any] = {
+    "method": str,
+    "composition": str,
+    "protocol": _PROTOCOL | {"bos": bool, "scored_tokens": int, "evaluation_sha256": str, "calibration_sha256": (str,)},
+    "config": {
+        "model": {"published": (dict,)},
+        "calibration": {"data": str, "samples": int, "context": int, "inputs": (str,)},
+        "bits": int,
+        "group": int | str,
+        "symmetric": bool,
+    },
+    "seed": int,
+    "device": str,
+    "fingerprint": (str,),
+    "fallbacks": ([str],),
+}
+_FIGURES = {"perplexity": float, "kl": float}
+ROWS: dict[str, dict[str, Any]] = {
+    "table.jsonl": _ORIGIN
+    | dict.fromkeys(("perplexity", "bits_per_weight", "weight_mb", "quantize_seconds", "peak_rss_mb"), float)
+    | dict.fromkeys(("perplexity_stderr", "perplexity_change_percent", "kl", "top1_agreement"), (float,))
+    | {"tokens_per_second": (float,), "quantized_together": (int,), "window_nll": ([float],)}
+    | {"settings": (str,), "stored": (str,)},
+    "sensitivity.jsonl": _ORIGIN
+    | {FLOAT: float, "all": _FIGURES, "projections": dict, "layers": [_FIGURES]}
+    | {"matrices": [_FIGURES | {"layer": int, "projection": str}]},
+    "outliers.jsonl": {"layer": int, "input": str, "fingerprint": (str,), "device": str, "ratio": (float,)}
+    | {"protocol": _PROTOCOL | {"bos": bool}, "config": {"threshold": float, "bits": int, "group": int}}
+    | dict.fromkeys(("max", "median", "sink_energy", "first_token_energy", "massive_tokens"), float)
+    | dict.fromkeys(("activation_waste", "weight_waste", "sink_attention"), (float,))
+    | {key: [float] for key in ("channel_max", "histogram_edges", "histogram_counts")}
+    | {"outlier_features": list},
+}
 
 # Column heading, and how a row fills it; a column that no row fills is left out.
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "method": lambda row: label(row),
     "settings": lambda row: row.get("settings", ""),  # of a sweep's trial
-    "perplexity": lambda row: f"{row['perplexity']:.3f} ±{row['perplexity_stderr']:.3f}",
-    "change\n%": lambda row: f"{row['perplexity_change_percent']:+.2f}",
-    "KL": lambda row: f"{row['kl']:.4f}",
-    "top-1\n%": lambda row: f"{100 * row['top1_agreement']:.1f}",
+    "perplexity": lambda row: f"{row['perplexity']:.3f}" + _filled(row["perplexity_stderr"], " ±{:.3f}"),
+    "change\n%": lambda row: _filled(row["perplexity_change_percent"], "{:+.2f}"),
+    "KL": lambda row: _filled(row["kl"], "{:.4f}"),
+    "top-1\n%": lambda row: _filled(row["top1_agreement"], "{:.1%}").rstrip("%"),
+    "fell\nback": lambda row: str(len(row.get("fallbacks") or ()) or ""),  # weights, to plain rounding
     "bits/\nweight": lambda row: f"{row['bits_per_weight']:.3f}",
     "MB": lambda row: f"{row['weight_mb']:.0f}",
-    "tok/s": lambda row: "" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:.1f}",
+    "tok/s": lambda row: _filled(row["tokens_per_second"], "{:.1f}"),
     "quant\ns": lambda row: seconds(row),
     "peak\nMB": lambda row: f"{row['peak_rss_mb']:.0f}",
     "published": lambda row: published(row),
 }
 
 
+def _filled(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
+
+
 def label(row: Row) -> str:
     """What the row is called in a table: the method, with its width where the settings chose it."""
     name = row["method"]
-    if name == "fp32":
+    if row.get("stored"):  # a model that was quantized before it came here
+        return "stored"
+    if name == FLOAT:
         return {"float32": "FP32", "bfloat16": "BF16", "float16": "FP16"}.get(row["protocol"]["dtype"], "float")
     return f"{name.upper()}-{row['config']['bits']}" if takes_bits(name) else name.upper()
+
+
+def is_float(row: Row) -> bool:
+    """Whether the row is the float model that the others are compared with."""
+    return row["method"] == FLOAT and not row.get("stored")
+
+
+def chosen(row: Row) -> dict[str, Any]:
+    """Of bits, group and symmetric, what the row's method took from the settings, or its name's width."""
+    name, config = row["method"], row["config"]
+    stem, _, width = name.rpartition("-")
+    try:
+        given = {"bits": int(width)} if width.isdecimal() and takes_bits(stem) else {}
+        return given | {setting: config[setting] for setting in OPEN if leaves_open(name, setting)}
+    except InputError:  # no method: the float model, or a file that is gone
+        return {}
 
 
 def seconds(row: Row) -> str:
@@ -58,8 +123,8 @@ def by_text(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 def published(row: Row) -> str:
     """The published perplexity that the model's config quotes for this method, if any."""
-    figures = row["config"]["model"].get("published") or {}
-    return f"{figures[row['method']]:.2f}" if row["method"] in figures else ""
+    figure = (row["config"]["model"].get("published") or {}).get(row["method"])
+    return f"{figure:.2f}" if isinstance(figure, int | float) else ""
 
 
 def paired_change(row: Row, base: Row) -> tuple[float, float, float]:
@@ -98,23 +163,106 @@ def base_of(row: Row, rows: Sequence[Row], baseline: str) -> Row | None:
 
 
 def read_rows(folder: Path, name: str = "table.jsonl") -> list[Row]:
-    """The rows an earlier run left in a results folder.
+    """The rows that earlier runs left in a results folder.
 
     Raises:
-      InputError: the file is not one JSON object a line.
+      InputError: the file is no plain one, or not one JSON object a line with all that a row has (ROWS).
     """
-    path = folder / name
-    if not path.exists():
-        return []
+    path, rows = folder / name, []
+    if not os.path.lexists(path):
+        return rows
+    check_plain(path)
+    wrong = f"{path} is damaged ({{}}); move it away or choose another name=."
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    except (json.JSONDecodeError, UnicodeDecodeError) as broken:
-        raise InputError(f"{path} is damaged ({broken}); move it away or choose another name=.") from None
+        # Not splitlines(), which cuts at characters that may stand in a text.
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+            if line:
+                rows.append(json.loads(line))
+                json.dumps(rows[-1], ensure_ascii=False).encode()  # what can't be written back is no text
+                if part := misfit(rows[-1], ROWS.get(name, {}), "the row"):
+                    raise InputError(wrong.format(f"line {number}: {part}"))
+    except RecursionError:
+        raise InputError(wrong.format("it is nested too deeply")) from None
+    except (OSError, ValueError) as broken:
+        raise InputError(wrong.format(broken)) from None
+    return rows
 
 
-def write_rows(folder: Path, rows: Sequence[Row], name: str = "table.jsonl") -> None:
-    """Writes every row, one JSON object a line, whole or not at all."""
-    write_text(folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def some_rows(folder: Path, name: str) -> list[Row]:
+    """What `read_rows` finds, if it finds any.
+
+    Raises:
+      InputError: as of `read_rows`; there are no rows.
+    """
+    if rows := read_rows(folder, name):
+        return rows
+    raise InputError(f"{folder / name} has no rows.")
+
+
+def misfit(value: Any, shape: Any, name: str) -> str | None:
+    """What of a value from JSON has not the shape that it should have; None if all has.
+
+    A shape is a type, a dict of what stands under some keys, a list with the shape of its elements, or a tuple with
+    that of what may be null or absent. float stands for every finite number.
+    """
+    inner: Iterable[str | None] = ()
+    if isinstance(shape, tuple):
+        return None if value is None else misfit(value, shape[0], name)
+    if isinstance(shape, dict):
+        fits = isinstance(value, dict)
+        inner = (misfit(value.get(key), one, key) for key, one in shape.items())
+    elif isinstance(shape, list):
+        fits = isinstance(value, list)
+        inner = (misfit(one, shape[0], f"an element of {name}") for one in value) if fits else ()
+    elif shape is float:
+        fits = isinstance(value, int | float) and -1e300 < value < 1e300
+    else:
+        fits = isinstance(value, shape) and not (shape is int and isinstance(value, bool))
+    if not fits:
+        return f"{name} is missing" if value is None else f"{name} is {str(value)[:40]!r}"
+    return next(filter(None, inner), None)
+
+
+def add_rows(folder: Path, rows: Sequence[Row], name: str = "table.jsonl", without: Iterable[str] = ()) -> None:
+    """Adds rows to a results file, whole or not at all; no row that another process adds meanwhile is lost.
+
+    Args:
+      folder: of the results.
+      rows: each replaces those that have its fingerprint.
+      name: of the file.
+      without: fingerprints of rows to take out.
+
+    Raises:
+      InputError: the folder can't be written, or the file is damaged.
+    """
+    gone = {row["fingerprint"] for row in rows}.union(without)
+    if not gone:
+        return
+    with locked(folder):
+        kept = [row for row in read_rows(folder, name) if row.get("fingerprint") not in gone]
+        write_text(folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [*kept, *rows]))
+
+
+@contextmanager
+def locked(folder: Path, name: str = LOCK, timeout: float = -1) -> Iterator[None]:
+    """Holds a lock in a folder, which is made; a process that dies lets go of it.
+
+    Raises:
+      InputError: the folder can't be written.
+      filelock.Timeout: another process holds it for longer than so many seconds; by default it is waited for.
+    """
+    lock = FileLock(folder / name, timeout)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise
+    except OSError as failed:
+        raise InputError(f"{folder} can't be written ({failed.strerror}).") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_table(
@@ -132,14 +280,32 @@ def write_table(
     write_text(folder / "table.md", "\n".join(written))
     if not rows:
         return
+    lines = [_flat(row) | _change_fields(row, sections[row["protocol"]["data"]], baseline) for row in rows]
     plain = io.StringIO()
-    fields = [key for key, value in rows[0].items() if isinstance(value, str | int | float) and key != "composition"]
-    changes = [_change_fields(row, sections[row["protocol"]["data"]], baseline) for row in rows]
-    columns = [*fields, *changes[0], *rows[0]["protocol"]]
-    writer = csv.DictWriter(plain, columns, extrasaction="ignore", lineterminator="\n")
+    writer = csv.DictWriter(plain, list(dict.fromkeys(key for line in lines for key in line)), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(row | change | row["protocol"] for row, change in zip(rows, changes, strict=True))
+    writer.writerows(lines)
     write_text(folder / "table.csv", plain.getvalue())
+
+
+def _flat(row: Row) -> dict[str, Any]:
+    """A row's figures and texts, its method's choices, its calibration where it had one, and its protocol."""
+    plain = {key: value for key, value in row.items() if isinstance(value, str | int | float | None)}
+    calibration = row["config"]["calibration"] if calibrated(row) else {}
+    told = {key: calibration.get(key) for key in ("data", "samples", "context", "inputs")}
+    return {
+        **plain,
+        **dict.fromkeys(OPEN),
+        **chosen(row),
+        **{f"calibration_{key}": value for key, value in told.items()},
+        "fallbacks": "; ".join(row.get("fallbacks") or ()),
+        **row["protocol"],
+    }
+
+
+def calibrated(row: Row) -> bool:
+    """Whether its method looked at the calibration text."""
+    return row["protocol"]["calibration_sha256"] is not None
 
 
 def missing_lines(missing: Mapping[str, str]) -> list[str]:
@@ -174,26 +340,67 @@ def one_line(row: Row) -> str:
 
 
 def caption(rows: Sequence[Row], baseline: str | None = None) -> str:
-    """The protocol of one text's rows, in a sentence or two."""
-    row = rows[0]
-    told, config = row["protocol"], row["config"]
-    calibration = config["calibration"]
-    published_note = (config["model"].get("published") or {}).get("note")
-    together = max(row.get("quantized_together", 1) for row in rows)
-    shared = f"Seconds with /{together}: all {together} in one pass over float inputs. " if together > 1 else ""
-    paired = (
-        f"vs {baseline}: change of perplexity, its 95 % interval (Student's t) paired by window. " if baseline else ""
-    )
+    """The protocol of one text's rows, in a few sentences; where rows differ, with the names of those meant."""
+    quantized = [row for row in rows if not is_float(row)]
+    together = max(row.get("quantized_together") or 1 for row in rows)
+    dtypes = " or ".join(dict.fromkeys(row["protocol"]["dtype"] for row in rows))
+    notes = dict.fromkeys((row["config"]["model"].get("published") or {}).get("note") for row in rows)
+    sentences = [
+        *_told(rows, _protocol, rows),
+        *_told(rows, _calibration, quantized),
+        *_told(rows, _groups, quantized),
+        *_told(rows, _fallbacks, []),
+        "KL and top-1 agreement are to the float model." if any(row.get("kl", 0) is not None for row in rows) else "",
+        f"bits/weight counts codes, scales and zeros of the projections; MB is all weights, embedding, head and norms "
+        f"in {dtypes}; peak MB is resident memory.",
+        f"Seconds with /{together}: all {together} in one pass over float inputs." if together > 1 else "",
+        f"vs {baseline}: change of perplexity, its 95 % interval (Student's t) paired by window." if baseline else "",
+        "; ".join(dict.fromkeys(row["device"] for row in rows)) + ".",
+        *(f"Published: {note}" for note in notes if note),
+    ]
+    return " ".join(filter(None, sentences))
+
+
+def _told(rows: Sequence[Row], say: Callable[[Row], str], every: Sequence[Row]) -> list[str]:
+    """What the rows say of themselves, each sentence once, with the names of those that say it unless all do."""
+    said: dict[str, list[str]] = {}
+    for row in rows:
+        if sentence := say(row):
+            said.setdefault(sentence, []).append(label(row))
+    names = {
+        sentence: "" if {*map(label, every)} == {*its} else f" ({', '.join(dict.fromkeys(its))})"
+        for sentence, its in said.items()
+    }
+    return [f"{sentence}{names[sentence]}." for sentence in said]
+
+
+def _protocol(row: Row) -> str:
+    told = row["protocol"]
     return (
-        f"{told['model']} (weights stored as {told['weights_stored_as']}, computed in {told['dtype']}) on "
-        f"{told['data']}: {told['windows']} windows of {told['context']} tokens, not overlapping, "
-        f"{'with' if told['bos'] else 'no'} BOS, {told['scored_tokens']} scored tokens. Calibration: "
-        f"{calibration['data']}, {calibration['samples']} × {calibration['context']} tokens, seed {row['seed']}. "
-        f"Groups of {config['group']}, {'symmetric' if config['symmetric'] else 'asymmetric'}. KL and top-1 "
-        f"agreement are to the float model; bits/weight counts codes, scales and zeros of the projections; MB is all "
-        f"weights, embedding, head and norms in {told['dtype']}; peak MB is resident memory. "
-        f"{shared}{paired}{row['device']}." + (f" Published: {published_note}" if published_note else "")
+        f"{told['model']} (weights stored as {row.get('stored') or told['weights_stored_as']}, computed in "
+        f"{told['dtype']}) on {told['data']}: {told['windows']} windows of {told['context']} tokens, not overlapping, "
+        f"{'with' if told['bos'] else 'no'} BOS, {told['scored_tokens']} scored tokens"
     )
+
+
+def _calibration(row: Row) -> str:
+    told = row["config"]["calibration"]
+    inputs = ", float inputs" if told.get("inputs") == "float" else ""
+    text = f"Calibration: {told['data']}, {told['samples']} × {told['context']} tokens{inputs}, seed {row['seed']}"
+    return text if calibrated(row) else ""
+
+
+def _groups(row: Row) -> str:
+    told = chosen(row)
+    group = f"groups of {told['group']}" if isinstance(told.get("group"), int) else f"one scale a {told.get('group')}"
+    sign = "symmetric" if told.get("symmetric") else "asymmetric"
+    return ", ".join([group] * ("group" in told) + [sign] * ("symmetric" in told)).capitalize()
+
+
+def _fallbacks(row: Row) -> str:
+    names = row.get("fallbacks") or []
+    more = f" and {len(names) - 3} more" if names[3:] else ""
+    return f"Rounded plainly, for want of a finite solution: {', '.join(names[:3])}{more}" if names else ""
 
 
 def _cells(

@@ -12,7 +12,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jquant.errors import InputError
-from jquant.loss import token_gradients
+from jquant.loss import all_finite, token_gradients
 from jquant.methods import Method
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Block, Decoder, Taps, rotary_table
@@ -75,7 +75,7 @@ class Calibration:
         starts = [*range(0, fit, step), *range(fit, len(tokens), step)]
         batches = [devices.windows(one) if devices else one for one in np.split(tokens, starts[1:])]
         self.devices = devices
-        self.config, self.inputs = decoder.config, inputs
+        self.config, self.inputs, self.dtype = decoder.config, inputs, decoder.embedding.get_value().dtype
         self.fit = sum(start < fit for start in starts)  # batches, from the first, that statistics are fitted to
         by_loss = any(one.token_weights == "loss" for one in methods)
         self.gradients = [token_gradients(decoder, one) if by_loss else {} for one in batches]
@@ -89,6 +89,9 @@ class Calibration:
         """Statistics of all windows at the sites of `block`; `exact` is the float block, on the float stream.
 
         With `advance` the windows move on through `block` in the same pass.
+
+        Raises:
+          InputError: a statistic that is not finite.
         """
         empty = no_stats(choices, self.config, self.fit < len(self.seen))
         stats = start_pieces(empty, self.devices) if self.devices else empty
@@ -105,7 +108,9 @@ class Calibration:
                 self.seen[i] = after
             for tap, site in seen.items():
                 stats[tap] |= site
-        return averaged(join_pieces(stats, self.config, self.devices) if self.devices else stats)
+        stats = averaged(join_pieces(stats, self.config, self.devices) if self.devices else stats)
+        check_stats(stats, layer, self.dtype)
+        return stats
 
     def advance_exact(self, block: Block) -> None:
         """Replaces what the float model reads by the float block's outputs, where that is kept."""
@@ -269,6 +274,24 @@ def averaged(stats: Stats) -> Stats:
 @partial(jax.jit, donate_argnums=0)
 def _mean(total: Float[Array, "in in"], weight: Float[Array, ""]) -> Float[Array, "in in"]:
     return Gram(total, weight).mean
+
+
+def check_stats(stats: Stats, layer: int, dtype: Any) -> None:
+    """Raises InputError for a statistic of a layer's inputs that is not finite: no method can make use of it."""
+    for tap, site in jax.device_get(_finite(stats)).items():
+        for (kind, by), finite in site.items():
+            if not finite:
+                raise InputError(
+                    f"layers.{layer}: the calibration statistic {kind!r} of {tap}, tokens weighted by {by!r}, is NaN "
+                    f"or infinite: probably activations or gradients that overflow {dtype}."
+                )
+
+
+@jax.jit
+def _finite(stats: Stats) -> dict[str, dict[tuple[str, str], Array]]:
+    """Whether each statistic is finite; what is wrong with a token or a channel shows on a matrix's diagonal."""
+    thin = lambda leaf: jnp.diagonal(leaf) if leaf.ndim == 2 else leaf  # noqa: E731
+    return {tap: {key: all_finite(jax.tree.map(thin, one)) for key, one in site.items()} for tap, site in stats.items()}
 
 
 def start_pieces(empty: Stats, devices: Devices) -> Stats:

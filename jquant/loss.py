@@ -38,7 +38,8 @@ def learn_clips(
       layer -> path within it -> factors. Weights of other ranges stay float while these are learned.
 
     Raises:
-      InputError: the plan's searches do not agree on how to learn; a search's start quantizes the scales itself.
+      InputError: the plan's searches do not agree on how to learn; a search's start quantizes the scales itself; a step
+        whose gradient is not finite.
     """
     parts = _parts(layers)
     if not parts:
@@ -52,11 +53,22 @@ def learn_clips(
     for number in range(search.steps):
         batch = np.take(tokens, range(number * search.windows, (number + 1) * search.windows), 0, mode="wrap")
         logs, state = _step(graph, parts, search.rate, stacks, rest, grids, logs, state, batch)
+        if not all_finite(logs):
+            raise InputError(
+                f"LossSearch, step {number + 1} of {search.steps}: the gradient of the calibration loss is not finite; "
+                f"probably activations overflow their dtype."
+            )
     learned: dict[int, dict[str, Array]] = {layer: {} for layer in range(len(layers))}
     for part, log in zip(parts, logs, strict=True):
         for index, layer in enumerate(part.layers):
             learned[layer][part.path] = jnp.exp(log[index])
     return learned
+
+
+@jax.jit
+def all_finite(tree: Any) -> Array:
+    """Whether every number of a tree's arrays is finite."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
 def token_gradients(decoder: Decoder, tokens: Int[np.ndarray, "b t"]) -> dict[str, Float[np.ndarray, "layers b t"]]:

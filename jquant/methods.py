@@ -9,7 +9,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from jquant.activations import Activation
 from jquant.errors import InputError
@@ -31,6 +31,7 @@ from jquant.formats import (
     Int,
     double_quantized,
 )
+from jquant.parts import check_part, shown
 from jquant.ranges import LlamaCpp, LossSearch, MinMax, Percentile, Range, Search
 from jquant.rounding import GPTQ, Nearest, Refit, Rounding, Stochastic
 from jquant.transforms import AWQ, Hadamard, SmoothQuant, Transform
@@ -68,6 +69,17 @@ class Tuning:
             raise InputError(f'Tuning takes a share of text from 0 to 1, with target="model", not {self.text}.')
 
 
+# A method's parts: what each must be, and whether it may be left out.
+AXES: dict[str, tuple[type, bool]] = {
+    "format": (Format, False),
+    "range": (Range, False),
+    "rounding": (Rounding, False),
+    "transform": (Transform, True),
+    "rotation": (Hadamard, True),
+    "activation": (Activation, True),
+}
+
+
 @dataclass(frozen=True)
 class Method:
     """One choice on each axis.
@@ -88,6 +100,10 @@ class Method:
         (`pipeline.propagate_error`).
       activation: how the inputs that meet the weight are quantized, or None.
       tuning: how scales and codes are learned after rounding, stage by stage: blocks before the whole model.
+
+    Raises:
+      InputError: a part that does not keep the contract of its axis, or is no value (`parts.check_part`); an option out
+        of range.
     """
 
     format: Format
@@ -101,12 +117,18 @@ class Method:
     tuning: tuple[Tuning, ...] = ()
 
     def __post_init__(self) -> None:
+        for axis, (contract, optional) in AXES.items():
+            if not (optional and getattr(self, axis) is None):
+                check_part(f"Method's {axis}", getattr(self, axis), contract)
         if self.token_weights not in ("attention", "loss", "norm", "uniform"):
             raise InputError(
                 f'Method takes token_weights="attention", "loss", "norm" or "uniform", not {self.token_weights!r}.'
             )
-        if not 0 <= self.error_propagation <= 1:
-            raise InputError(f"Method takes an error_propagation from 0 to 1, not {self.error_propagation}.")
+        strength = self.error_propagation
+        if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength <= 1:
+            raise InputError(f"Method takes an error_propagation from 0 to 1, not {strength!r}.")
+        if not isinstance(self.tuning, tuple) or not all(isinstance(stage, Tuning) for stage in self.tuning):
+            raise InputError(f"Method's tuning is a tuple of jquant.Tuning(...), not {shown(self.tuning)}.")
         targets = [stage.target for stage in self.tuning]
         if targets != sorted(targets, key=lambda target: target != "block"):
             raise InputError(f"Blocks are tuned before the whole model, not {' after '.join(targets[::-1])}.")
@@ -211,15 +233,44 @@ def method(name: str, bits: int = 4, group: Group = 64, symmetric: bool = False)
     """The named method at the given width; rows that fix a width of their own (int8, nf4, q4_k …) ignore it.
 
     Raises:
-      InputError: no such method, with the names there are.
+      InputError: no such method, with the three nearest names.
     """
     if name not in METHODS:
-        known = difflib.get_close_matches(name, METHODS, n=len(METHODS), cutoff=0.0)
-        raise InputError(f"There is no method {name!r}; known: {', '.join(known)}.")
+        raise unknown(name, METHODS)
     return METHODS[name](bits, group, symmetric)
 
 
-def assign(plan: "Method | Plan", weights: Iterable[str]) -> dict[str, Method | None]:
+def unknown(name: str, known: Iterable[str]) -> InputError:
+    """What to raise for a name that no method has: it names the three that are spelt most like it."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.0)
+    return InputError(f"There is no method {name!r}; the nearest names are {', '.join(near)}.")
+
+
+def complete(
+    plan: Any, bits: int = 4, group: Group = 64, symmetric: bool = False
+) -> Method | list[tuple[str, Method | None]]:
+    """A method or plan with `Method`s in the places of names; the rest completes what their rows leave open.
+
+    Raises:
+      InputError: an unknown name; something else than a method, its name, or rules (regex, method).
+    """
+
+    def named(one: Any) -> Method:
+        if isinstance(one, str):
+            return method(one, bits, group, symmetric)
+        if not isinstance(one, Method):
+            raise InputError(f"{shown(one)} is no method: give a name in METHODS, Method(format, …) or rules.")
+        return one
+
+    if isinstance(plan, str) or not isinstance(plan, Sequence):
+        return named(plan)
+    for rule in plan:
+        if not isinstance(rule, list | tuple) or len(rule) != 2 or not isinstance(rule[0], str):
+            raise InputError(f"A plan's rule is a pair (regex, method), not {shown(rule)}.")
+    return [(pattern, None if one is None else named(one)) for pattern, one in plan]
+
+
+def assign(plan: "str | Method | Plan", weights: Iterable[str]) -> dict[str, Method | None]:
     """The method of each weight; None where it stays float.
 
     Args:
@@ -228,19 +279,20 @@ def assign(plan: "Method | Plan", weights: Iterable[str]) -> dict[str, Method | 
       weights: their names, e.g. "layers.3.attention.v.kernel".
 
     Raises:
-      InputError: a rule that is no regex, names no method, or decides for no weight.
+      InputError: no method or plan (`complete`); a rule that is no regex, or decides for no weight.
     """
-    if isinstance(plan, Method):
-        return dict.fromkeys(weights, plan)
+    rules = complete(plan)
+    if isinstance(rules, Method):
+        return dict.fromkeys(weights, rules)
     chosen: dict[str, Method | None] = {}
     names = left = list(weights)
-    for pattern, name in plan:
+    for pattern, one in rules:
         try:
             found = [weight for weight in left if re.search(pattern, weight)]
         except re.error as wrong:
             raise InputError(f"The plan's rule {pattern!r} is not a regular expression: {wrong}.") from None
         if not found:
             raise InputError(f"The plan's rule {pattern!r} decides for no weight; they are called like {names[0]}.")
-        chosen |= dict.fromkeys(found, method(name) if isinstance(name, str) else name)
+        chosen |= dict.fromkeys(found, one)
         left = [weight for weight in left if weight not in chosen]
     return chosen | dict.fromkeys(left, None)

@@ -21,19 +21,20 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jquant.calibration import WEIGHTED, Calibration, Choices, SiteStats, Stats, weighting
-from jquant.data import sample_windows
+from jquant.data import check_tokens, check_whole, run_hashes, sample_windows
 from jquant.errors import InputError
 from jquant.formats import Group, block_shape
 from jquant.io.load import LanguageModel, Progress
 from jquant.loss import learn_clips
-from jquant.methods import Method, Plan, assign
-from jquant.methods import method as named_method
+from jquant.methods import Method, Plan, assign, complete
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Block, Decoder, blocks, with_blocks
 from jquant.models.families import LLAMA, Site, shared_channels
+from jquant.parts import shown
 from jquant.qtensor import QTensor
 from jquant.rotation import rotate
 from jquant.rounding import SolveInfo
+from jquant.rounding.limits import check_scales
 from jquant.sharding import Devices
 from jquant.tuning import tune, tune_block
 
@@ -43,7 +44,7 @@ Report = dict[tuple[int, str], SolveInfo]
 
 def quantize_decoder(
     decoder: Decoder,
-    method: Method | Plan,
+    method: str | Method | Plan,
     tokens: Int[np.ndarray, "n context"] | None = None,
     *,
     batch: int | None = None,
@@ -57,7 +58,8 @@ def quantize_decoder(
 
     Args:
       decoder: float; left untouched.
-      method: a point in the space of methods, or a plan that gives weights different ones (`methods.assign`).
+      method: a point in the space of methods, a name in `METHODS`, or a plan that gives weights different ones
+        (`methods.assign`).
       tokens: calibration windows; not needed by methods that look at weights alone.
       batch: windows per forward pass and device; by default `usual_batch()`.
       inputs: whether a block is fitted to what the quantized blocks before it produce, or to what float ones do.
@@ -91,7 +93,7 @@ def quantize_decoder(
 
 def quantize_decoders(
     decoder: Decoder,
-    methods: Mapping[str, Method | Plan],
+    methods: Mapping[str, str | Method | Plan],
     tokens: Int[np.ndarray, "n context"] | None = None,
     *,
     batch: int | None = None,
@@ -113,7 +115,7 @@ def quantize_decoders(
     if rotation := next(iter(rotations), None):
         decoder = rotate(decoder, **asdict(rotation))
     wanted = together(plans)
-    check_options(wanted, tokens, inputs, passes, held_out)
+    check_options(decoder.config, wanted, tokens, batch, inputs, passes, held_out)
     needs = any(chosen.needs - {"text"} for layer in wanted for _, chosen in layer)
     if len(plans) > 1 and inputs == "quantized" and needs:
         raise InputError('Methods can share a calibration pass only with inputs="float".')
@@ -142,13 +144,23 @@ def quantize_decoders(
 
 
 def check_options(
-    wanted: Sequence[Choices], tokens: Int[np.ndarray, "n context"] | None, inputs: str, passes: int, held_out: int
+    config: DecoderConfig,
+    wanted: Sequence[Choices],
+    tokens: Any,
+    batch: int | None,
+    inputs: str,
+    passes: int,
+    held_out: int,
 ) -> None:
-    """Raises InputError for options of `quantize_decoder` that are out of range, or leave nothing to learn from."""
-    if inputs not in ("quantized", "float") or passes < 1:
-        raise InputError(f'Blocks take inputs="quantized" or "float" and 1 pass or more, not {inputs!r}, {passes}.')
+    """Raises InputError for arguments of `quantize_decoder` that are out of range, or leave nothing to learn from."""
+    if inputs not in ("quantized", "float"):
+        raise InputError(f'Blocks take inputs="quantized" or "float", not {inputs!r}.')
+    check_whole(1, passes=passes, batch=1 if batch is None else batch)
+    check_whole(0, held_out=held_out)
+    if tokens is not None:
+        check_tokens(tokens, config, "Calibration windows")
     windows = 0 if tokens is None else len(tokens)
-    if not 0 <= held_out < windows and any(chosen.tuning for layer in wanted for _, chosen in layer):
+    if held_out >= windows and any(chosen.tuning for layer in wanted for _, chosen in layer):
         raise InputError(f"Tuning learns from text: held_out={held_out} of {windows} calibration windows leaves none.")
 
 
@@ -197,14 +209,37 @@ def quantize_blocks(
         for name, plan in plans.items():
             learned = (clips or {}).get(name, {}).get(index, {})
             quantized, infos = quantize_block(block, plan[index], stats, learned, again, passes, devices)
-            done[name] = quantized, jax.device_get(infos)
+            infos = jax.device_get(infos)
+            check_rounded(block, quantized, infos, plan[index], index)
+            done[name] = quantized, infos
         if calibration and any(needs[index:]):
             calibration.advance_exact(block)
             for name, (quantized, infos) in done.items():
-                done[name] = _tune_block(quantized, plans[name][index], calibration), infos
+                done[name] = _tune_block(quantized, plans[name][index], calibration, index), infos
         yield done
         if calibration and any(needs[index + 1 :]) and not moved:
             calibration.advance(block if calibration.inputs == "float" else whole(next(iter(done.values()))[0]))
+
+
+def check_rounded(block: Block, quantized: Block, infos: Mapping[str, SolveInfo], choices: Choices, layer: int) -> None:
+    """Refuses a block of which some weights were rounded to nothing useful, by their names.
+
+    Raises:
+      InputError: scales that do not fit their dtype (`check_scales`); an output error that is not finite, although its
+        statistics are.
+    """
+    for path, chosen in choices:
+        if "gram" in chosen.needs and not np.isfinite([infos[path].error, infos[path].energy]).all():
+            raise InputError(f"layers.{layer}.{path}: the error of its outputs is NaN or infinite after rounding.")
+    before, after = flat_params(block), flat_params(quantized)
+    rounded = {path: after[path] for path, _ in choices if isinstance(after[path], QTensor)}
+    name = f"layers.{layer}.{{}}".format
+    check_scales({name(path): q for path, q in rounded.items()}, {name(path): before[path] for path in rounded})
+
+
+def fallbacks(report: Report) -> list[str]:
+    """The weights for which no factorisation was finite (`SolveInfo.fallback`), e.g. "layers.3.mlp.down.kernel"."""
+    return [f"layers.{layer}.{path}" for (layer, path), info in report.items() if info.fallback]
 
 
 def shared(layers: Sequence[Choices], choice: Literal["rotation", "tuning"], default: Any) -> Any:
@@ -212,10 +247,13 @@ def shared(layers: Sequence[Choices], choice: Literal["rotation", "tuning"], def
     return next((getattr(chosen, choice) for layer in layers for _, chosen in layer), default)
 
 
-def _tune_block(block: Block, choices: Choices, calibration: Calibration) -> Block:
+def _tune_block(block: Block, choices: Choices, calibration: Calibration, layer: int) -> Block:
     for stage in shared([choices], "tuning", ()):
         if stage.target == "block":
-            block = tune_block(block, *calibration.windows(), calibration.rotary, stage)
+            try:
+                block = tune_block(block, *calibration.windows(), calibration.rotary, stage)
+            except InputError as wrong:
+                raise InputError(f"layers.{layer}: {wrong}") from None
     return block
 
 
@@ -225,13 +263,14 @@ def relative_error(reports: Iterable[Report]) -> float:
     return float(np.mean(shares)) if shares else math.nan
 
 
-def check_plan(decoder: Decoder, method: Method | Plan) -> list[Choices]:
+def check_plan(decoder: Decoder, method: str | Method | Plan) -> list[Choices]:
     """Finds out before any work whether a plan suits a decoder; the methods of each layer's weights.
 
     Raises:
-      InputError: a rule that names no weight or no method; a weight smaller than its method's groups, or with NaN or
-        infinite values; a decoder that is quantized already; projections that read one input and do not share a
-        transform; a transform with a range that is learned before it; methods that do not share tuning or rotation.
+      InputError: no method or plan (`methods.complete`); a rule that names no weight; a weight smaller than its
+        method's groups, or with NaN or infinite values; a decoder that is quantized already; projections that read one
+        input and do not share a transform; a transform with a range that is learned before it; methods that do not
+        share tuning or rotation.
     """
     paths = [path for site in LLAMA.sites for path in site.weights]
     chosen = assign(method, [f"layers.{i}.{path}" for i in range(decoder.config.layers) for path in paths])
@@ -307,27 +346,26 @@ def quantize(
       progress: as for `quantize_decoder`.
 
     Returns:
-      A model whose kernels are QTensors, with `report` filled.
+      A model whose kernels are QTensors, with `report` filled, which knows what it was calibrated on.
 
     Raises:
-      InputError: an unknown method; a plan's rule that names no weight; a missing or too short calibration text; bits
-        or group out of range; a model that is quantized already.
+      InputError: an unknown method; a plan's rule that names no weight; a missing or too short calibration text; a
+        number out of range; a context longer than the model's; a model that is quantized already.
     """
-    named = partial(named_method, bits=bits, group=group, symmetric=symmetric)
-    if isinstance(method, str | Method):
-        plan = chosen = named(method) if isinstance(method, str) else method
-        needs = chosen.needs_calibration
-    else:
-        plan = [(rule, named(name) if isinstance(name, str) else name) for rule, name in method]
-        needs = any(chosen is not None and chosen.needs_calibration for _, chosen in plan)
-    check_plan(model.decoder, plan)
-    tokens = None
+    plan = complete(method, bits, group, symmetric)
+    check_whole(1, samples=samples, context=context)
+    check_whole(0, held_out=held_out, seed=seed)
+    layers = check_plan(model.decoder, plan)
+    needs = any(chosen.needs_calibration for layer in layers for _, chosen in layer)
+    tokens, seen = None, model.calibrated_on
     if needs:
         if calibration is None:
-            raise InputError(f"{method} looks at activations: give it text, e.g. calibration=load_text('c4_utf8').")
-        tokens = sample_windows(model.tokenizer.encode(calibration), context, samples + held_out, seed)
+            raise InputError(f"{shown(method)} looks at activations: give it calibration=load_text('c4_utf8'), e.g.")
+        ids = model.tokenizer.encode(calibration)
+        tokens, runs = sample_windows(ids, context, samples + held_out, seed), run_hashes(ids)
+        seen = runs if seen is None else np.union1d(seen, runs)
     decoder, report = quantize_decoder(model.decoder, plan, tokens, held_out=held_out, progress=progress)
-    return replace(model, decoder=decoder, report=report)
+    return replace(model, decoder=decoder, report=report, calibrated_on=seen)
 
 
 def quantize_block(
@@ -453,11 +491,16 @@ def round_weight(
     """
     w = w.astype(jnp.float32)
     gram, held_out = (seen[kind].mean if kind in seen else None for kind in ("gram", "held_out"))
+    unsolved = jnp.bool_(False)
     if chosen.error_propagation:
         assert gram is not None
-        w = propagate_error(w, gram, seen["cross"].mean, chosen.error_propagation)
+        moved = propagate_error(w, gram, seen["cross"].mean, chosen.error_propagation)
+        unsolved = ~jnp.all(jnp.isfinite(moved))
+        w = jnp.where(unsolved, w, moved)
     grid = chosen.range(w, chosen.format, gram, clip)
     q, info = chosen.rounding(w, *grid, gram, chosen.format, held_out)
+    if chosen.error_propagation:
+        info = replace(info, fallback=jnp.maximum(info.fallback, unsolved.astype(jnp.int32)))
     if chosen.activation is not None:
         q = replace(q, activation=chosen.activation)
         if chosen.activation.static:
@@ -472,12 +515,12 @@ def propagate_error(
     """W + α H⁻¹ C W: what a weight should be, to make of its inputs x̃ what the float one makes of x.
 
     With H the mean of x̃ x̃ᵀ and C that of x̃ (x − x̃)ᵀ, α = 1 is the least-squares fit; less keeps it from fitting the
-    calibration text (QEP, arXiv 2504.09629, Eq. 5; GPTAQ, arXiv 2504.02692). H is damped by 1 % of its mean diagonal.
+    calibration text (QEP, arXiv 2504.09629, Eq. 5; GPTAQ, arXiv 2504.02692). H is damped by 1 % of its mean diagonal;
+    the result is not finite where it has no factorisation even so.
     """
     damped = gram + 0.01 * jnp.mean(jnp.diagonal(gram)) * jnp.eye(len(gram), dtype=gram.dtype)
     lag = jnp.matmul(cross, w, precision="highest")
-    moved = w + strength * jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(damped), True), lag)
-    return jnp.where(jnp.all(jnp.isfinite(moved)), moved, w)
+    return w + strength * jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(damped), True), lag)
 
 
 def _with_params(block: Block, params: Params) -> Block:

@@ -136,8 +136,9 @@ def quantize_stream(
             f"loaded model instead."
         )
     _check_formats(plan)
+    _check_formats(plan)
     needs = any(chosen.needs for layer in plan for _, chosen in layer)
-    check_options(plan, tokens, inputs, passes, held_out)
+    check_options(source.config, plan, tokens, batch, inputs, passes, held_out)
     run = {
         "source": source.fingerprint(),
         "dtype": source.dtype,

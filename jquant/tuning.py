@@ -21,12 +21,15 @@ from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 from jax import Array
 from jaxtyping import Float, Int
 
+from jquant.data import check_tokens
 from jquant.errors import InputError
 from jquant.formats import block_shape, expand, pack, unpack
 from jquant.io.load import Progress
+from jquant.loss import all_finite
 from jquant.methods import Tuning
 from jquant.models.decoder import Block, Decoder
 from jquant.qtensor import QTensor, stored_grid
+from jquant.rounding.limits import check_scales
 
 # Tokens whose logits are alive at a time.
 ROWS = 256
@@ -51,11 +54,13 @@ def tune(
       progress: called with ("tune", steps done, steps in all) and the loss before the step.
 
     Raises:
-      InputError: nothing is quantized, or scales are quantized themselves; a tuning of single blocks.
+      InputError: nothing is quantized, or scales are quantized themselves; a tuning of single blocks; windows that the
+        model can't read; a step whose loss or parameters are not finite.
     """
     tuning = tuning or Tuning()
     if tuning.target == "block":
         raise InputError('Blocks are tuned one by one as they are rounded (Method.tuning): target is not "block" here.')
+    check_tokens(tokens, decoder.config, "Calibration windows")
     graph, rest, weights = _split(quantized)
 
     def slopes(learned: Learned, which: Int[np.ndarray, " windows"]) -> tuple[Array, Learned]:
@@ -85,7 +90,8 @@ def tune_block(
       tuning: how.
 
     Raises:
-      InputError: nothing is quantized, or scales are quantized themselves.
+      InputError: nothing is quantized, or scales are quantized themselves; a step whose loss or parameters are not
+        finite.
     """
     graph, rest, weights = _split(quantized)
 
@@ -119,10 +125,17 @@ def _learn(
         which = np.arange(number * tuning.windows, (number + 1) * tuning.windows) % windows
         loss, slope = slopes(learned, which)
         learned, moments = _step(learned, slope, moments, tuning)
-        loss = float(loss)  # waits, so that one step's activations are alive at a time
+        loss, sound = jax.device_get((loss, all_finite(learned)))  # waits: one step's activations are alive at a time
+        if not (np.isfinite(loss) and sound):
+            raise InputError(
+                f"Tuning of the {tuning.target}, step {number + 1} of {tuning.steps}: the loss ({loss:.4g}) or what is "
+                f"learned is not finite; take a lower rate, or look for activations that overflow their dtype."
+            )
         if progress:
-            progress("tune", number + 1, tuning.steps, loss=loss)
-    return {path: _finished(q, learned[path]) for path, q in weights.items()}
+            progress("tune", number + 1, tuning.steps, loss=float(loss))
+    tuned = {path: _finished(q, learned[path]) for path, q in weights.items()}
+    check_scales({".".join(map(str, path)): q for path, q in tuned.items()})
+    return tuned
 
 
 def _check(weights: Mapping[tuple[Any, ...], QTensor]) -> None:

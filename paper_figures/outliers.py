@@ -3,7 +3,6 @@
 python -m paper_figures.outliers results/smollm2_135m
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,8 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
-from jquant.errors import InputError
+from experiments import tables
+from experiments.command_line import one_sentence
 
 Row = dict[str, Any]
 
@@ -34,20 +34,6 @@ LABELS = {
 }
 # Columns of a heat map: more would be thinner than a pixel, and single channels would fade.
 COLUMNS = 96
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The rows of an outliers.jsonl.
-
-    Raises:
-      InputError: the file is not there, or not one JSON object a line.
-    """
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    except OSError as failed:
-        raise InputError(f"{path} can't be read ({failed.strerror}).") from None
-    except ValueError as broken:
-        raise InputError(f"{path} is damaged ({broken}); move it away or choose another name=.") from None
 
 
 def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
@@ -218,5 +204,8 @@ def _save(figure: Figure, stem: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
-    target = Path(sys.argv[1])
-    print(*draw(read_rows(target / "outliers.jsonl"), target))
+    with one_sentence():
+        target = Path(sys.argv[1])
+        rows = tables.some_rows(target, "outliers.jsonl")
+        # Those of the last run: others had other settings.
+        print(*draw([row for row in rows if row.get("fingerprint") == rows[-1].get("fingerprint")], target))

@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from experiments import tables
+from experiments.command_line import one_sentence
 
 # More labels than this run into each other beside their points.
 MOST_LABELS = 12
@@ -40,7 +41,7 @@ def _scatter(rows: Sequence[dict[str, Any]]) -> Figure:
     """Perplexity over bits per weight, with standard errors."""
     figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     for row in rows:
-        if row["method"] == "fp32":
+        if tables.is_float(row):
             axes.axhline(row["perplexity"], color="0.5", linewidth=1, linestyle="--", zorder=0)
             axes.annotate(
                 f"{tables.label(row)} {row['perplexity']:.2f}",
@@ -51,7 +52,7 @@ def _scatter(rows: Sequence[dict[str, Any]]) -> Figure:
                 ha="left",
                 color="0.35",
             )
-    points = [row for row in rows if row["method"] != "fp32"]
+    points = [row for row in rows if not tables.is_float(row)]
     for index, row in enumerate(sorted(points, key=lambda row: row["perplexity"])):
         at = (row["bits_per_weight"], row["perplexity"])
         axes.errorbar(*at, yerr=row["perplexity_stderr"], fmt="o", capsize=3, color=f"C{index}")
@@ -69,15 +70,19 @@ def _scatter(rows: Sequence[dict[str, Any]]) -> Figure:
 
 def ranking(rows: Sequence[dict[str, Any]]) -> Figure:
     """A line a row, by bits: perplexity on the left, KL on the right; filled where nothing smaller is as good."""
-    points = sorted((row for row in rows if row["method"] != "fp32"), key=lambda row: -row["bits_per_weight"])
+    points = sorted((row for row in rows if not tables.is_float(row)), key=lambda row: -row["bits_per_weight"])
     figure, both = plt.subplots(1, 2, figsize=(8.6, 0.19 * len(points) + 1.2), layout="constrained", sharey=True)
     # A broken row must not press all others together: it becomes an arrow at the edge.
     most = {"perplexity": 4 * min(row["perplexity"] for row in rows), "kl": 2.0}
     headings = {"perplexity": _measure(rows), "kl": "KL to the float model"}
     for axes, (column, heading) in zip(both, headings.items(), strict=True):
         for line, row in enumerate(points):
+            if row[column] is None:  # of a model that came quantized, and is compared with none
+                continue
             beaten = any(
-                other["bits_per_weight"] <= row["bits_per_weight"] and other[column] < row[column] for other in points
+                other["bits_per_weight"] <= row["bits_per_weight"] and other[column] < row[column]
+                for other in points
+                if other[column] is not None
             )
             face, off = "white" if beaten else "C0", row[column] > most[column]
             at = min(row[column], most[column])
@@ -94,7 +99,7 @@ def ranking(rows: Sequence[dict[str, Any]]) -> Figure:
             axes.spines[side].set_visible(False)
         axes.tick_params(axis="y", length=0)
     for row in rows:
-        if row["method"] == "fp32":
+        if tables.is_float(row):
             both[0].axvline(row["perplexity"], color="0.5", linewidth=1, linestyle="--", zorder=0)
     names = [f"{tables.label(row)}   {row['bits_per_weight']:.2f}" for row in points]
     both[0].set_yticks(range(len(points)), names, fontsize=7.5)
@@ -113,5 +118,6 @@ def _model(rows: Sequence[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    target = Path(sys.argv[1])
-    print(*draw(tables.read_rows(target), target))
+    with one_sentence():
+        target = Path(sys.argv[1])
+        print(*draw(tables.some_rows(target, "table.jsonl"), target))

@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib.colors import LogNorm
 
 from experiments import tables
+from experiments.command_line import one_sentence
 
 
 def draw(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
@@ -77,5 +78,6 @@ def _matrix(row: dict[str, Any], names: list[str]) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    target = Path(sys.argv[1])
-    print(*draw(tables.read_rows(target, "sensitivity.jsonl"), target))
+    with one_sentence():
+        target = Path(sys.argv[1])
+        print(*draw(tables.some_rows(target, "sensitivity.jsonl"), target))

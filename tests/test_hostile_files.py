@@ -173,6 +173,15 @@ def test_an_expression_that_backtracks_for_ever_ends_in_a_sentence(folder):
         tokenizer.encode("a" * 40 + "!")
 
 
+def test_two_tokens_of_one_id_are_refused(folder):
+    content = json.loads((folder / "tokenizer.json").read_text())
+    first, second = list(content["model"]["vocab"])[-2:]
+    content["model"]["vocab"][first] = content["model"]["vocab"][second]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with refused("folder", "two tokens one id"):
+        tokenizer_from_folder(folder)
+
+
 # ---- config.json ----------------------------------------------------------------------------------------------------
 
 KEYS = (

@@ -306,9 +306,9 @@ def test_a_quantized_model_is_refused(model):
         jquant.quantize(quantized, "rtn", group=32)
 
 
-def test_an_unknown_method_lists_the_names(model):
-    with refused("'gptqq'", *METHODS):
-        jquant.quantize(model, "gptqq")
+def test_an_unknown_method_names_the_three_nearest(model):
+    with refused("'gtpq'", "the nearest names are gptq, gptq_loss, gptq_tuned."):
+        jquant.quantize(model, "gtpq")
 
 
 @pytest.mark.parametrize(

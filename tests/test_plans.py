@@ -102,8 +102,8 @@ def test_a_rule_that_is_no_regular_expression_is_refused_by_its_text():
         assign([("mlp.(gate", "rtn")], NAMES)
 
 
-def test_a_rule_with_an_unknown_method_is_refused_with_the_names_there_are():
-    with refused("'q4_l'", *METHODS):
+def test_a_rule_with_an_unknown_method_is_refused_with_the_nearest_names():
+    with refused("'q4_l'", "the nearest names are ", "q4_k"):
         assign([("mlp", "q4_l")], NAMES)
 
 

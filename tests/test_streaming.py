@@ -229,7 +229,7 @@ def test_what_needs_the_whole_model_is_refused(folder, tmp_path):
     for how, part in (
         ({}, "give it calibration tokens"),
         ({"tokens": TOKENS, "held_out": 16}, "held_out=16 of 16"),
-        ({"tokens": TOKENS, "passes": 0}, "1 pass or more"),
+        ({"tokens": TOKENS, "passes": 0}, "passes takes a whole number from 1, not 0"),
         ({"tokens": TOKENS, "devices": Devices(3)}, "16 windows"),
         ({"tokens": TOKENS, "memory_gb": -1}, "memory_gb"),
     ):

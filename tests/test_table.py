@@ -19,7 +19,7 @@ from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
 from experiments import command_line, tables
-from experiments.perplexity_table import check_methods, check_settings
+from experiments.settings import check_table
 from paper_figures import perplexity_bits
 
 ROOT = Path(__file__).parents[1]
@@ -194,7 +194,7 @@ def test_interrupting_keeps_finished_rows_and_the_next_run_goes_on(workplace):
     assert "interrupted" in errors
     kept = rows_of(folder)
     assert 1 <= len(kept) < 4
-    assert [path.name for path in folder.iterdir()] == ["table.jsonl"]
+    assert sorted(path.name for path in folder.iterdir()) == [tables.LOCK, "table.jsonl"]
 
     done = table(workplace, *overrides)
     assert done.returncode == 0, done.stderr
@@ -262,7 +262,7 @@ def test_a_figure_of_many_rows_has_a_line_each_and_none_presses_the_others_toget
 def check(*overrides: str) -> None:
     with initialize_config_dir(str(ROOT / "configs"), version_base=None):
         settings = OmegaConf.to_container(compose("perplexity_table", [*overrides]), resolve=True)
-    check_settings(settings, check_methods(settings))
+    check_table(settings)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Greedy and sampled generation that streams tokens."""
 
+import math
 from collections.abc import Iterator
 from functools import partial
 from operator import itemgetter
@@ -12,6 +13,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
+from jquant.data import check_tokens, check_whole
 from jquant.errors import InputError
 from jquant.io.load import LanguageModel
 from jquant.models.cache import Cache
@@ -38,7 +40,8 @@ def generate(
       seed: of the sampling.
 
     Raises:
-      InputError: an empty prompt; prompt and tokens exceed the model's context.
+      InputError: an empty prompt, or one with ids that the model does not have; prompt and tokens exceed the model's
+        context; an option out of range.
     """
     ids = model.tokenizer.encode(prompt)
     if model.tokenizer.add_bos and model.tokenizer.bos_id is not None:
@@ -57,18 +60,24 @@ def generate_ids(
     seed: int = 0,
 ) -> Iterator[int]:
     """Yields `tokens` ids that continue a prompt of ids; see `generate`."""
+    check_whole(0, tokens=tokens, seed=seed)
+    check_whole(1, top_k=1 if top_k is None else top_k)
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 <= temperature < math.inf:
+        raise InputError(f"temperature takes a finite number from 0, not {temperature!r}.")
     if len(prompt) == 0:
         raise InputError("The prompt has no tokens.")
-    slots = len(prompt) + tokens
-    if slots > decoder.config.context_length:
+    slots, config = len(prompt) + tokens, decoder.config
+    if slots > config.context_length:
         raise InputError(
-            f"A prompt of {len(prompt)} tokens and {tokens} new ones exceed the context of "
-            f"{decoder.config.context_length}."
+            f"A prompt of {len(prompt)} tokens and {tokens} new ones exceed the context of {config.context_length}."
         )
+    if top_k is not None and top_k > config.vocab_size:
+        raise InputError(f"top_k={top_k} is more than the model's {config.vocab_size} tokens.")
+    check_tokens(np.asarray(prompt)[None], config, "The prompt's ids")
     # Slots in steps of 256, so that prompts of similar length share one compilation.
-    slots = min(-(-slots // 256) * 256, decoder.config.context_length)
+    slots = min(-(-slots // 256) * 256, config.context_length)
     leaves, structure = jax.tree.flatten((decoder, unstack(decoder)))
-    cache = Cache.init(decoder.config, 1, slots, decoder.embedding.get_value().dtype)
+    cache = Cache.init(config, 1, slots, decoder.embedding.get_value().dtype)
     key = jax.random.key(seed)
     logits, cache = step(structure, leaves, jnp.asarray(prompt)[None], cache)
     for index in range(tokens):

@@ -25,6 +25,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from jquant.data import check_tokens
 from jquant.errors import InputError
 from jquant.evaluation.perplexity import evaluation_windows
 from jquant.io.load import LanguageModel, Progress
@@ -286,6 +287,7 @@ def observe(
     progress: Progress | None = None,
 ) -> tuple[dict[tuple[int, str], InputOutliers], Float[np.ndarray, "layers windows context"]]:
     """`Outliers.inputs` and `Outliers.attention_received` of token windows, `batch` of them at a time."""
+    check_tokens(tokens, decoder.config, "Windows")
     rotary = rotary_table(decoder.config, jnp.arange(tokens.shape[1]))
     states = [_embed(decoder, tokens[begin : begin + batch]) for begin in range(0, len(tokens), batch)]
     sink, found, received = first_tokens(tokens), {}, []

@@ -10,10 +10,12 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jquant.calibration import embed, forward
+from jquant.data import check_tokens, check_unseen, check_whole
 from jquant.data import windows as cut_windows
 from jquant.errors import InputError
 from jquant.hosts import gather
 from jquant.io.load import LanguageModel, ModelFile, Progress, QuantizedFile
+from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Decoder, rotary_table
 from jquant.sharding import Devices
 
@@ -39,8 +41,15 @@ class Scores:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean negative log likelihood."""
-        return float(np.exp(self.nll.mean(dtype=np.float64)))
+        """exp of the mean negative log likelihood; InputError where that is too large for a number."""
+        mean = self.nll.mean(dtype=np.float64)
+        with np.errstate(over="ignore"):
+            value = float(np.exp(mean))
+        if not np.isfinite(value):
+            raise InputError(
+                f"The mean negative log likelihood is {mean:.4g} nats: no finite perplexity belongs to it."
+            )
+        return value
 
     @property
     def window_nll(self) -> np.ndarray:
@@ -83,6 +92,7 @@ def perplexity(
     context: int = 1024,
     windows: int | None = None,
     bos: bool = False,
+    allow_overlap: bool = False,
     progress: Progress | None = None,
 ) -> Perplexity:
     """Perplexity of a text, tokenized whole without special tokens and cut into non-overlapping windows.
@@ -95,13 +105,19 @@ def perplexity(
       context: tokens per window.
       windows: how many, from the start; all by default.
       bos: begin every window with the tokenizer's BOS.
+      allow_overlap: whether the text may occur in the one that `quantize` fitted the weights to: such a figure says
+        little about other texts.
       progress: called with ("evaluate", windows done, windows in all).
 
     Raises:
-      InputError: the text is shorter than a window, or than `windows` of them; a context below 2; `bos` where the
-        tokenizer has none.
+      InputError: the text is shorter than a window, or than `windows` of them; a context below 2, or beyond the
+        model's; `bos` where the tokenizer has none; a text that the model was calibrated on; likelihoods that are not
+        finite.
     """
     tokens = evaluation_windows(model, text, context, windows, bos)
+    if model.calibrated_on is not None and not allow_overlap:
+        way_out = "judge on another text, or set allow_overlap=True"
+        check_unseen(tokens[:, 1:] if bos else tokens, model.calibrated_on, "The evaluation text", way_out)
     scores = score(model.decoder, tokens, progress=progress)
     return Perplexity(scores.perplexity, scores.stderr, len(tokens), context, scores.nll.size, bos)
 
@@ -110,11 +126,12 @@ def evaluation_windows(
     model: LanguageModel | ModelFile | QuantizedFile, text: str, context: int, windows: int | None, bos: bool
 ) -> Int[np.ndarray, "n context"]:
     """The windows that `perplexity` scores; same arguments and errors."""
-    if context < 2:
-        raise InputError(f"A context of {context} leaves no prediction to score; it takes 2 tokens or more.")
+    check_whole(2, context=context)  # one token leaves no prediction to score
     if bos and model.tokenizer.bos_id is None:
         raise InputError(f"The tokenizer of {model.name} has no BOS token: leave bos out.")
-    return cut_windows(model.tokenizer.encode(text), context, windows, model.tokenizer.bos_id if bos else None)
+    tokens = cut_windows(model.tokenizer.encode(text), context, windows, model.tokenizer.bos_id if bos else None)
+    check_tokens(tokens, model.config, "Evaluation windows")
+    return tokens
 
 
 def score(
@@ -125,7 +142,13 @@ def score(
     batch: int = 4,
     progress: Progress | None = None,
 ) -> Scores:
-    """Scores every prediction inside each window, `batch` windows at a time."""
+    """Scores every prediction inside each window, `batch` windows at a time.
+
+    Raises:
+      InputError: windows that the model can't read (`data.check_tokens`), or of less than 2 tokens; no whole batch;
+        likelihoods that are not finite.
+    """
+    check_windows(tokens, decoder.config, batch)
     results = []
     for begin in range(0, len(tokens), batch):
         chosen = slice(begin, begin + batch)
@@ -137,7 +160,7 @@ def score(
                 decoder, hidden, reference.decoder, jnp.asarray(reference.hidden[chosen]), tokens[chosen]
             )
             results.append((*against, hidden))
-        jax.block_until_ready(results[-1])
+        check_finite(begin, *results[-1][:2])
         if progress:
             progress("evaluate", min(begin + batch, len(tokens)), len(tokens))
     nll, kl, agrees, hidden = (None if c[0] is None else np.concatenate(c) for c in zip(*results, strict=True))
@@ -166,8 +189,9 @@ def score_from_disk(
       progress: called with ("evaluate", blocks done, blocks in all).
 
     Raises:
-      InputError: the windows do not divide over the devices.
+      InputError: the windows do not divide over the devices; what `score` finds.
     """
+    check_windows(tokens, source.config, batch)
     if devices:
         devices.check_windows(len(tokens))
     step, windows, whole = (batch * devices.count, devices.windows, devices.place) if devices else (batch, _same, _same)
@@ -180,8 +204,31 @@ def score_from_disk(
         if progress:
             progress("evaluate", layer, source.config.layers)
     hidden = [outside.norm(x) for x in streams]
-    nll = [_nll(outside, states, one) for states, one in zip(hidden, batches, strict=True)]
-    return Scores(np.concatenate(gather(nll)), None, None, np.concatenate(gather(hidden)))
+    nll = np.concatenate(gather([_nll(outside, states, one) for states, one in zip(hidden, batches, strict=True)]))
+    check_finite(0, nll, None)
+    return Scores(nll, None, None, np.concatenate(gather(hidden)))
+
+
+def check_windows(tokens: Any, config: DecoderConfig, batch: int) -> None:
+    """Raises InputError unless there are predictions to score, `batch` windows at a time."""
+    check_whole(1, batch=batch)
+    check_tokens(tokens, config, "Evaluation windows")
+    if tokens.shape[1] < 2:
+        raise InputError("Evaluation windows of 1 token leave no prediction to score.")
+
+
+def check_finite(first: int, *figures: Any) -> None:
+    """Raises InputError for figures `[windows, scored]`, or None, of which some are not finite.
+
+    `first` is the number of their first window.
+    """
+    for values in figures:
+        finite = np.isfinite(0 if values is None else np.asarray(values)).all(-1)
+        if not finite.all():
+            raise InputError(
+                f"Window {first + int(np.argmin(finite))}, counted from 0, has a likelihood that is NaN or infinite: "
+                f"the model's weights are broken, or its activations overflow their dtype."
+            )
 
 
 def _same(value: Any) -> Any:

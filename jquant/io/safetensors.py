@@ -99,4 +99,4 @@ def _open(path: Path):
     try:
         return safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as broken:
-        raise InputError(f"{path} is not a whole safetensors file ({broken}).") from None
+        raise InputError(f"{path} is not a whole safetensors file ({str(broken)[:200]}).") from None

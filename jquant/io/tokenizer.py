@@ -280,6 +280,9 @@ def tokenizer_from_folder(path: str | os.PathLike[str]) -> Tokenizer:
         for name in ("generation_config.json", "tokenizer_config.json", "config.json")
     )
     backend = _backend(folder)
+    vocab = backend.get_vocab(with_added_tokens=False)
+    if len(set(vocab.values())) < len(vocab):
+        raise InputError(f"{folder} holds a tokenizer that gives two tokens one id; {_WAY_OUT}")
     backend.no_truncation()  # tokenizer.json may carry the settings of whoever saved it
     backend.no_padding()
     bos, eos = (_special_ids(backend, (generation, settings, config), name, folder) for name in ("bos", "eos"))

@@ -9,6 +9,7 @@ from jaxtyping import Float
 
 from jquant.errors import InputError
 from jquant.formats import Format, block_shape, expand, grouped
+from jquant.parts import check_part
 from jquant.qtensor import QTensor
 from jquant.ranges.base import Range
 from jquant.ranges.search import Search
@@ -42,6 +43,7 @@ class LossSearch:
     rate: float = 0.01
 
     def __post_init__(self) -> None:
+        check_part("LossSearch's start", self.start, Range)
         if self.steps < 1 or self.windows < 1 or not self.rate > 0:
             raise InputError(f"LossSearch takes steps, windows and a rate above 0, not {self}.")
         if self.start.needs:

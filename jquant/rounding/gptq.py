@@ -95,10 +95,10 @@ class GPTQ:
         rows = jax.tree.map(lambda v: jnp.broadcast_to(v, w.shape), (target, *at))
         diagonal = _enliven(jnp.diagonal(gram), dead)
 
-        def solve(damping: Array) -> tuple[Array, Array, Array]:
-            unit, order, used, attempts = self._factorize(gram, diagonal, damping)
+        def solve(damping: Array) -> tuple[Array, ...]:
+            unit, order, used, fallback, attempts = self._factorize(gram, diagonal, damping)
             codes = _sweep(jax.tree.map(lambda v: v[order], rows), unit, format, self.block, self.form == "inverse")
-            return jnp.zeros_like(codes).at[order].set(codes), used, attempts
+            return jnp.zeros_like(codes).at[order].set(codes), used, fallback, attempts
 
         def choose(best: tuple[Array, ...], damping: Array):
             codes, *done = solve(damping)
@@ -108,18 +108,18 @@ class GPTQ:
 
         dampings = jnp.array(self._dampings, jnp.float32)
         if len(dampings) == 1:
-            codes, used, attempts = solve(dampings[0])
+            codes, used, fallback, attempts = solve(dampings[0])
         else:
             # A scan holds one candidate and the best: memory does not grow with their number.
-            best = (jnp.float32(jnp.nan), jnp.zeros(w.shape, jnp.uint8), dampings[0], jnp.int32(0))
-            (_, codes, used, attempts), _ = jax.lax.scan(choose, best, dampings)
+            best = (jnp.float32(jnp.nan), jnp.zeros(w.shape, jnp.uint8), dampings[0], jnp.int32(0), jnp.int32(0))
+            (_, codes, used, fallback, attempts), _ = jax.lax.scan(choose, best, dampings)
         q = from_codes(codes, *stored, format)
-        return q, solve_info(w, q, gram, held_out, used, attempts)
+        return q, solve_info(w, q, gram, held_out, used, attempts, fallback)
 
     def _factorize(
         self, gram: Float[Array, "n n"], diagonal: Float[Array, " n"], damping: Array
-    ) -> tuple[Float[Array, "n n"], Int[Array, " n"], Array, Array]:
-        """The sweep's unit triangular matrix, last row rounded first; the row at each place; damping used; attempts.
+    ) -> tuple[Float[Array, "n n"], Int[Array, " n"], Array, Array, Array]:
+        """The sweep's unit triangular matrix, last row rounded first; the row at each place; what `SolveInfo` tells.
 
         `diagonal` takes the place of the Gram matrix's own. Copies of a wide matrix are what a block's memory is made
         of: there are two of them, one to be factorised and one factorised.
@@ -145,12 +145,14 @@ class GPTQ:
 
         def failed(state):
             upper, _, used, attempts = state
-            # Past 1000 times the mean the matrix itself is not finite; the identity below then means plain rounding.
+            # Past 1000 times the mean nothing helps; the identity below then means plain rounding, a fallback.
             return (attempts == 0) | (~_divides(upper) & (used < 1e3))
 
         blank = (jnp.zeros_like(gram), places, jnp.zeros_like(damping), jnp.int32(0))
         upper, order, used, attempts = jax.lax.while_loop(failed, attempt, blank)
-        return _unit(jnp.where(_divides(upper), upper, jnp.eye(n, dtype=gram.dtype)), inverse), order, used, attempts
+        solved = _divides(upper)
+        unit = _unit(jnp.where(solved, upper, jnp.eye(n, dtype=gram.dtype)), inverse)
+        return unit, order, used, 1 - solved.astype(jnp.int32), attempts
 
     def _order(
         self, gram: Float[Array, "n n"], diagonal: Float[Array, " n"], damped: Float[Array, " n"]

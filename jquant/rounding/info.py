@@ -31,6 +31,8 @@ class SolveInfo:
       dead: inputs that were never active.
       held_out_error: the error on other windows than those that H was observed on; NaN without them.
       held_out_energy: the energy there.
+      fallback: 1 where a finite H had no finite factorisation, so that the method's part that needs one was left out:
+        GPTQ rounded plainly, or no error was propagated; else 0.
     """
 
     error: Any
@@ -40,6 +42,7 @@ class SolveInfo:
     dead: Any
     held_out_error: Any = field(default_factory=_unknown)
     held_out_energy: Any = field(default_factory=_unknown)
+    fallback: Any = field(default_factory=lambda: jnp.int32(0))
 
 
 @runtime_checkable
@@ -99,6 +102,7 @@ def solve_info(
     held_out: Float[Array, "in in"] | None,
     damping: Array | float = 0.0,
     attempts: Array | int = 0,
+    fallback: Array | int = 0,
 ) -> SolveInfo:
     """What a rounding of `w` to `q` did."""
     delta = w - dequantize(q)
@@ -110,4 +114,5 @@ def solve_info(
         dead=jnp.int32(0) if gram is None else jnp.sum(jnp.diagonal(gram) == 0),
         held_out_error=output_energy(delta, held_out),
         held_out_energy=output_energy(w, held_out),
+        fallback=jnp.int32(fallback),
     )

@@ -9,6 +9,7 @@ from jaxtyping import Float
 
 from jquant.errors import InputError
 from jquant.formats import Format, block_shape, expand, unpack
+from jquant.parts import check_part
 from jquant.qtensor import QTensor, Stored, dequantize, is_integer, stored_grid
 from jquant.rounding.gptq import GPTQ
 from jquant.rounding.info import Rounding, SolveInfo, solve_info
@@ -46,6 +47,7 @@ class Refit:
     passes: int = 2
 
     def __post_init__(self) -> None:
+        check_part("Refit's start", self.start, Rounding)
         if self.passes < 1:
             raise InputError(f"Refit takes at least 1 pass, not {self.passes}.")
 
@@ -63,14 +65,14 @@ class Refit:
         format: Format,
         held_out: Float[Array, "in in"] | None = None,
     ) -> tuple[QTensor, SolveInfo]:
-        """See `Rounding`; damping and attempts are those of `start`."""
+        """See `Rounding`; damping, attempts and fallback are those of `start`."""
         if gram is None:
             raise InputError("Refit needs the Gram matrix of the layer's inputs: give it calibration text.")
         check_gram(gram, w)
         q, info = self.start(w, scale, zero, gram, format, held_out)
         if isinstance(format.scale, str):
             q = _refit(w.astype(jnp.float32), q, gram, self.passes, format.scale)
-        return q, solve_info(w, q, gram, held_out, info.damping, info.attempts)
+        return q, solve_info(w, q, gram, held_out, info.damping, info.attempts, info.fallback)
 
 
 def _refit(w: Float[Array, "in out"], q: QTensor, gram: Float[Array, "in in"], passes: int, dtype: str) -> QTensor:

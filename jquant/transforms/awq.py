@@ -15,7 +15,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from jquant.errors import InputError
 from jquant.formats import Format
+from jquant.parts import check_part
 from jquant.qtensor import dequantize, quantize
 from jquant.ranges import MinMax, Range
 from jquant.rounding.info import output_energy
@@ -35,6 +37,11 @@ class AWQ:
     range: Range = field(default_factory=MinMax)
 
     needs = frozenset({"gram", "abs_mean"})
+
+    def __post_init__(self) -> None:
+        check_part("AWQ's range", self.range, Range)
+        if self.steps < 1:
+            raise InputError(f"AWQ takes at least 1 step, not {self.steps}.")
 
     def __call__(
         self, weights: Sequence[Float[Array, "in _"]], stats: Mapping[str, Any], formats: Sequence[Format]

