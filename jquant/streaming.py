@@ -17,18 +17,21 @@ from typing import Any, Literal, TypedDict
 
 import jax
 import numpy as np
+import safetensors.numpy
 from filelock import FileLock, Timeout
 from flax import nnx
 from jaxtyping import Int
 
 from jquant import provenance
 from jquant.calibration import Calibration, Choices, usual_batch
+from jquant.data import run_hashes
 from jquant.errors import InputError
 from jquant.hosts import as_first, gather, on_first
 from jquant.io.checkpoint import (
     BLOCKS,
     MANIFEST,
     OUTSIDE,
+    SEEN,
     TOKENIZER,
     VERSION,
     Manifest,
@@ -36,15 +39,15 @@ from jquant.io.checkpoint import (
     TokenizerFacts,
     block_folder,
     check_item,
+    checksum_of,
     fits,
     read_manifest,
-    text_checksum,
     to_json,
     tokenizer_facts,
     write_item,
     write_sealed,
 )
-from jquant.io.files import write_text
+from jquant.io.files import write_bytes
 from jquant.io.load import ModelFile, Progress, QuantizedFile
 from jquant.methods import Method, Plan
 from jquant.models.decoder import Block, Decoder
@@ -136,7 +139,6 @@ def quantize_stream(
             f"loaded model instead."
         )
     _check_formats(plan)
-    _check_formats(plan)
     needs = any(chosen.needs for layer in plan for _, chosen in layer)
     check_options(source.config, plan, tokens, batch, inputs, passes, held_out)
     run = {
@@ -168,7 +170,7 @@ def quantize_stream(
                 outside, plan, tokens, batch=batch, inputs=inputs, held_out=held_out, devices=devices, spill=spill
             )
         # Not before all that may be wrong with the call was found.
-        on_first(partial(_begin, folder, source, run, outside))
+        on_first(partial(_begin, folder, source, run, outside, tokens if needs else None))
         del outside
         yield from _quantize_missing(source, folder, plan, turns, calibration, passes, devices, progress)
         if spill:
@@ -319,9 +321,13 @@ def _renew(folder: Path) -> None:
         raise InputError(f"{folder} can't be written ({failed.strerror}).") from None
 
 
-def _begin(folder: Path, source: ModelFile, run: dict[str, Any], outside: Decoder) -> None:
+def _begin(
+    folder: Path, source: ModelFile, run: dict[str, Any], outside: Decoder, tokens: Int[np.ndarray, "n context"] | None
+) -> None:
     """Writes what is missing beside the blocks, the manifest first."""
-    words = source.tokenizer.backend.to_str()
+    beside = {TOKENIZER: source.tokenizer.backend.to_str().encode()}
+    if tokens is not None:
+        beside[SEEN] = safetensors.numpy.save({"runs": run_hashes(tokens)})
     if not (folder / MANIFEST).exists():
         manifest: Manifest = {
             "version": VERSION,
@@ -329,7 +335,7 @@ def _begin(folder: Path, source: ModelFile, run: dict[str, Any], outside: Decode
             "stored_as": source.checkpoint.description,
             "config": asdict(source.config),
             "tokenizer": TokenizerFacts(**tokenizer_facts(source.tokenizer)),
-            "files": {TOKENIZER: text_checksum(words)},
+            "files": {name: checksum_of(data) for name, data in beside.items()},
             "run": run,
         }
         write_sealed(folder / MANIFEST, manifest)
@@ -339,8 +345,9 @@ def _begin(folder: Path, source: ModelFile, run: dict[str, Any], outside: Decode
             (folder / part).mkdir(exist_ok=True)
     except OSError as failed:
         raise InputError(f"{folder / part} can't be made ({failed.strerror}).") from None
-    if not (folder / TOKENIZER).exists():
-        write_text(folder / TOKENIZER, words)
+    for name, data in beside.items():
+        if not (folder / name).exists():
+            write_bytes(folder / name, data)
     for name, leaf in flat_params(outside).items():
         if not (folder / OUTSIDE / name).exists():
             facts = {"rotation": to_json(outside.norm.rotation), "report": {}}

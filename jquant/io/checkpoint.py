@@ -2,6 +2,7 @@
 
     manifest.json      what the checkpoint holds and was made from
     tokenizer.json
+    calibration.safetensors   hashes of the runs of tokens that the weights were fitted to (`data.run_hashes`)
     outside/ …         embedding, last norm and head, an item each: they are the largest arrays of all
     blocks/00000/ …    a block's parameters, packed as they are in memory
 
@@ -9,8 +10,8 @@ An item is a folder of arrays as Orbax writes them (zarr; lazily read, and onto 
 item.json: the formats, which are no arrays, size and SHA-256 of every file, and what quantization did. It is written
 under another name, synced and renamed, so a process may die at any moment.
 
-manifest.json has tokenizer.json's size and SHA-256; both kinds of JSON end with their own. What is read is compared
-with what the model's shape asks for, so that a file whose checksums were made to fit ends in a sentence, too.
+manifest.json has size and SHA-256 of the two files beside it; both kinds of JSON end with their own. What is read is
+compared with what the model's shape asks for, so that a file whose checksums were made to fit ends in a sentence, too.
 """
 
 import hashlib
@@ -28,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import safetensors.numpy
 import tokenizers
 from etils import epath
 from flax.nnx.traversals import flatten_mapping, unflatten_mapping
@@ -44,6 +46,7 @@ from jquant.transforms import Rotation
 VERSION = 3
 CHUNK = 1 << 26  # bytes of an array in one file
 MANIFEST, TOKENIZER, ITEM = "manifest.json", "tokenizer.json", "item.json"
+SEEN = "calibration.safetensors"
 OUTSIDE, BLOCKS = "outside", "blocks"
 SPECS = {kind.__name__: kind for kind in (Int, UInt, Codebook, Float, Activation, Rotation)}
 PARTS = ("codes", "scale", "zero", "input_scale")
@@ -338,6 +341,26 @@ def read_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
     return Tokenizer(backend, facts["bos_id"], tuple(facts["eos_ids"]), facts["add_bos"], facts["chat_template"])
 
 
+def read_seen(folder: Path, manifest: Manifest) -> np.ndarray | None:
+    """Hashes of the runs of tokens that a checkpoint was calibrated on, uint64 `[runs]`; None if on nothing.
+
+    Raises:
+      InputError: the file is missing, changed or broken.
+    """
+    if SEEN not in manifest["files"]:
+        return None
+    path = folder / SEEN
+    if checksum(path) != manifest["files"][SEEN]:
+        raise damaged(path, "its checksum differs")
+    try:
+        runs = safetensors.numpy.load_file(path)["runs"]
+    except (safetensors.SafetensorError, KeyError) as broken:
+        raise damaged(path, _first_line(broken)) from None
+    if runs.ndim != 1 or runs.dtype != np.uint64:
+        raise damaged(path, f"its runs are {runs.dtype} of shape {runs.shape}")
+    return runs
+
+
 def _handler() -> ocp.PyTreeCheckpointHandler:
     # Plain zarr: OCDBT's file names are random, and the same run shall write the same bytes. Not compressed: packed
     # codes hardly shrink, and with embedding and head of Llama-3-8B's shape the first block took 84 s compressed,
@@ -424,14 +447,14 @@ def checksum(file: Path) -> list[Any]:
         raise InputError(f"{file} can't be read ({failed.strerror}).") from None
 
 
-def text_checksum(text: str) -> list[Any]:
-    """Size and SHA-256 of the file that `write_text` makes of a text."""
-    return [len(text.encode()), hashlib.sha256(text.encode()).hexdigest()]
+def checksum_of(data: bytes) -> list[Any]:
+    """Size and SHA-256 of the file that has this content."""
+    return [len(data), hashlib.sha256(data).hexdigest()]
 
 
 def _sealed(content: Mapping[str, Any]) -> str:
     dump = lambda told: json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False) + "\n"  # noqa: E731
-    return dump({**content, "sha256": text_checksum(dump(content))[1]})
+    return dump({**content, "sha256": checksum_of(dump(content).encode())[1]})
 
 
 def _some(names: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -43,7 +43,7 @@ class LanguageModel:
         grid is another experiment than rounding full-precision ones.
       report: what quantization did to each weight, (layer, path) -> SolveInfo; empty for a float model.
       calibrated_on: hashes of the runs of tokens (`data.run_hashes`) of the texts that the weights were fitted to, on
-        which `perplexity` does not judge them; None where there were none, and after a way through files.
+        which `perplexity` does not judge them; None where there were none.
     """
 
     decoder: Decoder
@@ -278,6 +278,15 @@ class QuantizedFile:
                 raise checkpoint.damaged(self.folder / checkpoint.MANIFEST, f"{index} is none of the model's tokens")
         return tokenizer
 
+    @cached_property
+    def calibrated_on(self) -> np.ndarray | None:
+        """See `LanguageModel`.
+
+        Raises:
+          InputError: the file with it is missing, changed or broken.
+        """
+        return checkpoint.read_seen(self.folder, self.manifest)
+
     def outside(self) -> Decoder:
         """The decoder without its blocks.
 
@@ -316,7 +325,8 @@ class QuantizedFile:
             if progress:
                 progress("load", len(layers), self.config.layers)
         decoder = with_blocks(self.outside(), layers)
-        return LanguageModel(decoder, self.tokenizer, self.name, self.manifest["stored_as"], self.report())
+        model = LanguageModel(decoder, self.tokenizer, self.name, self.manifest["stored_as"], self.report())
+        return replace(model, calibrated_on=self.calibrated_on)
 
     def report(self) -> dict[tuple[int, str], SolveInfo]:
         """What quantization did to each weight of the finished blocks: (layer, path) -> SolveInfo.
