@@ -114,7 +114,7 @@ def read_trial(folder: Path) -> dict[str, Any]:
     Raises:
       InputError: trial.json is damaged.
     """
-    return _read(folder / TRIAL, {"attempt": int, "process": int, "rows": ([str],), "failed": (str,)})
+    return _read(folder / TRIAL, {"attempt": int, "process": int, "rows?": [str], "failed?": str})
 
 
 def _read(path: Path, shape: dict[str, Any]) -> dict[str, Any]:
@@ -166,12 +166,12 @@ def outcome(folder: Path) -> tuple[list[tables.Row], str | None]:
     told = read_trial(folder)
     if not told:
         return [], "not begun"
-    if told.get("rows") is not None:
+    if "rows" in told:
         found = {row.get("fingerprint"): row for row in tables.read_rows(folder)}
         if all(one in found for one in told["rows"]):
             return [found[one] for one in told["rows"]], None
         return [], f"{folder / 'table.jsonl'} lacks its row"
-    if told.get("failed") is not None:
+    if "failed" in told:
         return [], f"failed: {told['failed']}"
     attempt = f"attempt {told['attempt']}, process {told['process']}"
     return [], f"runs ({attempt})" if running(folder) else f"begun ({attempt}), and not finished"

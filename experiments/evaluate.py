@@ -6,7 +6,6 @@ All settings: configs/evaluate.yaml. The last line is JSON: the figures, and the
 """
 
 import json
-import math
 from typing import Any
 
 import hydra
@@ -14,14 +13,15 @@ import jax
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.command_line import console, devices_of, one_sentence, peak_rss_mb, progress_bars, run
+from experiments.overrides import CONFIGS
 from experiments.settings import check
-from jquant import InputError, load_text
+from jquant import load_text
 from jquant.evaluation.perplexity import evaluation_windows, score_from_disk
 from jquant.io.hub import cache_dir
 from jquant.io.load import open_from_config
 
 
-@hydra.main(version_base=None, config_path="../configs", config_name="evaluate")
+@hydra.main(version_base=None, config_path=str(CONFIGS), config_name="evaluate")
 def main(config: DictConfig) -> None:
     """Hydra's entry point."""
     with one_sentence():
@@ -40,10 +40,6 @@ def evaluate(settings: dict[str, Any]) -> None:
     tokens = evaluation_windows(source, load_text(wanted["data"]), wanted["context"], wanted["windows"], wanted["bos"])
     with progress_bars(source.name) as report:
         scores = score_from_disk(source, tokens, devices=devices, progress=report)
-    if not math.isfinite(scores.perplexity):
-        raise InputError(
-            f"{source.name}: the perplexity is {scores.perplexity}; the model's predictions are not finite."
-        )
     stderr = scores.stderr if scores.nll.size > 1 else None  # one token has none
     told = {
         "model": str(settings["model"].get("path") or source.name),

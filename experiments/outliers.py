@@ -23,6 +23,7 @@ from rich.table import Table
 import paper_figures.outliers
 from experiments import provenance, tables
 from experiments.command_line import console, one_sentence, progress_bars, run
+from experiments.overrides import CONFIGS
 from experiments.settings import check
 from jquant import LanguageModel, load_text
 from jquant.evaluation.outliers import INPUTS, Outliers, check_options, observe
@@ -33,7 +34,7 @@ from jquant.io.load import load_from_config
 Row = dict[str, Any]
 
 
-@hydra.main(version_base=None, config_path="../configs", config_name="outliers")
+@hydra.main(version_base=None, config_path=str(CONFIGS), config_name="outliers")
 def main(config: DictConfig) -> None:
     """Hydra's entry point."""
     with one_sentence():

@@ -3,6 +3,7 @@
 import difflib
 import os
 from collections.abc import Iterator, Sequence
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -41,32 +42,38 @@ def check_command(script: str, arguments: Sequence[str]) -> None:
     """
     given = get_args_parser().parse_args(arguments)
     overrides = OverridesParser.create().parse_overrides(given.overrides)
-    own = [f"file://{os.path.abspath(folder)}" for folder in (given.config_path, given.config_dir) if folder]
+    own = [Path(folder) for folder in (given.config_path, given.config_dir) if folder]
     name = (given.config_name or script).removesuffix(".yaml")
-    if name not in (its := _configs(script)) and not own:
-        raise InputError(f"experiments.{script} has no config {name!r}; there are: {', '.join(its)}.")
-    with initialize_config_dir(str(CONFIGS), version_base=None):
-        config = compose(script, return_hydra_config=True)
-        groups = {key for key in config.hydra.runtime.choices if not key.startswith("hydra/")}
-        choices = {group: GlobalHydra.instance().config_loader().get_group_options(group) for group in groups}
-        known = [*_names(config), *groups]
-        if name != script:
-            searched = [f"hydra.searchpath=[{','.join(own)}]"] * bool(own)
-            _check_names(compose(name, searched, return_hydra_config=True), known)
-    _check_sweep(script, overrides, "launcher" in groups, given.multirun or "hydra.mode=MULTIRUN" in given.overrides)
+    if name != script and not own and name not in (there := _configs(script)):
+        raise InputError(f"experiments.{script} has no config {name!r}; there are: {', '.join(there)}.")
+    known, choices = _known(script)
+    for file in (folder / f"{name}.yaml" for folder in own):
+        for key in _names(OmegaConf.load(file)) if file.is_file() else ():
+            _check_key(key, [*known, "defaults"])
+    _check_sweep(script, overrides, "launcher" in choices, given.multirun or "hydra.mode=MULTIRUN" in given.overrides)
     for one in overrides:
         if one.is_hydra_override():
             continue
-        if one.key_or_group in groups:
+        if one.key_or_group in choices:
             for value in one.sweep_string_iterator() if one.is_sweep_override() else [one.value()]:
                 if own and (value not in choices[one.key_or_group]):
                     continue  # in a folder of the user's, where Hydra looks for it
                 _check_choice(one.key_or_group, str(value))
             continue
-        for key in _keys(one, config):
+        for key in _keys(one, known):
             _check_key(key, known)
         if one.is_delete():
             raise InputError(f"{one.input_line}: a setting can't be left out; give it another value.")
+
+
+@cache
+def _known(script: str) -> tuple[list[str], dict[str, list[str]]]:
+    """What an experiment's config has: all settings and sections; what its groups (model, mesh …) offer."""
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        config = compose(script, return_hydra_config=True)
+        loader = GlobalHydra.instance().config_loader()
+        groups = [str(key) for key in config.hydra.runtime.choices if not str(key).startswith("hydra/")]
+        return [*_names(config), *groups], {group: loader.get_group_options(group) for group in groups}
 
 
 def _configs(script: str) -> list[str]:
@@ -84,17 +91,12 @@ def _names(config: Any, above: str = "") -> Iterator[str]:
                 yield from _names(config[key], f"{above}{key}.")
 
 
-def _keys(override: Override, config: DictConfig) -> list[str]:
+def _keys(override: Override, known: Sequence[str]) -> list[str]:
     """The settings that an override gives a value: several where it gives a section's as {key:value}."""
     name, value = override.key_or_group, None if override.is_sweep_override() else override.value()
-    if not isinstance(value, dict) or not isinstance(OmegaConf.select(config, name), DictConfig):
+    if not isinstance(value, dict) or not any(one.startswith(f"{name}.") for one in known):
         return [name]
     return [one for one in _names(OmegaConf.create({name: value})) if one != name]
-
-
-def _check_names(config: DictConfig, known: Sequence[str]) -> None:
-    for name in _names(config):
-        _check_key(name, known)
 
 
 def _check_key(key: str, known: Sequence[str]) -> None:

@@ -13,7 +13,6 @@ there, from the same settings, code, packages and machine, are not computed agai
 nothing finished is lost. With calibration.inputs=float all methods that look at activations are quantized in one pass.
 """
 
-import math
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -256,8 +255,6 @@ def measure(
     scores = float_scores
     if decoder is not model.decoder:
         scores = score(decoder, evaluation, reference=reference, progress=report)
-    if not math.isfinite(scores.perplexity):
-        raise InputError(f"The perplexity is {scores.perplexity}: the model's predictions are not finite.")
     projections = nnx.state(decoder.segments, lambda path, _: path[-1] == "kernel")
     return {
         "perplexity": scores.perplexity,

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments.command_line import console, devices_of, one_sentence, peak_rss_mb, progress_bars, run
 from experiments.compositions import find_method, needs_of
+from experiments.overrides import CONFIGS
 from experiments.settings import check
 from jquant import load_text
 from jquant.data import sample_windows
@@ -25,7 +26,7 @@ from jquant.pipeline import fallbacks, relative_error
 from jquant.streaming import quantize_to_folder
 
 
-@hydra.main(version_base=None, config_path="../configs", config_name="quantize")
+@hydra.main(version_base=None, config_path=str(CONFIGS), config_name="quantize")
 def main(config: DictConfig) -> None:
     """Hydra's entry point."""
     with one_sentence():

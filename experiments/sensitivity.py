@@ -25,6 +25,7 @@ from rich.table import Table
 
 from experiments import tables
 from experiments.command_line import Report, console, one_sentence, progress_bars, run
+from experiments.overrides import CONFIGS
 from experiments.perplexity_table import describe, prepare_tokens, refuse_quantized
 from experiments.settings import check, check_methods
 from experiments.tables import FLOAT
@@ -42,7 +43,7 @@ PATHS = tuple(path for site in LLAMA.sites for path in site.weights)
 Stacks = dict[str, Array]  # path within a block -> [layers, in, out]
 
 
-@hydra.main(version_base=None, config_path="../configs", config_name="sensitivity")
+@hydra.main(version_base=None, config_path=str(CONFIGS), config_name="sensitivity")
 def main(config: DictConfig) -> None:
     """Hydra's entry point."""
     with one_sentence():

@@ -127,7 +127,7 @@ def list_trials(folder: Path, trials: Sequence[Overrides]) -> None:
         if not earlier and (folder / "table.jsonl").exists():
             raise InputError(f"{folder} holds a table that no sweep made: give the sweep a folder of its own, name=….")
         places = [trial_folder(folder, trial) for trial in trials]
-        again = [place for place in places if (told := read_trial(place)) and told.get("rows") is None]
+        again = [place for place in places if (told := read_trial(place)) and "rows" not in told]
         both = dict.fromkeys(map(tuple, [*earlier, *trials]))
         write_json(folder / SWEEP, {"trials": list(map(list, both))})
         for place in again:
@@ -165,8 +165,8 @@ def _attempt(
     work: Callable[[dict[str, Any]], Sequence[dict[str, Any]]],
 ) -> None:
     state, told = folder / TRIAL, read_trial(folder)
-    attempt = 0 if told.get("rows") is not None else told.get("attempt", 0)
-    failed = told.get("failed") or f"its process died {ATTEMPTS} times"
+    attempt = 0 if "rows" in told else told.get("attempt", 0)
+    failed = told.get("failed", f"its process died {ATTEMPTS} times")
     while attempt < ATTEMPTS:
         attempt += 1
         told = {"overrides": list(overrides), "attempt": attempt, "process": os.getpid()}

@@ -32,28 +32,28 @@ _ORIGIN: dict[str, Any] = {
     "composition": str,
     "protocol": _PROTOCOL | {"bos": bool, "scored_tokens": int, "evaluation_sha256": str, "calibration_sha256": (str,)},
     "config": {
-        "model": {"published": (dict,)},
-        "calibration": {"data": str, "samples": int, "context": int, "inputs": (str,)},
+        "model": {"published?": (dict,)},
+        "calibration": {"data": str, "samples": int, "context": int, "inputs?": str},
         "bits": int,
         "group": int | str,
         "symmetric": bool,
     },
     "seed": int,
     "device": str,
-    "fingerprint": (str,),
-    "fallbacks": ([str],),
+    "fingerprint?": str,
+    "fallbacks?": [str],
 }
 _FIGURES = {"perplexity": float, "kl": float}
 ROWS: dict[str, dict[str, Any]] = {
     "table.jsonl": _ORIGIN
     | dict.fromkeys(("perplexity", "bits_per_weight", "weight_mb", "quantize_seconds", "peak_rss_mb"), float)
     | dict.fromkeys(("perplexity_stderr", "perplexity_change_percent", "kl", "top1_agreement"), (float,))
-    | {"tokens_per_second": (float,), "quantized_together": (int,), "window_nll": ([float],)}
-    | {"settings": (str,), "stored": (str,)},
+    | {"tokens_per_second": (float,), "quantized_together?": int, "window_nll?": [float]}
+    | {"settings?": str, "stored?": str},
     "sensitivity.jsonl": _ORIGIN
     | {FLOAT: float, "all": _FIGURES, "projections": dict, "layers": [_FIGURES]}
     | {"matrices": [_FIGURES | {"layer": int, "projection": str}]},
-    "outliers.jsonl": {"layer": int, "input": str, "fingerprint": (str,), "device": str, "ratio": (float,)}
+    "outliers.jsonl": {"layer": int, "input": str, "fingerprint?": str, "device": str, "ratio": (float,)}
     | {"protocol": _PROTOCOL | {"bos": bool}, "config": {"threshold": float, "bits": int, "group": int}}
     | dict.fromkeys(("max", "median", "sink_energy", "first_token_energy", "massive_tokens"), float)
     | dict.fromkeys(("activation_waste", "weight_waste", "sink_attention"), (float,))
@@ -202,15 +202,20 @@ def some_rows(folder: Path, name: str) -> list[Row]:
 def misfit(value: Any, shape: Any, name: str) -> str | None:
     """What of a value from JSON has not the shape that it should have; None if all has.
 
-    A shape is a type, a dict of what stands under some keys, a list with the shape of its elements, or a tuple with
-    that of what may be null or absent. float stands for every finite number.
+    A shape is a type, a dict of what stands under some keys (or may: "key?"), a list with the shape of its elements, or
+    a tuple with that of what may be null. float stands for every finite number.
     """
     inner: Iterable[str | None] = ()
     if isinstance(shape, tuple):
         return None if value is None else misfit(value, shape[0], name)
     if isinstance(shape, dict):
         fits = isinstance(value, dict)
-        inner = (misfit(value.get(key), one, key) for key, one in shape.items())
+        keys = {
+            key.rstrip("?"): one
+            for key, one in shape.items()
+            if not (key.endswith("?") and fits and key[:-1] not in value)
+        }
+        inner = (misfit(value[key], one, key) if key in value else f"{key} is missing" for key, one in keys.items())
     elif isinstance(shape, list):
         fits = isinstance(value, list)
         inner = (misfit(one, shape[0], f"an element of {name}") for one in value) if fits else ()
@@ -219,7 +224,7 @@ def misfit(value: Any, shape: Any, name: str) -> str | None:
     else:
         fits = isinstance(value, shape) and not (shape is int and isinstance(value, bool))
     if not fits:
-        return f"{name} is missing" if value is None else f"{name} is {str(value)[:40]!r}"
+        return f"{name} is {str(value)[:40]!r}"
     return next(filter(None, inner), None)
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import checkpoints
@@ -15,12 +16,16 @@ import pytest
 from checkpoints import refused
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
 from omegaconf import open_dict
 
-from experiments.collect import TRIAL, collect, trial_folder
-from experiments.sweep import ATTEMPTS, expand, run_trial
+from experiments import tables
+from experiments.collect import RUNNING, TRIAL, collect, outcome, read_sweep, take_out, trial_folder
+from experiments.collect import main as collect_main
+from experiments.sweep import ATTEMPTS, Sweep, expand, list_trials, run_trial
 from jquant.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -103,18 +108,18 @@ def test_a_sweep_in_one_process_makes_one_table_of_its_trials(folder, alone):
 
 
 def test_on_ray_a_killed_trial_goes_on_where_it_was_and_a_failing_one_is_listed(folder, alone):
-    process = sweep(folder, "ray", "method=gptq,nonsense", "bits=3", "launcher=ray")
+    process = sweep(folder, "ray", "method=gptq", "calibration.held_out=0,100000", "bits=3", "launcher=ray")
     blocks = kill_between_blocks(folder / "results" / "ray", "gptq", process)
     status, said = ended(process)
     assert status == 1, said
     assert 1 <= blocks < LAYERS
     assert rows(folder / "results" / "ray") == {("gptq", 3): alone["gptq", 3]}
-    [state] = folder.glob(f"results/ray/trials/*gptq*/{TRIAL}")
-    assert json.loads(state.read_text())["attempt"] == 2
+    states = [json.loads(path.read_text()) for path in folder.glob(f"results/ray/trials/*/{TRIAL}")]
+    assert [state["attempt"] for state in states if "rows" in state] == [2]
     written = (folder / "results" / "ray" / "table.md").read_text()
     for told in (said, written):
         assert "Missing rows: 1" in told
-        assert "method=nonsense: failed: There is no method 'nonsense'" in told
+        assert "calibration.held_out=100000: failed: The calibration text has" in told
 
 
 def test_on_submitit_a_killed_trial_is_told_and_the_same_command_finishes_it(folder, alone):
@@ -217,5 +222,179 @@ def test_a_trial_whose_process_died_too_often_gives_up_without_another_attempt(j
 
 
 def test_a_folder_without_a_sweep_is_refused(tmp_path):
-    with refused(str(tmp_path), "no sweep"):
-        collect(tmp_path)
+    for look in (collect, lambda folder: take_out(folder, "bits=3")):
+        with refused(str(tmp_path), "no sweep"):
+            look(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+# ---- before the first trial -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def begin(tmp_path, monkeypatch) -> Callable[..., Path]:
+    """Does what happens before the first trial of a sweep, and tells its folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+
+    def start(*overrides: str) -> Path:
+        with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+            hydra = GlobalHydra.instance().hydra
+            assert hydra is not None
+            given = [*overrides, "name=begun"]
+            config = hydra.compose_config("perplexity_table", given, RunMode.MULTIRUN, with_log_configuration=False)
+            Sweep().on_multirun_start(config, config_name="perplexity_table")
+        return tmp_path / "results" / "begun"
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    {
+        ("method=rtn,gtpq",): "method=gtpq can't: There is no method 'gtpq'; the nearest names are gptq,",
+        ("method=rtn,gptq_damping-3",): "gptq_damping-3 chooses by held-out windows",
+        ("bits=3,9", "method=gptq"): "bits=9 can't:",
+        ("seed=0,1,two",): "seed=two can't: seed takes a whole number from 0, not 'two'.",
+        ("evaluation.data=wiki_utf8,wiki_utf9",): "'wiki_utf9'",
+        ("model=local", "model.path=/nowhere/a,/nowhere/b"): "model.path=/nowhere/a does not exist.",
+    }.items(),
+)
+def test_a_trial_that_cannot_run_is_found_before_the_first_and_nothing_is_written(begin, capsys, overrides, part):
+    with pytest.raises(SystemExit) as ended:
+        begin(*overrides)
+    assert ended.value.code == 2
+    assert part in capsys.readouterr().err
+    assert not list(Path.cwd().iterdir())
+
+
+def test_a_sweep_does_not_begin_in_a_folder_whose_table_no_sweep_made(begin, capsys):
+    folder = Path("results/begun")
+    tables.add_rows(folder, KEPT)
+    before = (folder / "table.jsonl").read_bytes()
+    with pytest.raises(SystemExit):
+        begin("method=rtn,gptq")
+    assert "a table that no sweep made: give the sweep a folder of its own, name=" in capsys.readouterr().err
+    assert sorted(path.name for path in folder.iterdir()) == [tables.LOCK, "table.jsonl"]
+    assert (folder / "table.jsonl").read_bytes() == before
+
+
+def test_sweeps_that_begin_together_list_the_trials_of_all(tmp_path):
+    trials = [[f"bits={bits}", f"seed={seed}"] for bits in (2, 3, 4) for seed in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda one: list_trials(tmp_path, [one]), trials))
+    assert sorted(read_sweep(tmp_path)) == sorted(trials)
+
+
+def test_a_failed_trial_may_begin_anew_but_not_one_that_runs(begin):
+    folder = begin("method=rtn,gptq,awq")
+    states = {}
+    for trial in read_sweep(folder):
+        place = trial_folder(folder, trial)
+        place.mkdir(parents=True)
+        told = {"attempt": 3, "process": 1} | ({"rows": []} if "method=awq" in trial else {})
+        (place / TRIAL).write_text(json.dumps(told))
+        states[trial[0]] = place
+    with tables.locked(states["method=gptq"], RUNNING):
+        begin("method=rtn,gptq,awq")
+        assert [(states[f"method={name}"] / TRIAL).exists() for name in ("rtn", "gptq", "awq")] == [False, True, True]
+        assert outcome(states["method=gptq"]) == ([], "runs (attempt 3, process 1)")
+    assert outcome(states["method=gptq"]) == ([], "begun (attempt 3, process 1), and not finished")
+
+
+def test_a_trial_that_another_process_is_at_is_left_to_it(job, tmp_path, capsys):
+    calls = []
+    [place] = [trial_folder(tmp_path / "results" / "tried", ["method=rtn", "name=tried"])]
+    with tables.locked(place, RUNNING):
+        told = job(calls.append, {"attempt": 1, "process": 1})
+    assert (calls, told) == ([], {"attempt": 1, "process": 1})
+    assert "another process is at it" in capsys.readouterr().out
+
+
+# ---- the table of a sweep -------------------------------------------------------------------------------------------
+
+KEPT = tables.read_rows(ROOT / "experiments" / "results" / "perplexity_table")
+SHARED = "name=made"
+
+
+@pytest.fixture
+def made(tmp_path) -> Path:
+    """A sweep of three methods: rtn and nf4 have rows, gtpq failed; beside them a row that no sweep made."""
+    list_trials(tmp_path, [[f"method={name}", "bits=4", SHARED] for name in ("rtn", "nf4", "gtpq")])
+    for trial, row in zip(read_sweep(tmp_path), (KEPT[2], KEPT[5], None), strict=True):
+        place = trial_folder(tmp_path, trial)
+        told = {"rows": [row["fingerprint"]]} if row else {"failed": "There is no method 'gtpq'."}
+        if row:
+            tables.add_rows(place, [row])
+        place.mkdir(parents=True, exist_ok=True)
+        (place / TRIAL).write_text(json.dumps({"attempt": 1, "process": 1} | told))
+    tables.add_rows(tmp_path, KEPT[:2])
+    return tmp_path
+
+
+def methods(folder: Path) -> list[str]:
+    return [row["method"] for row in tables.read_rows(folder)]
+
+
+def test_collecting_keeps_the_rows_that_other_commands_made(made):
+    for _ in range(2):
+        assert collect(made) == {"method=gtpq": "failed: There is no method 'gtpq'."}
+        assert methods(made) == ["fp32", "int8", "rtn", "nf4"]
+        assert tables.read_rows(made)[:2] == KEPT[:2]
+    assert "FP32" not in (made / "table.md").read_text()
+
+
+def test_a_trial_can_be_taken_out_and_its_row_stays_in_its_own_folder(made, monkeypatch, capsys):
+    collect(made)
+    with refused("no trial 'method=gptq'", "method=rtn; method=nf4; method=gtpq"):
+        take_out(made, "method=gptq")
+    with refused("no trial 'method=gt'"):
+        take_out(made, "method=gt")
+    monkeypatch.setattr(sys, "argv", ["collect", str(made), "--without", "method=gtpq"])
+    with pytest.raises(SystemExit) as ended:
+        collect_main()
+    assert ended.value.code == 0
+    assert "Taken out: method=gtpq." in capsys.readouterr().out
+    assert len(read_sweep(made)) == 2
+    place = trial_folder(made, ["method=nf4", "bits=4", SHARED])
+    assert take_out(made, "method=nf4") == ["method=nf4"]
+    assert methods(made) == ["fp32", "int8", "rtn"]
+    assert methods(place) == ["nf4"]
+    with refused("no trial would be left"):
+        take_out(made, "the only trial")
+
+
+DAMAGED = [
+    "",
+    "{",
+    "[]",
+    "[" * 100_000,
+    '{"trials": 3}',
+    '{"trials": [[3]]}',
+    '{"trials": ["a"]}',
+    '{"trials": [["\\ud800"]]}',
+]
+
+
+@pytest.mark.parametrize("text", DAMAGED)
+def test_a_damaged_list_of_trials_is_refused_by_its_name(tmp_path, text):
+    (tmp_path / "sweep.json").write_text(text)
+    with refused("sweep.json"):
+        read_sweep(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "3", "{}", '{"attempt": "1", "process": 2}', '{"attempt": 1, "process": 2, "rows": [3]}',
+             '{"attempt": 1, "process": 2, "failed": null}', '{"attempt": 1, "process": 2, "failed": "\\udfff"}'],
+)  # fmt: skip
+def test_a_damaged_state_of_a_trial_is_refused_by_its_name(tmp_path, text):
+    (tmp_path / TRIAL).write_text(text)
+    with refused("trial.json"):
+        outcome(tmp_path)
+
+
+def test_a_pipe_in_the_place_of_a_sweeps_file_is_refused(tmp_path):
+    for name, look in (("sweep.json", read_sweep), (TRIAL, outcome)):
+        os.mkfifo(tmp_path / name)
+        with refused(f"{name} is not a plain file"):
+            look(tmp_path)

@@ -8,8 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import checkpoints
+import jax
 import numpy as np
 import pytest
 from checkpoints import refused
@@ -18,8 +23,10 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
-from experiments import command_line, tables
+from experiments import command_line, perplexity_table, sensitivity, tables
 from experiments.settings import check_table
+from jquant import InputError, method, open_model, quantize_to_folder
+from jquant.io.load import QuantizedFile
 from paper_figures import perplexity_bits
 
 ROOT = Path(__file__).parents[1]
@@ -392,6 +399,165 @@ def test_a_narrow_terminal_cuts_no_figure():
     Console(file=shown, width=80).print(tables.terminal_table(rows, "gptq"))
     assert "vs gptq" in shown.getvalue()
     assert "…" not in shown.getvalue()
+
+
+# ---- rows on disk ---------------------------------------------------------------------------------------------------
+
+KEPT = tables.read_rows(ROOT / "experiments" / "results" / "perplexity_table")
+
+
+def test_rows_that_several_add_at_once_are_all_there_and_one_of_the_same_fingerprint_is_replaced(tmp_path):
+    rows = [KEPT[0] | {"fingerprint": str(index)} for index in range(24)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda row: tables.add_rows(tmp_path, [row]), rows))
+    assert {row["fingerprint"] for row in tables.read_rows(tmp_path)} == set(map(str, range(24)))
+    tables.add_rows(tmp_path, [rows[5] | {"perplexity": 1.0}], without=["7"])
+    found = {row["fingerprint"]: row["perplexity"] for row in tables.read_rows(tmp_path)}
+    assert len(found) == 23
+    assert [one for one, perplexity in found.items() if perplexity == 1.0] == ["5"]
+
+
+def test_a_line_separator_in_a_rows_text_is_no_end_of_line(tmp_path):
+    rows = [KEPT[0] | {"composition": "a\u2028b\x85c\x1ed"}]
+    tables.add_rows(tmp_path, rows)
+    assert tables.read_rows(tmp_path) == rows
+
+
+def test_the_committed_results_have_what_rows_have():
+    for path in (ROOT / "experiments" / "results").rglob("*.jsonl"):
+        assert tables.read_rows(path.parent, path.name)
+    assert tables.read_rows(ROOT, "table.jsonl") == []
+
+
+LINE = json.dumps(KEPT[1])
+DAMAGED = {
+    "no JSON": "{",
+    "no object": "[1, 2]",
+    "nested too deeply": "[" * 100_000,
+    "a key less": LINE.replace('"perplexity":', '"perplexitx":'),
+    "a text for a number": LINE.replace('"kl": ', '"kl": "much", "kk": '),
+    "no number": LINE.replace('"weight_mb": ', '"weight_mb": NaN, "mb": '),
+    "a number past all floats": LINE.replace('"weight_mb": ', '"weight_mb": 1' + "0" * 400 + ', "mb": '),
+    "a number too long to be read": LINE.replace('"weight_mb": ', '"weight_mb": 1' + "0" * 9000 + ', "mb": '),
+    "a protocol that is none": LINE.replace('"protocol": ', '"protocol": [], "p": '),
+    "half a character": LINE.replace('"method": "int8"', '"method": "\\ud800"'),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_rows_are_refused_by_the_files_name_and_left_alone(tmp_path, case):
+    path = tmp_path / "table.jsonl"
+    assert case == "no JSON" or DAMAGED[case] != LINE
+    path.write_text(f"{LINE}\n{DAMAGED[case]}\n")
+    with refused("table.jsonl is damaged", "move it away"):
+        tables.add_rows(tmp_path, KEPT[:1])
+    assert path.read_text() == f"{LINE}\n{DAMAGED[case]}\n"
+
+
+def test_a_pipe_and_bytes_that_are_no_text_are_no_rows(tmp_path):
+    (tmp_path / "table.jsonl").write_bytes(b"\xff\xfe")
+    with refused("table.jsonl is damaged"):
+        tables.read_rows(tmp_path)
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with refused("pipe.jsonl is not a plain file"):
+        tables.read_rows(tmp_path, "pipe.jsonl")
+
+
+def test_mutated_rows_are_read_or_refused(tmp_path):
+    """What is read can also be printed."""
+    rng = np.random.default_rng(0)
+    lines = [json.dumps(row) for row in KEPT]
+    for _ in range(300):
+        text = list(lines[rng.integers(len(lines))])
+        for at in rng.integers(0, len(text), rng.integers(1, 4)):
+            text[at] = str(rng.choice(list('{}[]",:0-9.eNn')))
+        (tmp_path / "table.jsonl").write_text("".join(text))
+        with suppress(InputError):
+            rows = tables.read_rows(tmp_path)
+            tables.terminal_table(rows)
+            tables.caption(rows)
+
+
+# ---- labels ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_caption_names_groups_and_calibration_for_the_rows_that_have_them():
+    told = tables.caption(KEPT)
+    assert "Calibration: c4_utf8, 128 × 512 tokens, seed 0 (GPTQ-4, AWQ-4)." in told
+    assert "Groups of 64, asymmetric (RTN-4, GPTQ-4, AWQ-4)." in told
+    [nf4] = [row for row in KEPT if row["method"] == "nf4"]
+    assert not {"Groups", "Calibration"} & set(tables.caption([KEPT[0], nf4]).replace(":", "").split())
+    both = tables.caption([row for row in KEPT if row["method"] in ("fp32", "gptq", "awq")])
+    assert "seed 0. Groups of 64, asymmetric. KL" in both  # all have them, so none is named
+
+
+def test_rows_of_other_settings_are_not_told_the_first_ones():
+    [gptq] = [row for row in KEPT if row["method"] == "gptq"]
+    config = gptq["config"] | {"group": 128, "model": gptq["config"]["model"] | {"name": "other"}}
+    other = gptq | {"config": config, "protocol": gptq["protocol"] | {"model": "other"}, "device": "another"}
+    told = tables.caption([gptq, other])
+    for part in ("Groups of 64, asymmetric", "Groups of 128, asymmetric", "other (weights", "smollm2_135m (weights"):
+        assert part in told
+    assert f"{gptq['device']}; another." in told
+
+
+def test_the_csv_has_every_rows_columns_and_what_each_was_made_with(tmp_path):
+    rows = [row | {} for row in KEPT]
+    rows[0]["tokens_per_second"] = None
+    del rows[0]["quantized_together"]
+    rows[-1]["settings"] = "bits=4"
+    by_name = {"gptq": rows[3], "nf4": rows[5], "rtn-3": KEPT[2] | {"method": "rtn-3"}}
+    tables.write_table(tmp_path, [rows[0], *by_name.values()])
+    with (tmp_path / "table.csv").open() as file:
+        [fp32, gptq, nf4, rtn] = csv.DictReader(file)
+    assert (fp32["tokens_per_second"], gptq["tokens_per_second"]) == ("", str(rows[3]["tokens_per_second"]))
+    assert (gptq["quantized_together"], nf4["settings"], fp32["settings"]) == ("1", "bits=4", "")
+    assert [gptq[key] for key in ("bits", "group", "symmetric", "seed")] == ["4", "64", "False", "0"]
+    assert [gptq[f"calibration_{key}"] for key in ("data", "samples", "context", "inputs")] == [
+        "c4_utf8", "128", "512", "quantized",
+    ]  # fmt: skip
+    assert {nf4[key] for key in ("bits", "group", "symmetric", "calibration_data", "calibration_samples")} == {""}
+    assert (rtn["bits"], rtn["group"], rtn["calibration_data"]) == ("3", "64", "")
+    assert "Codebook" in nf4["composition"]
+
+
+def test_weights_that_fell_back_are_counted_in_the_table_and_named_below_it(tmp_path):
+    names = [f"layers.{layer}.attention.v.kernel" for layer in range(5)]
+    tables.write_table(tmp_path, [KEPT[0], KEPT[3] | {"fallbacks": names}])
+    heading, _, fp32, gptq, *_ = (tmp_path / "table.md").read_text().splitlines()
+    column = [cell.strip() for cell in heading.split("|")].index("fell back")
+    assert [line.split("|")[column].strip() for line in (fp32, gptq)] == ["", "5"]
+    below = (tmp_path / "table.md").read_text()
+    assert f"{', '.join(names[:3])} and 2 more (GPTQ-4)." in below
+    assert "; ".join(names) in (tmp_path / "table.csv").read_text()
+
+
+def test_a_model_that_came_quantized_is_not_called_float_and_compared_with_itself(tmp_path, monkeypatch):
+    floating = checkpoints.save(tmp_path / "float", checkpoints.llama())
+    quantized = quantize_to_folder(open_model(floating), tmp_path / "q", method("rtn", group=32))
+    (tmp_path / "text.txt").write_text(checkpoints.random_text(500, seed=1))
+    overrides = [f"model.path={quantized.folder}", f"evaluation.data={tmp_path / 'text.txt'}", f"results={tmp_path}"]
+    sizes = ["evaluation.context=32", "evaluation.windows=2", "generation.tokens=0", "name=r"]
+    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+        config = compose("perplexity_table", ["model=local", "methods=[fp32]", *overrides, *sizes])
+    settings: Any = OmegaConf.to_container(config, resolve=True)
+    with monkeypatch.context() as without_loading:
+        without_loading.setattr(QuantizedFile, "load", lambda *_: pytest.fail("loaded"))
+        for script, name in ((perplexity_table.table_rows, "rtn"), (sensitivity.analyse, "gptq")):
+            more = {"methods": [name], "layer_windows": 1, "matrix_windows": 1}
+            with refused("q is quantized already", "methods=[fp32]"):
+                script(settings | more)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    [row] = perplexity_table.table_rows(settings)
+    assert (tables.label(row), tables.is_float(row)) == ("stored", False)
+    assert {row[key] for key in ("perplexity_change_percent", "kl", "top1_agreement")} == {None}
+    assert row["bits_per_weight"] == 4 + 16 / 32 + 4 / 32
+    told = tables.caption([row])
+    assert "weights stored as packed codes of 4.625 bits a weight, quantized from" in told
+    assert "to the float model" not in told
+    tables.write_table(tmp_path, [row])
+    assert (tmp_path / "table.md").read_text().startswith("| method | perplexity | bits/ weight | MB |")
+    assert perplexity_bits.draw([row], tmp_path)
 
 
 # ---- progress -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,223 @@
+"""What a command line may say: every misspelt or misplaced part ends in one sentence, before anything is done."""
+
+import copy
+import functools
+import importlib
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import refused
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from experiments import command_line, overrides
+from experiments.overrides import check_command
+from experiments.settings import check
+from jquant.evaluation.perplexity import Scores
+from jquant.io.load import QuantizedFile
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+MODELS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
+TABLE = "perplexity_table"
+
+WRONG = {
+    "a misspelt setting": (TABLE, "bitz=3", "There is no setting 'bitz'; the nearest is bits."),
+    "a misspelt setting with the + that Hydra advises": (TABLE, "+bitz=3", "the nearest is bits."),
+    "and with two": (TABLE, "++bitz=3", "the nearest is bits."),
+    "a setting of another experiment": (TABLE, "+threshold=3", "'threshold'"),
+    "a setting that the code reads, but this experiment ignores": (
+        "sensitivity", "+calibration.held_out=3", "'calibration.held_out'",
+    ),
+    "a setting without its section": (TABLE, "context=3", "calibration.context or evaluation.context."),
+    "a setting in a section's value": ("evaluate", "evaluation={windws:3}", "'evaluation.windws'"),
+    "a setting that is left out": (TABLE, "~bits", "can't be left out"),
+    "an unknown model": (TABLE, "model=llama9", *MODELS),
+    "a folder as model": (TABLE, "model=./my/llama", "model=local model.path=./my/llama"),
+    "an unknown mesh": ("evaluate", "mesh=two", "'two'", "one"),
+    "an unknown launcher": (TABLE, "--multirun launcher=rey", "ray, process, submitit, submitit_local"),
+    "an unknown model in a sweep": (TABLE, "--multirun model=smollm2_135m,llama9 name=x", "'llama9'"),
+    "several values without --multirun": (TABLE, "bits=2,3", "--multirun", "bits=[2,3]"),
+    "a sweep of what has none": ("quantize", "--multirun bits=3", "experiments.quantize runs once", "--multirun"),
+    "values to sweep there": ("evaluate", "mesh.data=1,2", "experiments.evaluate runs once", "mesh.data=1,2"),
+    "a launcher there": ("outliers", "launcher=ray", "experiments.outliers runs once", "launcher=ray"),
+    "an unknown config": (TABLE, "--config-name formatz", "'formatz'", "formats, ingredients"),
+    "another experiment's config": ("quantize", "--config-name formats", "'formats'", "there are: quantize"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_an_experiment_does_not_have_is_refused(case):
+    script, arguments, *parts = WRONG[case]
+    with refused(*parts):
+        check_command(script, arguments.split())
+
+
+def test_the_model_spelt_most_alike_is_named_first():
+    with refused(f"choose from: {'llama3.1_8b'}"):
+        check_command(TABLE, ["model=llama3.1_9b"])
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        (
+            TABLE,
+            ["bits=3", "++bits=3", "model=local", "+model.tokenizer=/x", "methods=[fp32,rtn]", "hydra.verbose=true"],
+        ),
+        (TABLE, ["--multirun", "bits=2,3", "model=smollm2_135m,local", "name=x", "launcher=process"]),
+        (TABLE, ["--config-name", "formats", "evaluation={windows:3}"]),
+        ("quantize", ["hosts={coordinator:'a:1',count:2,index:0}", "calibration.memory_gb=1.5"]),
+        ("sensitivity", ["model=llama3.1_8b", "++model.published.gptq=6.0"]),
+    ],
+)
+def test_what_it_has_passes(script, arguments):
+    check_command(script, arguments)
+
+
+def test_a_launcher_that_is_not_installed_names_the_extra(monkeypatch):
+    monkeypatch.setattr(overrides, "find_spec", lambda name: None)
+    with refused("launcher=ray", ".[sweep]"):
+        check_command(TABLE, ["--multirun", "bits=2,3", "launcher=ray"])
+    check_command(TABLE, ["--multirun", "bits=2,3", "launcher=process"])
+
+
+def test_a_users_own_config_may_hold_no_misspelt_setting_and_may_name_models_of_its_own(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("name: mine\npath: /x\ndtype: float32\nsource: null\n")
+    (tmp_path / "own.yaml").write_text(f"defaults:\n  - {TABLE}\n  - _self_\nbitz: 3\n")
+    arguments = ["--config-dir", str(tmp_path), "--config-name", "own"]
+    with refused("'bitz'", "bits"):
+        check_command(TABLE, arguments)
+    (tmp_path / "own.yaml").write_text(f"defaults:\n  - {TABLE}\n  - _self_\nbits: 3\n")
+    check_command(TABLE, [*arguments, "model=mine"])
+
+
+# ---- values ---------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _composed(script: str) -> DictConfig:
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        return compose(script)
+
+
+def composed(script: str) -> DictConfig:
+    """An experiment's config as it stands."""
+    return copy.deepcopy(_composed(script))
+
+
+VALUES = {
+    "calibration.samples=-3": ("quantize", "calibration.samples takes a whole number from 1, not -3."),
+    "calibration.memory_gb=many": ("quantize", "calibration.memory_gb takes a number from 0"),
+    "calibration.inputs=exact": ("quantize", "calibration.inputs is quantized or float"),
+    "calibration.data=[a,b]": ("quantize", "calibration.data is one text here"),
+    "calibration=5": ("quantize", "calibration is a section"),
+    "seed=1.5": ("quantize", "seed takes a whole number from 0"),
+    "symmetric=1": ("quantize", "symmetric is true or false"),
+    "group=half": ("quantize", "group takes a whole number from 1, channel or tensor, not 'half'"),
+    "bits=two": ("quantize", "bits takes a whole number"),
+    "output=7": ("quantize", "output takes a text"),
+    "mesh.data=0": ("quantize", "mesh.data takes a whole number from 1"),
+    "mesh.uneven=perhaps": ("quantize", "mesh.uneven is error or replicate"),
+    "model.dtype=int8": ("quantize", "model.dtype is float32, bfloat16 or float16"),
+    "model.source=null": ("quantize", "neither a path nor a source"),
+    "model=local": ("evaluate", "model.path has no value: give model.path=…."),
+    "evaluation.windows=two": ("evaluate", "evaluation.windows takes a whole number from 1, or null, not 'two'."),
+    "evaluation.data=[a,b]": ("evaluate", "evaluation.data is one text here"),
+    "evaluation.data=wiki_utf9": ("evaluate", "wiki_utf9"),
+    "evaluation.data=no/such.txt": ("evaluate", "evaluation.data=no/such.txt is not a file."),
+    "evaluation.bos=maybe": ("evaluate", "evaluation.bos is true or false"),
+    "threshold=six": ("outliers", "threshold takes a number, not 'six'"),
+    "evaluation.context=1": ("outliers", "evaluation.context takes a whole number from 2"),
+    "layer_windows=-1": ("sensitivity", "layer_windows takes a whole number from 0"),
+    "results=3": ("sensitivity", "results takes a text, not 3"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("override", VALUES)
+def test_a_value_that_a_setting_does_not_take_is_refused_by_every_experiment(override):
+    script, part = VALUES[override]
+    given = OverridesParser.create().parse_override(override)
+    config = composed(script)
+    if override == "model=local":
+        config.model = OmegaConf.load(CONFIGS / "model" / "local.yaml")
+    else:
+        OmegaConf.update(config, given.key_or_group, given.value())
+    with refused(part):
+        check(OmegaConf.to_container(config, resolve=True))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("script", ["evaluate", "outliers", "quantize", "sensitivity", TABLE])
+def test_what_the_configs_say_is_what_the_settings_take(script):
+    check(OmegaConf.to_container(composed(script), resolve=True))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("script", "argument", "part"),
+    [
+        ("quantize", "calibration.samples=-3", "calibration.samples takes"),
+        ("evaluate", "evaluation.windows=two", "evaluation.windows takes"),
+        ("outliers", "threshold=six", "threshold takes"),
+        ("sensitivity", "matrix_windows=all", "matrix_windows takes"),
+        (TABLE, "evaluation.data=[]", "evaluation.data is"),
+        (TABLE, "+bitz=3", "There is no setting 'bitz'"),
+        (TABLE, "bits", "missing EQUAL"),
+    ],
+)
+def test_every_script_ends_with_status_2_and_one_line(script, argument, part, monkeypatch, capsys, tmp_path):
+    module = importlib.import_module(f"experiments.{script}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", argument])
+    with pytest.raises(SystemExit) as ended:
+        command_line.run(module.main)
+    assert ended.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert part in line
+    assert "+" not in line
+    assert not list(tmp_path.iterdir())
+
+
+# ---- figures that are none ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def evaluated(monkeypatch, tmp_path):
+    """Runs experiments.evaluate with given likelihoods in place of a model's."""
+    from experiments import evaluate
+
+    source = object.__new__(QuantizedFile)
+    object.__setattr__(source, "folder", tmp_path)
+    source.__dict__["manifest"] = {"name": "tiny"}
+    (tmp_path / "text.txt").write_text("words")
+    monkeypatch.setattr(evaluate, "open_from_config", lambda _: source)
+    monkeypatch.setattr(evaluate, "evaluation_windows", lambda *_: np.zeros((1, 2), np.int32))
+
+    def run(nll: list[float]) -> None:
+        scores = Scores(np.array([nll]), None, None, np.zeros((1, 2, 1)))
+        monkeypatch.setattr(evaluate, "score_from_disk", lambda *_, **__: scores)
+        config = composed("evaluate")
+        config.evaluation.data = str(tmp_path / "text.txt")
+        evaluate.evaluate(OmegaConf.to_container(config, resolve=True))  # pyright: ignore[reportArgumentType]
+
+    return run
+
+
+@pytest.mark.parametrize("nll", [math.nan, math.inf, 1e4])
+def test_a_perplexity_that_is_no_number_is_an_error_and_no_json(evaluated, capsys, nll):
+    with refused("no finite perplexity"):
+        evaluated([2.0, nll])
+    assert not capsys.readouterr().out
+
+
+def test_one_scored_token_has_no_standard_error(evaluated, capsys):
+    evaluated([2.0])
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["perplexity"] == pytest.approx(math.exp(2))
+    assert told["perplexity_stderr"] is None
