@@ -105,8 +105,7 @@ def describe(model: LanguageModel, tokens: np.ndarray, settings: dict[str, Any])
         "tokens_sha256": provenance.digest(tokens),
         "weights_sha256": provenance.digest(*jax.tree.leaves(nnx.state(model.decoder))),
     }
-    origin = {"protocol": protocol, "config": config, **provenance.versions()}
-    return origin | {"fingerprint": provenance.fingerprint(origin)}
+    return provenance.identified({"protocol": protocol, "config": config}, None, "experiments.outliers")
 
 
 def terminal_table(rows: list[Row]) -> Table:

@@ -291,8 +291,9 @@ def describe(
     evaluation: np.ndarray,
     calibration: np.ndarray | None,
     settings: dict[str, Any],
+    script: str = "experiments.perplexity_table",
 ) -> dict[str, Any]:
-    """Everything a row's figures depend on, and a fingerprint of it."""
+    """Everything a row's figures, which `script` measures, depend on, and a fingerprint of it."""
     uses = calibration if chosen is not None and needs_calibration(chosen) else None
     config = {key: value for key, value in settings.items() if key not in WHERE}
     config["evaluation"] = config["evaluation"] | {"windows": len(evaluation)}
@@ -310,14 +311,8 @@ def describe(
         "calibration_sha256": None if uses is None else provenance.digest(uses),
         "weights_sha256": provenance.digest(*jax.tree.leaves(nnx.state(model.decoder))),
     }
-    origin = {
-        "composition": repr(chosen),
-        "protocol": protocol,
-        "config": config,
-        "seed": settings["seed"],
-        **provenance.versions(),
-    }
-    return origin | {"fingerprint": provenance.fingerprint([name, origin])}
+    origin = {"composition": repr(chosen), "protocol": protocol, "config": config, "seed": settings["seed"]}
+    return provenance.identified(origin, {name: chosen}, script)
 
 
 if __name__ == "__main__":

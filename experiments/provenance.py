@@ -6,26 +6,33 @@ import json
 import os
 import platform
 import subprocess
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 import jquant
+from jquant.provenance import array_digest as digest
+from jquant.provenance import code_of, describe, packages
+
+__all__ = ["ROOT", "digest", "fingerprint", "identified", "versions"]
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "optax", "gguf", "safetensors", "tokenizers", "transformers")
 
 
-def digest(*arrays: Any) -> str:
-    """SHA-256 over the arrays' shapes and bytes, 16 hexadecimal digits."""
-    total = hashlib.sha256()
-    for array in map(np.asarray, arrays):
-        total.update(f"{array.shape}{array.dtype}".encode())
-        total.update(np.ascontiguousarray(array).view(np.uint8).data)
-    return total.hexdigest()[:16]
+def identified(origin: dict[str, Any], methods: Any, script: str) -> dict[str, Any]:
+    """What a row depends on, with the versions, and a fingerprint of what decides its figures.
+
+    Args:
+      origin: settings and data.
+      methods: what was quantized by, by name.
+      script: the module that measures. Of others, and of the methods, the code counts that they use
+        (`jquant.provenance`); the commit, comments and a `composition` as it is printed don't.
+    """
+    origin = origin | versions()
+    deciding = {key: value for key, value in origin.items() if key not in ("code_version", "composition")}
+    return origin | {"fingerprint": fingerprint([deciding, describe(methods), code_of(methods, [script])])}
 
 
 def fingerprint(value: Any) -> str:
@@ -40,7 +47,7 @@ def versions() -> dict[str, Any]:
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
     return {
         "code_version": f"{jquant.__version__}, commit {_commit()}, sources {code}",
-        "packages": {name: metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "packages": packages(PACKAGES) | {"python": platform.python_version()},
         "device": f"{jax.devices()[0].device_kind} × {jax.device_count()}, host {_processor()}, {os.cpu_count()} cores",
     }
 

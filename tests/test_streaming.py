@@ -177,8 +177,12 @@ def test_another_run_is_refused_with_what_differs(folder, tmp_path):
     target = tmp_path / "q"
     next(quantize_stream(open_model(folder), target, GPTQ3, TOKENS))
     before = files(target)
-    with refused(str(target), "methods: Method(format=Int(bits=3", "bits=4", "28 weights"):
-        quantize_to_folder(open_model(folder), target, replace(GPTQ3, format=Int(4, 32)), TOKENS)
+    other = replace(GPTQ3, format=Int(4, 32), rounding=GPTQ(0.05))
+    with refused(str(target), "(methods: format.bits 3, now 4; rounding.damping 0.01, now 0.05)"):
+        quantize_to_folder(open_model(folder), target, other, TOKENS)
+    with refused(str(target), "methods: format Int, now Codebook; rounding.damping 0.01, now 0.05; Method, now null)"):
+        plan = [("layers.0", replace(GPTQ3, format=NF4(32))), ("layers.1", replace(GPTQ3, rounding=GPTQ(0.05)))]
+        quantize_to_folder(open_model(folder), target, plan, TOKENS)
     with refused(str(target), "calibration"):
         quantize_to_folder(open_model(folder), target, GPTQ3, TOKENS[:8])
     with refused(str(target), "inputs: quantized, now float"):
@@ -216,6 +220,21 @@ def test_a_checkpoint_written_on_one_mesh_is_read_onto_another(model, folder, tm
         steps.close()
         quantize_to_folder(open_model(folder), tmp_path / str(stop), GPTQ3, TOKENS, batch=4, devices=devices)
         assert files(tmp_path / str(stop)) == files(tmp_path / "q")
+
+
+def test_a_run_goes_on_over_more_devices_to_the_same_bytes(folder, tmp_path):
+    """Statistics are added in the windows' order; columns that are split are another run, where codes depend on them."""
+    how, source = {"batch": 4}, open_model(folder)
+    whole = quantize_to_folder(source, tmp_path / "whole", GPTQ3, TOKENS, **how)
+    steps = quantize_stream(source, tmp_path / "q", GPTQ3, TOKENS, **how)
+    next(steps)
+    steps.close()
+    with refused("columns 1, now 2"):
+        quantize_to_folder(source, tmp_path / "q", GPTQ3, TOKENS, **how, devices=Devices(1, 2))
+    quantize_to_folder(source, tmp_path / "q", GPTQ3, TOKENS, **how, devices=Devices(2))
+    assert files(tmp_path / "q") == files(whole.folder)
+    next(quantize_stream(source, tmp_path / "rtn", METHODS["rtn"]))
+    quantize_to_folder(source, tmp_path / "rtn", METHODS["rtn"], devices=Devices(1, 2))
 
 
 def test_what_needs_the_whole_model_is_refused(folder, tmp_path):

@@ -138,7 +138,7 @@ def read_item(folder: Path, shapes: Mapping[str, tuple[int, ...]], place: Place 
     for name, shape in shapes.items():
         try:
             leaves[name] = _expected(name, weights[name], shape)
-        except InputError as found:
+        except (InputError, RecursionError) as found:
             raise wrong(f"{name}: {found}") from None
     wanted = flatten_mapping(unflatten_mapping({tuple(name.split(".")): _parts(leaf) for name, leaf in leaves.items()}))
     path = epath.Path(folder.absolute())
@@ -197,7 +197,7 @@ def read_rotation(folder: Path, size: int) -> Rotation | None:
     """
     try:
         rotation = from_json(read_item_json(folder)["rotation"])
-    except InputError as wrong:
+    except (InputError, RecursionError) as wrong:
         raise damaged(folder / ITEM, f"rotation: {wrong}", folder) from None
     if rotation is not None and (type(rotation) is not Rotation or rotation.size != size):
         raise damaged(folder / ITEM, f"its rotation is not one of {size}", folder)
@@ -305,10 +305,10 @@ def fits(value: Any, wanted: Any) -> bool:
         return any(fits(value, one) for one in inner)
     if of is Literal:
         return type(value) is str and value in inner
-    if of in (dict, list, tuple) and type(value) is not of:
-        return False
     if of is dict:
-        return all(fits(one, inner[1]) for one in value.values())
+        return isinstance(value, dict) and all(fits(one, inner[1]) for one in value.values())
+    if of in (list, tuple) and type(value) is not of:
+        return False
     if of is list or (of is tuple and inner[1:] == (...,)):
         return all(fits(one, inner[0]) for one in value)
     if of is tuple:
@@ -399,7 +399,7 @@ def _expected(name: str, static: Any, shape: tuple[int, ...]) -> Any:
     if not isinstance(static, dict) or not name.endswith("kernel"):
         raise InputError(f"{str(static)[:50]} is no dtype of it")
     format, activation = (from_json(static.get(key)) for key in ("format", "activation"))
-    if not fits(format, Format) or not isinstance(activation, Activation | None):
+    if not fits(format, Format) or not fits(activation, Activation | None):
         raise InputError("it has no format")
     leaf = _quantized(shape, format, activation)
     if _static(leaf) != static:
@@ -413,9 +413,9 @@ def _quantized(shape: tuple[int, ...], format: Format, activation: Activation | 
 
     def made(w: jax.Array) -> QTensor:
         q = quantize(w, *MinMax()(w, format), format)
-        static = activation is not None and activation.static
-        scale = activation.format.grid(-w[:1, :1], w[:1, :1])[0] if static else None
-        return replace(q, activation=activation, input_scale=scale)
+        if activation is None or not activation.static:
+            return replace(q, activation=activation)
+        return replace(q, activation=activation, input_scale=activation.format.grid(-w[:1, :1], w[:1, :1])[0])
 
     return jax.eval_shape(made, jax.ShapeDtypeStruct(shape, jnp.float32))
 
