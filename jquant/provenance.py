@@ -112,7 +112,9 @@ def _described(value: Any, met: list[Any], around: tuple[int, ...] = ()) -> Any:
     if isinstance(function, FunctionType):
         met.append(function)
         held = [cell.cell_contents for cell in function.__closure__ or ()]
-        return {"type": _full_name(function), "with": again([held, function.__defaults__, function.__kwdefaults__])}
+        made_with = again([held, function.__defaults__, function.__kwdefaults__])
+        code = digest(json.dumps(_bytecode(function.__code__, function.__doc__)).encode())  # lambdas have no own names
+        return {"type": _full_name(function), "code": code, "with": made_with}
     met.append(type(value))
     state = {one.name: getattr(value, one.name) for one in fields(value)} if is_dataclass(value) else _state(value)
     return {"type": _full_name(type(value)), **{name: again(held) for name, held in state.items()}}

@@ -151,7 +151,7 @@ def quantize_stream(
         "passes": passes,
         "held_out": held_out,
         # Statistics are added in the windows' order whatever the mesh; split columns may round a product differently.
-        "columns": devices.model if devices and needs else 1,
+        "mesh.model": devices.model if devices and needs else 1,
         "code": provenance.code_of(plan, [__name__]),
         "packages": provenance.packages(),
     }

@@ -106,7 +106,7 @@ def write_item(folder: Path, params: Params, facts: Mapping[str, Any]) -> None:
         arrays = jax.tree.map(np.asarray, arrays)
         pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK), arrays)
         _handler().save(epath.Path(beside.absolute()), args=ocp.args.PyTreeSave(arrays, save_args=pieces))
-        files = {name: checksum(beside / name) for name in _files(beside)}
+        files = {name: checksum(beside / name) for name in sorted(_files(beside))}
         item = {"weights": {path: _static(leaf) for path, leaf in params.items()}, "files": files, **facts}
         write_sealed(beside / ITEM, item)
         for path in [*beside.rglob("*"), beside]:

@@ -1,0 +1,126 @@
+"""What a method is: one choice on each axis, and how it is tuned afterwards. `jquant.methods` names some."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jquant.activations import Activation
+from jquant.errors import InputError
+from jquant.formats import Format
+from jquant.parts import check_part, shown
+from jquant.ranges import MinMax, Range
+from jquant.rounding import Nearest, Rounding
+from jquant.transforms import Hadamard, Transform
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How scales, and codes if asked, are learned after rounding (`jquant.tuning`).
+
+    Attributes:
+      steps: Adam's, its rates falling to 0 along a cosine.
+      windows: calibration windows a step, taken in turn.
+      rate: of Adam on the scales' logarithm (and on float zeros, in units of the scale).
+      code_rate: of Adam on the weights behind the codes, in units of the scale; 0 keeps the codes. Rounding passes the
+        gradient straight through; a weight starts where its code is, half a unit from the next.
+      target: "block" brings each block's outputs close to the float model's, once it is rounded and before the next;
+        "model" learns all weights together, in the end, by the KL divergence from the float model's predictions.
+      text: share of the loss of "model" that is the calibration text's cross-entropy instead, 0 to 1. It lowers the
+        perplexity, and teaches the model the text as well: see the README for what it costs in KL divergence.
+    """
+
+    steps: int = 64
+    windows: int = 2
+    rate: float = 2e-3
+    code_rate: float = 0.0
+    target: Literal["block", "model"] = "model"
+    text: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.windows < 1 or not self.rate > 0 or self.code_rate < 0:
+            raise InputError(f"Tuning takes steps, windows and a rate above 0 and a code_rate from 0, not {self}.")
+        if self.target not in ("block", "model"):
+            raise InputError(f'Tuning takes target="block" or "model", not {self.target!r}.')
+        if not 0 <= self.text <= (self.target == "model"):
+            raise InputError(f'Tuning takes a share of text from 0 to 1, with target="model", not {self.text}.')
+
+
+# A method's parts: what each must be, and whether it may be left out.
+AXES: dict[str, tuple[type, bool]] = {
+    "format": (Format, False),
+    "range": (Range, False),
+    "rounding": (Rounding, False),
+    "transform": (Transform, True),
+    "rotation": (Hadamard, True),
+    "activation": (Activation, True),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One choice on each axis.
+
+    Attributes:
+      format: what a code means.
+      range: how a group's scale is chosen.
+      rounding: which code a weight gets.
+      transform: exact rewrite of a block before rounding, or None.
+      rotation: exact rewrite of the whole decoder before any block, or None; a plan's weights share it.
+      token_weights: by what the Gram matrix counts each token.
+        "attention": k and v by the attention it receives (`models/families.py` says which); without weights an
+        attention sink ruins v, see the README.
+        "loss": by the squared norm of the calibration loss's gradient at the projection's output, which costs one
+        backward pass over the calibration text (GuidedQuant, arXiv 2505.07004, with one group a matrix).
+        "norm": by 1 / the mean square of the input, so that all tokens have the same length. "uniform": all alike.
+      error_propagation: α of a target that makes up for what the blocks before have done to the input, 0 to 1
+        (`pipeline.propagate_error`).
+      activation: how the inputs that meet the weight are quantized, or None.
+      tuning: how scales and codes are learned after rounding, stage by stage: blocks before the whole model.
+
+    Raises:
+      InputError: a part that does not keep the contract of its axis, or is no value (`parts.check_part`); an option out
+        of range.
+    """
+
+    format: Format
+    range: Range = field(default_factory=MinMax)
+    rounding: Rounding = field(default_factory=Nearest)
+    transform: Transform | None = None
+    rotation: Hadamard | None = None
+    token_weights: Literal["attention", "loss", "norm", "uniform"] = "attention"
+    error_propagation: float = 0.0
+    activation: Activation | None = None
+    tuning: tuple[Tuning, ...] = ()
+
+    def __post_init__(self) -> None:
+        for axis, (contract, optional) in AXES.items():
+            if not (optional and getattr(self, axis) is None):
+                check_part(f"Method's {axis}", getattr(self, axis), contract)
+        if self.token_weights not in ("attention", "loss", "norm", "uniform"):
+            raise InputError(
+                f'Method takes token_weights="attention", "loss", "norm" or "uniform", not {self.token_weights!r}.'
+            )
+        strength = self.error_propagation
+        if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength <= 1:
+            raise InputError(f"Method takes an error_propagation from 0 to 1, not {strength!r}.")
+        if not isinstance(self.tuning, tuple) or not all(isinstance(stage, Tuning) for stage in self.tuning):
+            raise InputError(f"Method's tuning is a tuple of jquant.Tuning(...), not {shown(self.tuning)}.")
+        targets = [stage.target for stage in self.tuning]
+        if targets != sorted(targets, key=lambda target: target != "block"):
+            raise InputError(f"Blocks are tuned before the whole model, not {' after '.join(targets[::-1])}.")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What calibration must bring: a subset of {"gram", "held_out", "cross", "abs_mean", "abs_max", "clips",
+        "outputs", "text"}."""
+        parts = [self.range, self.rounding, self.transform]
+        static = self.activation is not None and self.activation.static
+        own = {"outputs" if stage.target == "block" else "text" for stage in self.tuning} | (
+            {"abs_max"} if static else set()
+        )
+        lag = {"gram", "cross"} if self.error_propagation else set()
+        return frozenset(own | lag).union(*(part.needs for part in parts if part is not None))
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether any axis looks at activations."""
+        return bool(self.needs)
