@@ -81,44 +81,161 @@ def test_a_group_larger_than_the_weight_is_named(format):
         MinMax()(W, format)
 
 
-# Run-time shape checks are on in this process; users do not have them.
-SHAPES = """
-import jax.numpy as jnp
-from jquant import GGUF, GPTQ, InputError, Int, LlamaCpp, Method, MinMax, Nearest, Search, Tuning, matmul
+# Run-time type checks are on in this process; users do not have them. One process serves all that needs one.
+WITHOUT_TYPE_CHECKS = """
+from dataclasses import dataclass
+import jax.numpy as jnp, numpy as np
+from flax import nnx
+from jquant import *
+from jquant.evaluation.generation import generate_ids
+from jquant.evaluation.perplexity import score
+from jquant.data import sample_windows, windows
+from jquant.models.config import DecoderConfig
+from jquant.models.decoder import Decoder
+
 w, gram, format = jnp.ones((16, 4)), jnp.eye(5), Int(4, 8)
-for use in (
-    lambda: Search("diagonal")(w, format, gram),
-    lambda: Search("gram")(w, format, gram),
-    lambda: LlamaCpp(importance=True)(jnp.ones((32, 4)), GGUF["Q4_0"], gram),
-    lambda: Nearest()(w, *MinMax()(w, format), gram, format),
-    lambda: GPTQ()(w, *MinMax()(w, format), gram, format),
-    lambda: MinMax()(jnp.ones(16), format),
-    lambda: Int(4, "row"),
-    lambda: Method(format, token_weights="mass"),
-    lambda: Tuning(target="teacher"),
-    lambda: Tuning(text=1.5),
-    lambda: Tuning(target="block", text=0.5),
-    lambda: GPTQ(order="columns"),
-):
+decoder = Decoder(DecoderConfig(64, 32, 48, 2, 4, 2, 8, 1e-5, 1e4, None, True, 64), nnx.Rngs(0))
+model = LanguageModel(decoder, None, "tiny", "F32")
+tokens = np.zeros((8, 16), np.int32)
+gptq = Method(format, rounding=GPTQ())
+
+class Mutable:
+    needs = frozenset()
+    def __call__(self, *_): ...
+
+@dataclass
+class Thawed(Mutable):
+    pass
+
+@dataclass(frozen=True)
+class NoNeeds:
+    def __call__(self, *_): ...
+
+@dataclass(frozen=True)
+class Asks(Mutable):
+    needs = frozenset({"hessian"})
+
+@dataclass(frozen=True)
+class ASet(Mutable):
+    needs = {"gram"}
+
+@dataclass(frozen=True)
+class NotHashable(Mutable):
+    levels: list
+
+def calibrated(tokens=tokens, **options):
+    return lambda: quantize_decoder(decoder, gptq, tokens, **options)
+
+def method_of(**parts):
+    return lambda: Method(format, **parts)
+
+uses = {
+USES}
+for name, use in uses.items():
     try:
         use()
     except InputError as wrong:
-        print(wrong)
+        print(name, wrong, sep="|")
 """
 
+# By the fault: a use, and what its sentence must hold.
+SHAPES = {
+    "search by the diagonal": ('Search("diagonal")(w, format, gram)', "(5, 5)"),
+    "search by the matrix": ('Search("gram")(w, format, gram)', "(5, 5)"),
+    "llama.cpp": ('LlamaCpp(importance=True)(jnp.ones((32, 4)), GGUF["Q4_0"], gram)', "(5, 5)"),
+    "nearest": ("Nearest()(w, *MinMax()(w, format), gram, format)", "(5, 5)"),
+    "gptq": ("GPTQ()(w, *MinMax()(w, format), gram, format)", "(5, 5)"),
+    "a vector": ("MinMax()(jnp.ones(16), format)", "(16,)"),
+    "group": ('Int(4, "row")', "'row'"),
+    "token weights": ('Method(format, token_weights="mass")', "'mass'"),
+    "target": ('Tuning(target="teacher")', "'teacher'"),
+    "text": ("Tuning(text=1.5)", "1.5"),
+    "text of a block": ('Tuning(target="block", text=0.5)', "0.5"),
+    "order": ('GPTQ(order="columns")', "'columns'"),
+}
+METHODS_AND_PLANS = {
+    "None": ("quantize_decoder(decoder, None)", "None is no method"),
+    "number": ("quantize_decoder(decoder, 4)", "4 is no method"),
+    "class": ("quantize_decoder(decoder, Method)", "no method"),
+    "format": ("quantize_decoder(decoder, Int(4))", "Int(bits=4"),
+    "format in quantize": ("quantize(model, Int(4))", "no method"),
+    "None in quantize": ("quantize(model, None)", "no method"),
+    "rule that is no pair": ('quantize_decoder(decoder, ["rtn"])', "pair (regex, method), not 'rtn'"),
+    "rule of three": ('quantize_decoder(decoder, [("", "rtn", 3)])', "pair (regex, method)"),
+    "rule without a regex": ('quantize_decoder(decoder, [(1, "rtn")])', "pair (regex, method)"),
+    "rule with a format": ('quantize_decoder(decoder, [("", Int(4))])', "no method"),
+}
+PARTS = {
+    "name as format": ('Method("int4")', "format is 'int4', which is no Format: it lacks bits"),
+    "class without brackets": ("method_of(rounding=GPTQ)()", "write GPTQ()"),
+    "class within Refit": ("Refit(GPTQ)", "write GPTQ()"),
+    "class within LossSearch": ("LossSearch(Search)", "write Search()"),
+    "class within AWQ": ("AWQ(range=Search)", "write Search()"),
+    "part without a value": ("method_of(rounding=Mutable())()", "frozen dataclass"),
+    "thawed part": ("method_of(rounding=Thawed())()", "frozen dataclass"),
+    "part that does not hash": ("method_of(rounding=NotHashable([1]))()", "frozen dataclass"),
+    "part without needs": (
+        "method_of(rounding=NoNeeds())()",
+        "Method's rounding is NoNeeds(), which is no Rounding: it lacks needs",
+    ),
+    "unknown need": ("method_of(rounding=Asks())()", "it needs hessian, but a Rounding can be given gram, held_out"),
+    "unknown need of a transform": ("method_of(transform=Asks())()", "can be given abs_max, abs_mean, gram"),
+    "needs in a set": ("method_of(range=ASet())()", "a frozenset of names, not {'gram'}"),
+    "range left out": ("method_of(range=None)()", "Method's range is None"),
+    "rotation": ("method_of(rotation=True)()", "which is no Hadamard"),
+    "activation": ("method_of(activation=Int(8))()", "which is no Activation"),
+    "tuning without a tuple": ("method_of(tuning=Tuning())()", "tuple"),
+    "propagation in words": ('method_of(error_propagation="1")()', "error_propagation from 0 to 1, not '1'"),
+}
+TOKENS_AND_OPTIONS = {
+    "no tokens": ("calibrated(None)()", "calibration tokens"),
+    "empty windows": ("calibrated(np.zeros((8, 0), np.int32))()", "hold no token: their shape is [8, 0]"),
+    "no windows": ("calibrated(np.zeros((0, 8), np.int32))()", "[0, 8]"),
+    "one row": ("calibrated(tokens[0])()", "not int32 [16]"),
+    "a list": ("calibrated(tokens.tolist())()", "not list"),
+    "floats": ("calibrated(tokens * 1.0)()", "not float64 [8, 16]"),
+    "list to tune": ("tune(decoder, decoder, tokens.tolist())", "not list"),
+    "floats to score": ("score(decoder, tokens * 1.0)", "Evaluation windows are an integer NumPy array"),
+    "one token to score": ("score(decoder, tokens[:, :1])", "no prediction"),
+    "batch -1": ("calibrated(batch=-1)()", "batch takes a whole number from 1, not -1"),
+    "batch True": ("calibrated(batch=True)()", "not True"),
+    "batch in words": ('calibrated(batch="4")()', "batch takes a whole number from 1, not '4'"),
+    "passes": ("calibrated(passes=1.5)()", "passes takes a whole number from 1, not 1.5"),
+    "held_out": ("calibrated(held_out=-1)()", "held_out takes a whole number from 0, not -1"),
+    "inputs": ("calibrated(inputs=None)()", "not None"),
+    "batch to score": ("score(decoder, tokens, batch=-1)", "batch takes a whole number from 1, not -1"),
+    "negative samples": ('quantize(model, gptq, calibration="x", samples=-5)', "samples takes a whole number from 1"),
+    "samples hidden by held_out": ('quantize(model, gptq, calibration="x", samples=-1, held_out=9)', "not -1"),
+    "context": ('quantize(model, gptq, calibration="x", context=2.0)', "context takes a whole number from 1, not 2.0"),
+    "seed": ('quantize(model, gptq, calibration="x", seed="a")', "seed takes a whole number from 0, not 'a'"),
+    "windows drawn": ("sample_windows(np.arange(9), 3, -2, 0)", "samples takes a whole number from 1, not -2"),
+    "windows": ('windows(np.arange(9), 3, "two")', "windows takes a whole number from 1, not 'two'"),
+    "context to score": ('perplexity(model, "x", context=None)', "context takes a whole number from 2, not None"),
+    "tokens to generate": ("next(generate_ids(decoder, tokens[0], tokens=-1))", "tokens takes a whole number from 0"),
+    "temperature": ("next(generate_ids(decoder, tokens[0], tokens=1, temperature=-1))", "temperature"),
+    "top_k": ("next(generate_ids(decoder, tokens[0], tokens=1, top_k=0))", "top_k takes a whole number from 1"),
+    "top_k above all": ("next(generate_ids(decoder, tokens[0], tokens=1, top_k=65))", "top_k=65"),
+    "prompt of floats": ("next(generate_ids(decoder, tokens[0] * 1.0, tokens=1))", "The prompt's ids"),
+}  # fmt: skip
 
-def test_wrong_shapes_are_named_without_run_time_type_checks():
-    done = subprocess.run([sys.executable, "-c", SHAPES], capture_output=True, text=True, check=True)
-    said = done.stdout.splitlines()
-    assert len(said) == 12
-    assert all("(5, 5)" in line for line in said[:5])
-    assert "(16,)" in said[5]
-    assert "'row'" in said[6]
-    assert "'mass'" in said[7]
-    assert "'teacher'" in said[8]
-    assert "1.5" in said[9]
-    assert "0.5" in said[10]
-    assert "'columns'" in said[11]
+
+@pytest.fixture(scope="module")
+def said() -> dict[str, str]:
+    """What every use above ends in, in a process without run-time type checks."""
+    uses = "".join(f"    {name!r}: lambda: {use},\n" for name, (use, _) in ALL.items())
+    code = WITHOUT_TYPE_CHECKS.replace("USES", uses)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return dict(line.split("|", 1) for line in done.stdout.splitlines())
+
+
+ALL = SHAPES | METHODS_AND_PLANS | PARTS | TOKENS_AND_OPTIONS
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_bad_input_is_named_in_one_sentence_without_run_time_type_checks(said, name):
+    assert ALL[name][1] in said[name]
+    assert len(said) == len(ALL)  # a sentence has one line
 
 
 def test_scales_of_another_grid_are_refused():
