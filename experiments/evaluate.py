@@ -16,9 +16,10 @@ from experiments.command_line import console, devices_of, one_sentence, peak_rss
 from experiments.overrides import CONFIGS
 from experiments.settings import check
 from jquant import load_text
+from jquant.data import check_unseen
 from jquant.evaluation.perplexity import evaluation_windows, score_from_disk
 from jquant.io.hub import cache_dir
-from jquant.io.load import open_from_config
+from jquant.io.load import QuantizedFile, open_from_config
 
 
 @hydra.main(version_base=None, config_path=str(CONFIGS), config_name="evaluate")
@@ -38,6 +39,9 @@ def evaluate(settings: dict[str, Any]) -> None:
     wanted, devices = settings["evaluation"], devices_of(settings)
     source = open_from_config(settings["model"])
     tokens = evaluation_windows(source, load_text(wanted["data"]), wanted["context"], wanted["windows"], wanted["bos"])
+    if isinstance(source, QuantizedFile) and source.calibrated_on is not None:
+        text = tokens[:, 1:] if wanted["bos"] else tokens
+        check_unseen(text, source.calibrated_on, f"evaluation.data={wanted['data']}", "choose another text")
     with progress_bars(source.name) as report:
         scores = score_from_disk(source, tokens, devices=devices, progress=report)
     stderr = scores.stderr if scores.nll.size > 1 else None  # one token has none
