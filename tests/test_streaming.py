@@ -41,6 +41,7 @@ from jquant import (
 from jquant import (
     METHODS as ROWS,
 )
+from jquant.data import windows
 from jquant.evaluation.perplexity import score, score_from_disk
 from jquant.io import checkpoint
 from jquant.io.checkpoint import block_folder, checksum, read_item, read_sealed, write_item, write_sealed
@@ -646,3 +647,20 @@ def test_the_commands_quantize_and_evaluate_from_disk_and_bad_input_ends_in_one_
         assert part in failed.stderr
         assert len(failed.stderr.splitlines()) == 1
     assert not (tmp_path / "r").exists()
+
+
+def test_a_checkpoint_remembers_the_tokens_that_it_was_fitted_to(folder, tmp_path):
+    source, text = open_model(folder), checkpoints.random_text(4000, seed=4)
+    tokens = windows(source.tokenizer.encode(text), 96, 8)
+    model = quantize_to_folder(source, tmp_path / "q", GPTQ3, tokens).load()
+    with refused("occurs in the calibration text", "allow_overlap"):
+        jquant.perplexity(model, text, context=96, windows=2)
+    assert jquant.perplexity(model, text, context=96, windows=2, allow_overlap=True).value > 1
+    other = checkpoints.random_text(4000, seed=5)
+    assert jquant.perplexity(model, other, context=96, windows=2).value > 1
+    hashes = tmp_path / "q" / "calibration.safetensors"
+    data = bytearray(hashes.read_bytes())
+    data[-1] ^= 1
+    hashes.write_bytes(data)
+    with refused("calibration.safetensors", "checksum"):
+        load_model(tmp_path / "q")
