@@ -210,12 +210,7 @@ def misfit(value: Any, shape: Any, name: str) -> str | None:
         return None if value is None else misfit(value, shape[0], name)
     if isinstance(shape, dict):
         fits = isinstance(value, dict)
-        keys = {
-            key.rstrip("?"): one
-            for key, one in shape.items()
-            if not (key.endswith("?") and fits and key[:-1] not in value)
-        }
-        inner = (misfit(value[key], one, key) if key in value else f"{key} is missing" for key, one in keys.items())
+        inner = (_misfit_at(key, one, value) for key, one in shape.items()) if fits else ()
     elif isinstance(shape, list):
         fits = isinstance(value, list)
         inner = (misfit(one, shape[0], f"an element of {name}") for one in value) if fits else ()
@@ -226,6 +221,13 @@ def misfit(value: Any, shape: Any, name: str) -> str | None:
     if not fits:
         return f"{name} is {str(value)[:40]!r}"
     return next(filter(None, inner), None)
+
+
+def _misfit_at(key: str, shape: Any, value: dict[str, Any]) -> str | None:
+    name = key.rstrip("?")
+    if name in value:
+        return misfit(value[name], shape, name)
+    return None if key != name else f"{name} is missing"
 
 
 def add_rows(folder: Path, rows: Sequence[Row], name: str = "table.jsonl", without: Iterable[str] = ()) -> None:

@@ -388,6 +388,8 @@ def test_the_command_writes_rows_and_figures_and_reuses_them(workplace):
     (folder / "outliers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in marked))
     assert "12,345" in command(workplace).stdout  # the kept rows, not new ones
     assert "12,345" not in command(workplace, "threshold=3").stdout
+    after = [json.loads(line) for line in (folder / "outliers.jsonl").read_text().splitlines()]
+    assert (after[: len(marked)], len(after)) == (marked, 2 * len(marked))  # another setting drops no rows
 
 
 BAD = {

@@ -13,6 +13,8 @@ import pytest
 import yaml
 from checkpoints import refused
 from flax import nnx
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from experiments import sensitivity
 from experiments.sensitivity import PATHS, analyse, measure
@@ -229,6 +231,15 @@ def test_methods_that_change_more_than_one_weight_are_refused_before_any_work(wo
     nowhere = {"model": {"name": "nowhere"}, "results": str(workplace / "results"), "methods": [name]}
     with refused(name, "one weight at a time"):
         analyse(settings | nowhere)
+
+
+def test_evaluation_text_inside_the_calibration_text_is_refused_here_too(workplace):
+    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+        given = options(workplace, **{"evaluation.data": workplace / "calibration.txt", "name": "leaking"})
+        config = compose("sensitivity", [f"{key}={value}" for key, value in given.items()])
+    with refused("calibration.txt occurs in the calibration text"):
+        analyse(OmegaConf.to_container(config, resolve=True))  # pyright: ignore[reportArgumentType]
+    assert not (workplace / "results" / "leaking").exists()
 
 
 def test_the_mixed_kernels_keep_the_models_dtype(decoder):
