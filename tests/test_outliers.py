@@ -301,9 +301,9 @@ def test_a_quantized_and_a_bfloat16_model_can_be_looked_at(model, tmp_path):
         ({"bits": 9}, "bits=9"),
         ({"group": 1}, "group=1"),
         ({"group": 65}, "group=65"),
-        ({"windows": 0}, "0 windows"),
+        ({"windows": 0}, "windows takes a whole number from 1, not 0"),
         ({"windows": 4000}, "too few"),
-        ({"context": 1}, "context of 1"),
+        ({"context": 1}, "context takes a whole number from 2, not 1"),
         ({"text": "a few words"}, "too few"),
     ],
 )
