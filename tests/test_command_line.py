@@ -194,7 +194,7 @@ def evaluated(monkeypatch, tmp_path):
 
     source = object.__new__(QuantizedFile)
     object.__setattr__(source, "folder", tmp_path)
-    source.__dict__ |= {"manifest": {"name": "tiny"}, "calibrated_on": None}
+    source.__dict__.update(manifest={"name": "tiny"}, calibrated_on=None)
     (tmp_path / "text.txt").write_text("words")
     monkeypatch.setattr(evaluate, "open_from_config", lambda _: source)
     monkeypatch.setattr(evaluate, "evaluation_windows", lambda *_: np.zeros((1, 2), np.int32))
