@@ -311,7 +311,7 @@ def read(folder: Path, part: str) -> Any:
         return jax.tree.leaves(nnx.state(file.outside()))
     if part.startswith("blocks"):
         return [file.report(), *(jax.tree.leaves(nnx.state(block)) for block in file.blocks())]
-    return file.config, file.tokenizer
+    return file.config, file.tokenizer, file.calibrated_on
 
 
 def refuses(folder: Path, part: str) -> bool:
