@@ -17,13 +17,13 @@ from rich.table import Table
 
 from experiments.provenance import versions
 from jquant import load_model, load_text, method
-from jquant.calibration import Calibration
+from jquant.calibration.windows import Calibration
 from jquant.data import sample_windows
 from jquant.formats import unpack
 from jquant.models.decoder import Decoder, blocks
-from jquant.pipeline import check_plan, flat_params, quantize_blocks
+from jquant.pipeline.in_memory import check_plan, flat_params, quantize_blocks
 from jquant.qtensor import QTensor
-from jquant.sharding import Devices
+from jquant.parallel.mesh import Devices
 
 BLOCKS = 4
 MESHES: dict[Any, tuple[tuple[int, int], ...]] = {"quantized": ((8, 1), (2, 4)), "float": ((2, 4),)}

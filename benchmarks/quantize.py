@@ -20,12 +20,12 @@ from rich.table import Table
 
 from experiments.provenance import versions
 from jquant import Nearest, SmoothQuant, load_text, method
-from jquant.calibration import Calibration
+from jquant.calibration.windows import Calibration
 from jquant.data import sample_windows
 from jquant.io.load import load_model
 from jquant.methods import Method
 from jquant.models.decoder import blocks
-from jquant.pipeline import check_plan, quantize_block
+from jquant.pipeline.in_memory import check_plan, quantize_block
 
 MODEL, CALIBRATION, SAMPLES, CONTEXT = "smollm2_135m", "c4_utf8", 128, 512
 METHODS, BLOCKS = ("gptq", "awq"), 4

@@ -25,12 +25,12 @@ from rich.table import Table
 
 from experiments.provenance import versions
 from jquant import method
-from jquant.calibration import averaged, join_pieces, no_stats, observe_batch
+from jquant.calibration.windows import averaged, join_pieces, no_stats, observe_batch
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Block
 from jquant.models.families import LLAMA
-from jquant.pipeline import flat_params, round_weight, seen_by
-from jquant.sharding import BOTH, MODEL, Devices, scatter
+from jquant.pipeline.in_memory import flat_params, round_weight, seen_by
+from jquant.parallel.mesh import BOTH, MODEL, Devices, scatter
 
 SHAPES = {  # hidden, ffn, layers, heads, key/value heads
     "8B": (4096, 14336, 32, 32, 8),

@@ -120,7 +120,7 @@ def write_checkpoint(folder: Path, shape: dict, seed: int = 0) -> None:
 def measure(source: Path, target: Path, name: str, blocks: int) -> dict:
     """Seconds of each block and peak resident memory of this process."""
     from jquant import method, open_model
-    from jquant.streaming import quantize_stream
+    from jquant.pipeline.to_disk import quantize_stream
 
     model = open_model(source, dtype="bfloat16")
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, TOKENS, np.int32)

@@ -48,8 +48,8 @@ from jquant.io.hub import cache_dir
 from jquant.io.load import ModelFile, QuantizedFile, open_from_config
 from jquant.methods import Method, Plan
 from jquant.models.decoder import Decoder
-from jquant.pipeline import check_plan, fallbacks, quantize_decoders
-from jquant.streaming import quantize_to_folder, streams
+from jquant.pipeline.in_memory import check_plan, fallbacks, quantize_decoders
+from jquant.pipeline.to_disk import quantize_to_folder, streams
 from paper_figures import perplexity_bits
 
 # Settings on which no figure of a row depends.

@@ -22,8 +22,8 @@ from jquant import load_text
 from jquant.data import sample_windows
 from jquant.io.hub import cache_dir
 from jquant.io.load import QuantizedFile, open_from_config
-from jquant.pipeline import fallbacks, relative_error
-from jquant.streaming import quantize_to_folder
+from jquant.pipeline.in_memory import fallbacks, relative_error
+from jquant.pipeline.to_disk import quantize_to_folder
 
 
 @hydra.main(version_base=None, config_path=str(CONFIGS), config_name="quantize")

@@ -36,7 +36,7 @@ from jquant.io.hub import cache_dir
 from jquant.io.load import open_from_config
 from jquant.models.decoder import Decoder, blocks
 from jquant.models.families import LLAMA
-from jquant.pipeline import check_plan, fallbacks, quantize_decoder
+from jquant.pipeline.in_memory import check_plan, fallbacks, quantize_decoder
 from paper_figures import sensitivity as figure
 
 PATHS = tuple(path for site in LLAMA.sites for path in site.weights)

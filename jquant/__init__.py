@@ -16,15 +16,15 @@ from jquant.evaluation.perplexity import perplexity
 from jquant.formats import FP4, FP8_E4M3, FP8_E5M2, GGUF, MXFP4, NF3, NF4, NVFP4, Codebook, Float, Int, double_quantized
 from jquant.io.load import LanguageModel, load_model, open_model
 from jquant.methods import METHODS, Method, Tuning, method
-from jquant.pipeline import quantize, quantize_decoder, quantize_decoders
-from jquant.products import matmul
+from jquant.pipeline.in_memory import quantize, quantize_decoder, quantize_decoders
+from jquant.kernels.matmul import matmul
 from jquant.qtensor import QTensor, bits_per_weight, dequantize
 from jquant.ranges import LlamaCpp, LossSearch, MinMax, Percentile, Search
-from jquant.rotation import permute_mlp, rotate
+from jquant.models.folding import permute_mlp, rotate
 from jquant.rounding import GPTQ, Nearest, Refit, Stochastic
-from jquant.streaming import quantize_to_folder
+from jquant.pipeline.to_disk import quantize_to_folder
 from jquant.transforms import AWQ, Hadamard, SmoothQuant
-from jquant.tuning import tune
+from jquant.learning.tuning import tune
 
 __version__ = "0.1.0"
 

@@ -14,7 +14,7 @@ from jquant.transforms import Hadamard, Transform
 
 @dataclass(frozen=True)
 class Tuning:
-    """How scales, and codes if asked, are learned after rounding (`jquant.tuning`).
+    """How scales, and codes if asked, are learned after rounding (`jquant.learning.tuning`).
 
     Attributes:
       steps: Adam's, its rates falling to 0 along a cosine.

@@ -12,12 +12,12 @@ from checkpoints import refused
 from flax import nnx
 from test_pipeline import GRID, PROJECTIONS, TAPS, TOKENS, block, energy, leaves, outlier_llama, same_bytes, taps
 
-from jquant.calibration import Calibration
+from jquant.calibration.windows import Calibration
 from jquant.io.load import load_model
-from jquant.loss import token_gradients
+from jquant.learning.clips import token_gradients
 from jquant.methods import Method
 from jquant.models.decoder import Decoder
-from jquant.pipeline import propagate_error, quantize_decoder, quantize_decoders
+from jquant.pipeline.in_memory import propagate_error, quantize_decoder, quantize_decoders
 from jquant.qtensor import dequantize
 from jquant.ranges import LossSearch, Search
 from jquant.rounding import GPTQ

@@ -21,11 +21,11 @@ from jquant.formats import (
     block_shape,
     double_quantized,
 )
-from jquant.loss import learn_clips
+from jquant.learning.clips import learn_clips
 from jquant.methods import Method
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Decoder, blocks
-from jquant.pipeline import check_plan, quantize_decoder
+from jquant.pipeline.in_memory import check_plan, quantize_decoder
 from jquant.qtensor import QTensor
 from jquant.ranges import LlamaCpp, LossSearch, MinMax, Percentile, Search
 from jquant.ranges.loss import clip_gradient, clipped

@@ -25,7 +25,7 @@ from jquant.formats import Format
 from jquant.io.load import LanguageModel, load_model
 from jquant.methods import METHODS, Method, method
 from jquant.models.decoder import Decoder, blocks, rotary_table
-from jquant.pipeline import quantize_decoder
+from jquant.pipeline.in_memory import quantize_decoder
 from jquant.qtensor import QTensor, dequantize
 from jquant.ranges import Search
 from jquant.rounding import GPTQ, SolveInfo

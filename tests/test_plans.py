@@ -12,7 +12,7 @@ from jquant.formats import MXFP4, NF4, Int
 from jquant.methods import METHODS, Method, assign, method
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Decoder, blocks, with_blocks
-from jquant.pipeline import check_plan, quantize_decoder
+from jquant.pipeline.in_memory import check_plan, quantize_decoder
 from jquant.qtensor import QTensor, dequantize
 from jquant.ranges import MinMax
 from jquant.rounding import GPTQ

@@ -14,19 +14,19 @@ from flax import nnx
 
 import jquant
 from jquant import AWQ, GPTQ, Int, LanguageModel, LossSearch, Method, MinMax, Nearest, Refit, Search, Tuning, method
-from jquant.calibration import check_stats
+from jquant.calibration.windows import check_stats
 from jquant.evaluation.generation import generate_ids
 from jquant.evaluation.outliers import observe
 from jquant.evaluation.perplexity import Scores, score, score_from_disk
 from jquant.io.load import ModelFile, open_model
-from jquant.loss import learn_clips
+from jquant.learning.clips import learn_clips
 from jquant.models.decoder import Decoder
-from jquant.pipeline import check_plan, fallbacks, quantize_decoder
+from jquant.pipeline.in_memory import check_plan, fallbacks, quantize_decoder
 from jquant.rounding import SolveInfo
 from jquant.rounding.limits import check_scales
-from jquant.sharding import Devices
+from jquant.parallel.mesh import Devices
 from jquant.stats import Gram
-from jquant.tuning import tune
+from jquant.learning.tuning import tune
 
 TOKENS = np.random.default_rng(3).integers(0, checkpoints.VOCAB, (4, 16), np.int32)
 PLAIN = Method(Int(4, 32), rounding=GPTQ())
@@ -157,7 +157,7 @@ def test_a_weight_rounded_plainly_for_want_of_a_factorisation_is_marked(rounding
 def test_an_error_that_could_not_be_propagated_is_marked(model, monkeypatch):
     propagated = Method(Int(4, 32), error_propagation=0.375)
     assert fallbacks(quantize_decoder(model.decoder, [(DOWN, propagated)], TOKENS)[1]) == []
-    monkeypatch.setattr(jquant.pipeline, "propagate_error", lambda w, *_: w * jnp.nan)
+    monkeypatch.setattr(jquant.pipeline.in_memory, "propagate_error", lambda w, *_: w * jnp.nan)
     propagated = replace(propagated, error_propagation=0.3125)  # so that it is traced anew
     quantized, report = quantize_decoder(model.decoder, [(DOWN, propagated)], TOKENS)
     assert fallbacks(report) == ["layers.1.mlp.down.kernel"]

@@ -21,9 +21,9 @@ from jquant.io.load import load_model
 from jquant.methods import method
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Decoder
-from jquant.pipeline import quantize_decoder
+from jquant.pipeline.in_memory import quantize_decoder
 from jquant.qtensor import QTensor
-from jquant.sharding import MODEL, Devices
+from jquant.parallel.mesh import MODEL, Devices
 
 TOKENS = np.random.default_rng(0).integers(0, checkpoints.VOCAB, (16, 24), np.int32)
 GPTQ3 = Method(Int(3, 32), Search("diagonal"), GPTQ())

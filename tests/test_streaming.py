@@ -48,10 +48,10 @@ from jquant.io.checkpoint import block_folder, checksum, read_item, read_sealed,
 from jquant.io.load import LanguageModel, QuantizedFile, load_model, open_model
 from jquant.methods import method
 from jquant.models.decoder import blocks
-from jquant.pipeline import flat_params, quantize_decoder, round_weight
-from jquant.sharding import MODEL, Devices
+from jquant.pipeline.in_memory import flat_params, quantize_decoder, round_weight
+from jquant.parallel.mesh import MODEL, Devices
 from jquant.stats import AbsMax, Gram
-from jquant.streaming import quantize_stream, quantize_to_folder
+from jquant.pipeline.to_disk import quantize_stream, quantize_to_folder
 
 ROOT = Path(__file__).parents[1]
 TOKENS = np.random.default_rng(0).integers(0, checkpoints.VOCAB, (16, 24), np.int32)
@@ -542,7 +542,7 @@ def test_a_disk_that_fills_up_ends_in_one_sentence_and_keeps_finished_blocks(fol
     script = (
         "import resource, signal, sys, numpy as np\n"
         "from pathlib import Path\n"
-        "import jquant, jquant.streaming as s\n"
+        "import jquant, jquant.pipeline.to_disk as s\n"
         "from jquant.io.load import open_model\n"
         "steps = s.quantize_stream(open_model(sys.argv[1]), Path(sys.argv[2]), jquant.method('rtn', group=32))\n"
         "next(steps)\n"
@@ -574,8 +574,8 @@ import jax, numpy as np
 import jquant
 from jquant.io.hub import cache_dir
 from jquant.methods import method
-from jquant.sharding import MODEL, Devices
-from jquant.streaming import quantize_to_folder
+from jquant.parallel.mesh import MODEL, Devices
+from jquant.pipeline.to_disk import quantize_to_folder
 jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
 tokens = np.random.default_rng(0).integers(0, 320, (10, 24), np.int32)
 print("ready", flush=True)

@@ -16,9 +16,9 @@ from jquant.formats import Format
 from jquant.io.load import load_model
 from jquant.methods import Method, Tuning, method
 from jquant.models.decoder import Decoder, blocks, rotary_table
-from jquant.pipeline import quantize_decoder
+from jquant.pipeline.in_memory import quantize_decoder
 from jquant.qtensor import QTensor, bits_per_weight, dequantize
-from jquant.tuning import _values, product, tune, tune_block
+from jquant.learning.tuning import _values, product, tune, tune_block
 
 TOKENS = np.random.default_rng(5).integers(0, checkpoints.VOCAB, (8, 32), np.int32)
 STEPS = 20

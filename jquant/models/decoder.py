@@ -18,7 +18,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jquant.models.config import DecoderConfig
-from jquant.products import matmul
+from jquant.kernels.matmul import matmul
 from jquant.transforms import hadamard
 
 Taps = dict[str, Array]
@@ -92,7 +92,7 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """down(silu(gate(x)) · up(x)); what `down` reads is turned by `rotation` first (`jquant.rotation`)."""
+    """down(silu(gate(x)) · up(x)); what `down` reads is turned by `rotation` first (`jquant.models.folding`)."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         self.rotation: hadamard.Rotation | None = None
@@ -134,7 +134,7 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     """Token ids to logits. `embedding` is `[vocab, d]`; a tied head is the same array, not a copy.
 
-    The residual stream may be rotated (`jquant.rotation`): by `norm.rotation`, from `embed` until the last norm turns
+    The residual stream may be rotated (`jquant.models.folding`): by `norm.rotation`, from `embed` until the last norm turns
     it back, so that embedding and head stay what they are, and tied.
     """
 

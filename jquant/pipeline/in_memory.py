@@ -20,23 +20,23 @@ from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 from jax import Array
 from jaxtyping import Float, Int
 
-from jquant.calibration import WEIGHTED, Calibration, Choices, SiteStats, Stats, weighting
+from jquant.calibration.windows import WEIGHTED, Calibration, Choices, SiteStats, Stats, weighting
 from jquant.data import check_tokens, check_whole, run_hashes, sample_windows
 from jquant.errors import InputError
 from jquant.formats import Group, block_shape
 from jquant.io.load import LanguageModel, Progress
-from jquant.loss import learn_clips
+from jquant.learning.clips import learn_clips
 from jquant.methods import Method, Plan, assign, complete
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Block, Decoder, blocks, with_blocks
 from jquant.models.families import LLAMA, Site, shared_channels
 from jquant.parts import shown
 from jquant.qtensor import QTensor
-from jquant.rotation import rotate
+from jquant.models.folding import rotate
 from jquant.rounding import SolveInfo
 from jquant.rounding.limits import check_scales
-from jquant.sharding import Devices
-from jquant.tuning import tune, tune_block
+from jquant.parallel.mesh import Devices
+from jquant.learning.tuning import tune, tune_block
 
 Params = dict[str, Any]  # "attention.q.kernel" -> Array or QTensor
 Report = dict[tuple[int, str], SolveInfo]

@@ -23,10 +23,10 @@ from flax import nnx
 from jaxtyping import Int
 
 from jquant import provenance
-from jquant.calibration import Calibration, Choices, usual_batch
+from jquant.calibration.windows import Calibration, Choices, usual_batch
 from jquant.data import run_hashes
 from jquant.errors import InputError
-from jquant.hosts import as_first, gather, on_first
+from jquant.parallel.processes import as_first, gather, on_first
 from jquant.io.checkpoint import (
     BLOCKS,
     MANIFEST,
@@ -51,11 +51,11 @@ from jquant.io.files import write_bytes
 from jquant.io.load import ModelFile, Progress, QuantizedFile
 from jquant.methods import Method, Plan
 from jquant.models.decoder import Block, Decoder
-from jquant.pipeline import check_options, check_plan, flat_params, quantize_blocks, relative_error, shared
-from jquant.rotation import rotate_block, rotate_outside, rotations
-from jquant.sharding import Devices
+from jquant.pipeline.in_memory import check_options, check_plan, flat_params, quantize_blocks, relative_error, shared
+from jquant.models.folding import rotate_block, rotate_outside, rotations
+from jquant.parallel.mesh import Devices
 from jquant.transforms import Rotation
-from jquant.waiting import Spill
+from jquant.calibration.spill import Spill
 
 LOCK = ".lock"  # held by the process that writes
 WINDOWS = ".windows"  # beside the blocks: calibration windows that wait on disk

@@ -12,14 +12,14 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jquant.errors import InputError
-from jquant.loss import all_finite, token_gradients
+from jquant.learning.clips import all_finite, token_gradients
 from jquant.methods import Method
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Block, Decoder, Taps, rotary_table
 from jquant.models.families import LLAMA, Site
-from jquant.sharding import BOTH, Devices, exchange, gather_pieces, scatter
+from jquant.parallel.mesh import BOTH, Devices, exchange, gather_pieces, scatter
 from jquant.stats import AbsMax, AbsMean, Cross, Gram
-from jquant.waiting import Spill, Waiting
+from jquant.calibration.spill import Spill, Waiting
 
 Choices = tuple[tuple[str, Method], ...]  # path within a block -> method; hashable
 # (kind, token weighting) -> statistic; the weighting is "uniform", "norm", a tap's name, or a path: its gradients.

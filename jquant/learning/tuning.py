@@ -25,7 +25,7 @@ from jquant.data import check_tokens
 from jquant.errors import InputError
 from jquant.formats import block_shape, expand, pack, unpack
 from jquant.io.load import Progress
-from jquant.loss import all_finite
+from jquant.learning.clips import all_finite
 from jquant.methods import Tuning
 from jquant.models.decoder import Block, Decoder
 from jquant.qtensor import QTensor, stored_grid
