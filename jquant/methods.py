@@ -112,7 +112,10 @@ METHODS: dict[str, Callable[[int, Group, bool], Method]] = {
     "w8a8_static": _fixed(_INT8_INT8, activation=Activation(_INT8_TENSOR, static=True)),
 }
 
-Plan = Sequence[tuple[str, "str | Method | None"]]
+# What a user writes to give weights different methods: (regex, method) pairs, of which the first that is found decides.
+Rules = Sequence[tuple[str, "str | Method | None"]]
+# The methods of one layer's weights: path within the block -> method, as pairs, so that it hashes.
+Choices = tuple[tuple[str, Method], ...]
 
 
 def method(name: str, bits: int = 4, group: Group = 64, symmetric: bool = False) -> Method:
@@ -156,7 +159,12 @@ def complete(
     return [(pattern, None if one is None else named(one)) for pattern, one in plan]
 
 
-def assign(plan: "str | Method | Plan", weights: Iterable[str]) -> dict[str, Method | None]:
+def needs_of(methods: Iterable[Method | None]) -> frozenset[str]:
+    """What calibration must bring for all of some methods (`Method.needs`)."""
+    return frozenset[str]().union(*(one.needs for one in methods if one is not None))
+
+
+def assign(plan: "str | Method | Rules", weights: Iterable[str]) -> dict[str, Method | None]:
     """The method of each weight; None where it stays float.
 
     Args:

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from experiments import sensitivity
 from experiments.sensitivity import PATHS, analyse, measure
 from jquant import QTensor, method, quantize_decoder
+from jquant.calibration.options import Options
 from jquant.evaluation.perplexity import Reference, score
 from jquant.io.load import load_model
 from jquant.models.decoder import Decoder, blocks
@@ -134,7 +135,7 @@ GPTQ = method("gptq", bits=3, group=32)
 
 
 def test_inputs_from_float_blocks_fit_each_block_as_if_it_alone_were_quantized(decoder):
-    fitted, _ = quantize_decoder(decoder, GPTQ, TOKENS, inputs="float")
+    fitted, _ = quantize_decoder(decoder, GPTQ, TOKENS, options=Options(inputs="float"))
     alone, _ = quantize_decoder(decoder, [(r"layers\.1", GPTQ)], TOKENS)
     in_turn, _ = quantize_decoder(decoder, GPTQ, TOKENS)
     for path in PATHS:
@@ -148,7 +149,9 @@ def test_inputs_from_float_blocks_fit_each_block_as_if_it_alone_were_quantized(d
 
 def test_a_decoder_of_one_block_does_not_care(tmp_path):
     decoder = load_model(checkpoints.save(tmp_path, checkpoints.llama(num_hidden_layers=1))).decoder
-    found = [quantize_decoder(decoder, GPTQ, TOKENS, inputs=inputs)[0] for inputs in ("float", "quantized")]
+    found = [
+        quantize_decoder(decoder, GPTQ, TOKENS, options=Options(inputs=inputs))[0] for inputs in ("float", "quantized")
+    ]
     assert all(same(*(kernel(one, 0, path) for one in found)) for path in PATHS)
 
 
