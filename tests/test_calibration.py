@@ -211,7 +211,7 @@ SEVERAL = {
 
 
 def test_methods_that_share_a_pass_get_what_each_gets_alone(decoder):
-    together = quantize_decoders(decoder, SEVERAL, TOKENS, options=Options(batch=4))
+    together = quantize_decoders(decoder, SEVERAL, TOKENS, Options(batch=4))
     assert list(together) == list(SEVERAL)
     for name, method in SEVERAL.items():
         alone, report = run(decoder, method, inputs="float")
@@ -223,10 +223,10 @@ def test_methods_that_share_a_pass_share_its_forward_passes(decoder, monkeypatch
     calls = []
     observe = Calibration.observe
     monkeypatch.setattr(Calibration, "observe", lambda *args, **kwargs: calls.append(args) or observe(*args, **kwargs))
-    quantize_decoders(decoder, SEVERAL, TOKENS, options=Options(batch=4))
+    quantize_decoders(decoder, SEVERAL, TOKENS, Options(batch=4))
     assert len(calls) == decoder.config.layers
 
 
 def test_methods_cannot_share_inputs_that_each_quantizes_its_own_way(decoder):
     with refused("float"):
-        quantize_decoders(decoder, SEVERAL, TOKENS, options=Options(inputs="quantized"))
+        quantize_decoders(decoder, SEVERAL, TOKENS, Options(inputs="quantized"))

@@ -122,9 +122,7 @@ def test_statistics_that_overflow_are_refused_by_layer_and_input(overflowing, ch
 
 def test_statistics_that_overflow_are_refused_on_a_mesh(overflowing):
     with refused("layers.1", "mlp_output"):
-        quantize_decoder(
-            overflowing.load().decoder, [(DOWN, PLAIN)], TOKENS, options=Options(batch=1, devices=Devices(2, 2))
-        )
+        quantize_decoder(overflowing.load().decoder, [(DOWN, PLAIN)], TOKENS, Options(batch=1, devices=Devices(2, 2)))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -135,7 +135,7 @@ GPTQ = method("gptq", bits=3, group=32)
 
 
 def test_inputs_from_float_blocks_fit_each_block_as_if_it_alone_were_quantized(decoder):
-    fitted, _ = quantize_decoder(decoder, GPTQ, TOKENS, options=Options(inputs="float"))
+    fitted, _ = quantize_decoder(decoder, GPTQ, TOKENS, Options(inputs="float"))
     alone, _ = quantize_decoder(decoder, [(r"layers\.1", GPTQ)], TOKENS)
     in_turn, _ = quantize_decoder(decoder, GPTQ, TOKENS)
     for path in PATHS:
@@ -149,9 +149,7 @@ def test_inputs_from_float_blocks_fit_each_block_as_if_it_alone_were_quantized(d
 
 def test_a_decoder_of_one_block_does_not_care(tmp_path):
     decoder = load_model(checkpoints.save(tmp_path, checkpoints.llama(num_hidden_layers=1))).decoder
-    found = [
-        quantize_decoder(decoder, GPTQ, TOKENS, options=Options(inputs=inputs))[0] for inputs in ("float", "quantized")
-    ]
+    found = [quantize_decoder(decoder, GPTQ, TOKENS, Options(inputs=inputs))[0] for inputs in ("float", "quantized")]
     assert all(same(*(kernel(one, 0, path) for one in found)) for path in PATHS)
 
 

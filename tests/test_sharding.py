@@ -65,10 +65,8 @@ CASES = [("gptq", mesh) for mesh in ((8, 1), (2, 4))] + [(n, (4, 2)) for n in ME
 
 @pytest.mark.parametrize(("name", "mesh"), CASES, ids=str)
 def test_a_mesh_gives_the_codes_and_the_perplexity_of_one_device(decoder, name, mesh):
-    expected, report = quantize_decoder(decoder, METHODS[name], TOKENS, options=Options(batch=2))
-    sharded, its_report = quantize_decoder(
-        decoder, METHODS[name], TOKENS, options=Options(batch=2, devices=Devices(*mesh))
-    )
+    expected, report = quantize_decoder(decoder, METHODS[name], TOKENS, Options(batch=2))
+    sharded, its_report = quantize_decoder(decoder, METHODS[name], TOKENS, Options(batch=2, devices=Devices(*mesh)))
     kernels = [leaf for leaf in leaves(sharded).values() if isinstance(leaf, QTensor)]
     assert all(len(kernel.codes.sharding.device_set) == mesh[0] * mesh[1] for kernel in kernels)
     assert share_unlike(sharded, expected) == 0
@@ -120,7 +118,7 @@ def test_meshes_that_cannot_be_are_refused(decoder):
     with refused("data=0"):
         Devices(0)
     with refused("16 windows", "data=3"):
-        quantize_decoder(decoder, GPTQ3, TOKENS, options=Options(batch=2, devices=Devices(3)))
+        quantize_decoder(decoder, GPTQ3, TOKENS, Options(batch=2, devices=Devices(3)))
     with refused("attention.k.kernel", "64 columns", "model=3"):
         quantize_decoder(decoder, GPTQ3, TOKENS[:15], options=Options(batch=2, devices=Devices(1, 3)))
 

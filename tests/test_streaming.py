@@ -105,7 +105,7 @@ def test_the_checkpoint_holds_what_quantizing_the_loaded_model_gives(model, fold
         TOKENS,
         options=Options(batch=4, progress=lambda *told, **_: done.append(told)),
     )
-    expected, report = quantize_decoder(model.decoder, METHODS[name], TOKENS, options=Options(batch=4))
+    expected, report = quantize_decoder(model.decoder, METHODS[name], TOKENS, Options(batch=4))
     loaded = load_model(tmp_path / "q")
     assert jax.tree.structure(nnx.split(loaded.decoder)) == jax.tree.structure(nnx.split(expected))
     assert all(map(np.array_equal, states(loaded.decoder), states(expected)))
@@ -129,7 +129,7 @@ def test_a_checkpoint_is_as_small_as_its_format_says(tmp_path):
 
 
 def test_perplexity_from_disk_is_that_of_the_loaded_model(model, folder, tmp_path):
-    quantize_to_folder(open_model(folder), tmp_path / "q", GPTQ3, TOKENS, options=Options(batch=4))
+    quantize_to_folder(open_model(folder), tmp_path / "q", GPTQ3, TOKENS, Options(batch=4))
     for path in (folder, tmp_path / "q"):
         streamed, loaded = score_from_disk(open_model(path), TOKENS), score(load_model(path).decoder, TOKENS)
         np.testing.assert_allclose(streamed.nll, loaded.nll, rtol=1e-4, atol=1e-4)
@@ -189,7 +189,7 @@ def test_another_run_is_refused_with_what_differs(folder, tmp_path):
     with refused(str(target), "calibration"):
         quantize_to_folder(open_model(folder), target, GPTQ3, TOKENS[:8])
     with refused(str(target), "inputs: quantized, now float"):
-        quantize_to_folder(open_model(folder), target, GPTQ3, TOKENS, options=Options(inputs="float"))
+        quantize_to_folder(open_model(folder), target, GPTQ3, TOKENS, Options(inputs="float"))
     other = checkpoints.save(tmp_path / "other", checkpoints.llama(seed=1, hidden_size=64, intermediate_size=96))
     with refused(str(target), "source"):
         quantize_to_folder(open_model(other), target, GPTQ3, TOKENS)
@@ -202,11 +202,9 @@ def test_another_run_is_refused_with_what_differs(folder, tmp_path):
 
 
 def test_a_checkpoint_written_on_one_mesh_is_read_onto_another(model, folder, tmp_path):
-    expected, _ = quantize_decoder(model.decoder, GPTQ3, TOKENS, options=Options(batch=4))
+    expected, _ = quantize_decoder(model.decoder, GPTQ3, TOKENS, Options(batch=4))
     devices = Devices(2, 2)
-    written = quantize_to_folder(
-        open_model(folder), tmp_path / "q", GPTQ3, TOKENS, options=Options(batch=4, devices=devices)
-    )
+    written = quantize_to_folder(open_model(folder), tmp_path / "q", GPTQ3, TOKENS, Options(batch=4, devices=devices))
     loaded = written.load().decoder
     assert all(map(np.array_equal, states(loaded), states(expected)))
     columns = Devices(1, 8)
@@ -221,13 +219,11 @@ def test_a_checkpoint_written_on_one_mesh_is_read_onto_another(model, folder, tm
     assert np.array_equal(codes, next(islice(written.blocks(), 1, None)).mlp.up.kernel.get_value().codes)
     for stop in (1, 3):
         steps = quantize_stream(
-            open_model(folder), tmp_path / str(stop), GPTQ3, TOKENS, options=Options(batch=4, devices=devices)
+            open_model(folder), tmp_path / str(stop), GPTQ3, TOKENS, Options(batch=4, devices=devices)
         )
         assert [next(steps) for _ in range(stop)] == list(range(stop))
         steps.close()
-        quantize_to_folder(
-            open_model(folder), tmp_path / str(stop), GPTQ3, TOKENS, options=Options(batch=4, devices=devices)
-        )
+        quantize_to_folder(open_model(folder), tmp_path / str(stop), GPTQ3, TOKENS, Options(batch=4, devices=devices))
         assert files(tmp_path / str(stop)) == files(tmp_path / "q")
 
 
@@ -267,7 +263,7 @@ def test_what_needs_the_whole_model_is_refused(folder, tmp_path):
 
 def test_damage_is_found_and_named_and_mended_by_the_same_command(folder, tmp_path):
     target = tmp_path / "q"
-    quantize_to_folder(open_model(folder), target, GPTQ3, TOKENS, options=Options(batch=4))
+    quantize_to_folder(open_model(folder), target, GPTQ3, TOKENS, Options(batch=4))
     whole = files(target)
     codes = max((target / "blocks" / "00001" / "mlp.up.kernel.codes").iterdir(), key=lambda path: path.stat().st_size)
     flipped = bytearray(codes.read_bytes())
@@ -277,11 +273,11 @@ def test_damage_is_found_and_named_and_mended_by_the_same_command(folder, tmp_pa
         with refused(str(codes), "delete", "00001"):
             load_model(target)
         with refused(str(codes)):
-            quantize_to_folder(open_model(folder), target, GPTQ3, TOKENS, options=Options(batch=4))
+            quantize_to_folder(open_model(folder), target, GPTQ3, TOKENS, Options(batch=4))
     shutil.rmtree(target / "blocks" / "00001")
     with refused("00001"):
         load_model(target)
-    quantize_to_folder(open_model(folder), target, GPTQ3, TOKENS, options=Options(batch=4))
+    quantize_to_folder(open_model(folder), target, GPTQ3, TOKENS, Options(batch=4))
     assert files(target) == whole
     codes.unlink()
     with refused(str(codes)):
