@@ -25,7 +25,7 @@ class Tuning:
       target: "block" brings each block's outputs close to the float model's, once it is rounded and before the next;
         "model" learns all weights together, in the end, by the KL divergence from the float model's predictions.
       text: share of the loss of "model" that is the calibration text's cross-entropy instead, 0 to 1. It lowers the
-        perplexity, and teaches the model the text as well: see the README for what it costs in KL divergence.
+        perplexity, and teaches the model the text as well: see docs/results.md for what it costs in KL divergence.
     """
 
     steps: int = 64
@@ -67,7 +67,7 @@ class Method:
       rotation: exact rewrite of the whole decoder before any block, or None; a plan's weights share it.
       token_weights: by what the Gram matrix counts each token.
         "attention": k and v by the attention it receives (`models/families.py` says which); without weights an
-        attention sink ruins v, see the README.
+        attention sink ruins v, see docs/results.md.
         "loss": by the squared norm of the calibration loss's gradient at the projection's output, which costs one
         backward pass over the calibration text (GuidedQuant, arXiv 2505.07004, with one group a matrix).
         "norm": by 1 / the mean square of the input, so that all tokens have the same length. "uniform": all alike.
