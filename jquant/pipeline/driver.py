@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -31,6 +31,7 @@ Rounded = tuple[Block, dict[str, SolveInfo]]
 Clips = Mapping[str, Mapping[int, Mapping[str, Array]]]  # by plan, layer and path
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where float blocks come from."""
 
@@ -48,6 +49,7 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
 class Sink(Protocol):
     """Where quantized blocks go. `report` is what was done to each weight so far."""
 
