@@ -1,5 +1,6 @@
 """What a method is: one choice on each axis, and how it is tuned afterwards. `jquant.methods` names some."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -124,3 +125,12 @@ class Method:
     def needs_calibration(self) -> bool:
         """Whether any axis looks at activations."""
         return bool(self.needs)
+
+
+# The methods of one layer's weights: path within the block -> method, as pairs, so that it hashes.
+Choices = tuple[tuple[str, Method], ...]
+
+
+def needs_of(methods: Iterable[Method | None]) -> frozenset[str]:
+    """What calibration must bring for all of some methods (`Method.needs`)."""
+    return frozenset[str]().union(*(method.needs for method in methods if method is not None))

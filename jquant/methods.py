@@ -114,8 +114,6 @@ METHODS: dict[str, Callable[[int, Group, bool], Method]] = {
 
 # What a user writes to give weights different methods: (regex, method) pairs, of which the first that is found decides.
 Rules = Sequence[tuple[str, "str | Method | None"]]
-# The methods of one layer's weights: path within the block -> method, as pairs, so that it hashes.
-Choices = tuple[tuple[str, Method], ...]
 
 
 def method(name: str, bits: int = 4, group: Group = 64, symmetric: bool = False) -> Method:
@@ -157,11 +155,6 @@ def complete(
         if not isinstance(rule, list | tuple) or len(rule) != 2 or not isinstance(rule[0], str):
             raise InputError(f"A plan's rule is a pair (regex, method), not {shown(rule)}.")
     return [(pattern, None if one is None else named(one)) for pattern, one in plan]
-
-
-def needs_of(methods: Iterable[Method | None]) -> frozenset[str]:
-    """What calibration must bring for all of some methods (`Method.needs`)."""
-    return frozenset[str]().union(*(one.needs for one in methods if one is not None))
 
 
 def assign(plan: "str | Method | Rules", weights: Iterable[str]) -> dict[str, Method | None]:

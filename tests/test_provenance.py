@@ -101,7 +101,7 @@ def test_comments_docstrings_and_layout_change_no_fingerprint(own):
 def test_code_counts_only_of_the_parts_that_a_method_uses(own):
     reached = lambda *parts: _reached({"jquant.pipeline.to_disk", *parts})  # noqa: E731
     gptq = reached(GPTQ.__module__)
-    assert {"jquant.rounding.gptq", "jquant.qtensor", "jquant.formats.packing", "jquant.calibration"} <= gptq
+    assert {"jquant.rounding.gptq", "jquant.qtensor", "jquant.formats.packing", "jquant.calibration.windows"} <= gptq
     assert {"jquant.io.gguf.tensors", "jquant.composition", "jquant.ranges.min_max"} <= gptq
     assert not {"jquant.rounding.stochastic", "jquant.rounding.refit", "jquant.transforms.awq"} & gptq
     assert not {"jquant.ranges.llama_cpp", "jquant.methods", "jquant.io.hub", "jquant"} & gptq
@@ -132,7 +132,7 @@ def test_a_comment_in_jquants_own_code_changes_nothing_and_a_constant_does(monke
     assert changed("jquant.rounding.gptq", '"""GPTQ', '"""Our GPTQ') == before
     assert changed("jquant.rounding.gptq", "import jax\n", "import jax  # the library\n\n") == before
     assert changed("jquant.rounding.gptq", "damping: float", "damp: float") != before
-    assert changed("jquant.pipeline.in_memory", "0.01 *", "0.02 *") != before
+    assert changed("jquant.pipeline.blocks", "0.01 *", "0.02 *") != before
     assert changed("jquant.rounding.stochastic", "class Stochastic", "class Random") == before
     assert changed("jquant.methods", "METHODS: dict", 'MORE = {"mine": 1}\nMETHODS: dict') == before  # a new row
     monkeypatch.setattr(provenance, "_file", real)

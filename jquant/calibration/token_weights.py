@@ -12,8 +12,8 @@ from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 from jax import Array
 from jaxtyping import Float, Int
 
+from jquant.composition import Method
 from jquant.learning.objectives import next_token_loss
-from jquant.methods import Method
 from jquant.models.decoder import Decoder, Taps, rotary_table
 from jquant.models.families import Site
 

@@ -15,9 +15,9 @@ from jaxtyping import Float, Int
 from jquant.calibration.options import DEFAULTS, Options
 from jquant.calibration.spill import Spill, Waiting
 from jquant.calibration.token_weights import token_gradients, token_weight, weighting
+from jquant.composition import Choices, needs_of
 from jquant.errors import InputError
 from jquant.learning.objectives import all_finite
-from jquant.methods import Choices, needs_of
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Block, Decoder, rotary_table
 from jquant.models.families import family_of

@@ -14,9 +14,9 @@ from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 from jax import Array
 from jaxtyping import Float, Int
 
+from jquant.composition import Choices, Method
 from jquant.errors import InputError
 from jquant.learning.objectives import all_finite, next_token_loss
-from jquant.methods import Choices, Method
 from jquant.models.decoder import Decoder
 from jquant.ranges import LossSearch
 from jquant.ranges.loss import clip_gradient, clipped, rounded

@@ -15,7 +15,7 @@ def flat_params(module: Any) -> Params:
     return {".".join(map(str, path)): leaf for path, leaf in flatten_mapping(nnx.to_pure_dict(state)).items()}
 
 
-def to_state(params: Params) -> nnx.State:
+def to_state(params: Params) -> Any:
     """Parameters by name as a state that `nnx.merge` and `nnx.update` take."""
     paths = {tuple(int(key) if key.isdecimal() else key for key in name.split(".")): name for name in params}
     return nnx.State(unflatten_mapping({path: params[name] for path, name in paths.items()}))

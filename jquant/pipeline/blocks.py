@@ -14,9 +14,8 @@ from jaxtyping import Float
 from jquant.calibration.options import DEFAULTS, Options
 from jquant.calibration.token_weights import weighting
 from jquant.calibration.windows import WEIGHTED, SiteStats, Stats
-from jquant.composition import Method
+from jquant.composition import Choices, Method
 from jquant.errors import InputError
-from jquant.methods import Choices
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Block
 from jquant.models.families import Site, family_of, shared_channels

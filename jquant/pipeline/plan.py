@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jquant.composition import Method, Tuning
+from jquant.composition import Choices, Method, Tuning, needs_of
 from jquant.errors import InputError
 from jquant.formats import block_shape
-from jquant.methods import Choices, Rules, assign, needs_of
+from jquant.methods import Rules, assign
 from jquant.models.decoder import Decoder
 from jquant.models.families import Family, family_of
 from jquant.models.params import Params, flat_params, weight_name
