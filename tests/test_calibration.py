@@ -211,7 +211,7 @@ SEVERAL = {
 
 
 def test_methods_that_share_a_pass_get_what_each_gets_alone(decoder):
-    together = quantize_decoders(decoder, SEVERAL, TOKENS, Options(batch=4))
+    together = quantize_decoders(decoder, SEVERAL, TOKENS, Options(batch=4, inputs="float"))
     assert list(together) == list(SEVERAL)
     for name, method in SEVERAL.items():
         alone, report = run(decoder, method, inputs="float")
@@ -223,7 +223,7 @@ def test_methods_that_share_a_pass_share_its_forward_passes(decoder, monkeypatch
     calls = []
     observe = Calibration.observe
     monkeypatch.setattr(Calibration, "observe", lambda *args, **kwargs: calls.append(args) or observe(*args, **kwargs))
-    quantize_decoders(decoder, SEVERAL, TOKENS, Options(batch=4))
+    quantize_decoders(decoder, SEVERAL, TOKENS, Options(batch=4, inputs="float"))
     assert len(calls) == decoder.config.layers
 
 
