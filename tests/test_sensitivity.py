@@ -23,6 +23,7 @@ from jquant.calibration.options import Options
 from jquant.evaluation.perplexity import Reference, score
 from jquant.io.load import load_model
 from jquant.models.decoder import Decoder, blocks
+from jquant.pipeline.plan import make_plan
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["q", "k", "v", "o", "gate", "up", "down"]
@@ -80,7 +81,7 @@ def test_a_mask_of_one_weight_changes_that_weight_alone(decoder):
 def figures(decoder) -> dict:
     told, settings = [], {"layer_windows": 2, "matrix_windows": 1}
     report = lambda stage, done, total, **_: told.append((stage, done, total))  # noqa: E731
-    found = measure(decoder, RTN, TOKENS, None, score(decoder, TOKENS), settings, report)
+    found = measure(decoder, make_plan(decoder, RTN), (TOKENS, None), score(decoder, TOKENS), settings, report)
     assert told[-1] == ("evaluate", 1 + 7 + 2 + 14, 1 + 7 + 2 + 14)
     return found
 
@@ -117,7 +118,14 @@ def test_every_selection_scores_as_the_pipelines_own_plan_of_it(decoder, figures
 
 def test_layers_and_matrices_are_left_out_on_request(decoder):
     settings = {"layer_windows": 0, "matrix_windows": 0}
-    found = measure(decoder, RTN, TOKENS[:1], None, score(decoder, TOKENS[:1]), settings, lambda *_, **__: None)
+    found = measure(
+        decoder,
+        make_plan(decoder, RTN),
+        (TOKENS[:1], None),
+        score(decoder, TOKENS[:1]),
+        settings,
+        lambda *_, **__: None,
+    )
     assert (found["layers"], found["matrices"]) == ([], [])
     assert set(found["projections"]) == set(NAMES)
 
@@ -125,7 +133,14 @@ def test_layers_and_matrices_are_left_out_on_request(decoder):
 def test_a_bfloat16_model_is_measured_too(checkpoint):
     decoder = load_model(checkpoint, dtype="bfloat16").decoder
     settings = {"layer_windows": 0, "matrix_windows": 0}
-    found = measure(decoder, RTN, TOKENS[:1], None, score(decoder, TOKENS[:1]), settings, lambda *_, **__: None)
+    found = measure(
+        decoder,
+        make_plan(decoder, RTN),
+        (TOKENS[:1], None),
+        score(decoder, TOKENS[:1]),
+        settings,
+        lambda *_, **__: None,
+    )
     assert found["all"]["kl"] > found["projections"]["k"]["kl"] > 0
 
 
