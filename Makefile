@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: table test setup lint slow fuzz clean
+.PHONY: table test docs setup lint slow fuzz clean
 
 table: setup
 	$(BIN)/python -m experiments.perplexity_table $(ARGS)
@@ -20,10 +20,15 @@ slow: .venv/test
 fuzz: .venv/test
 	$(BIN)/python tests/fuzz.py --cases 4000 $(ARGS)
 
+# Writes the tables of README.md and docs/ from result files.
+docs: setup
+	$(BIN)/python docs/tables.py
+
 lint: .venv/test .venv/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/python docs/tables.py --check
 
 setup: .venv/$(ACCELERATOR)
 

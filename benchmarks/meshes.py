@@ -16,14 +16,16 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.provenance import versions
-from jquant import load_model, load_text, method
-from jquant.calibration import Calibration
+from jquant import Options, load_model, load_text, method
+from jquant.calibration.windows import Calibration
 from jquant.data import sample_windows
 from jquant.formats import unpack
 from jquant.models.decoder import Decoder, blocks
-from jquant.pipeline import check_plan, flat_params, quantize_blocks
+from jquant.models.params import flat_params
+from jquant.parallel.mesh import Devices
+from jquant.pipeline.driver import quantize_blocks
+from jquant.pipeline.plan import make_plan
 from jquant.qtensor import QTensor
-from jquant.sharding import Devices
 
 BLOCKS = 4
 MESHES: dict[Any, tuple[tuple[int, int], ...]] = {"quantized": ((8, 1), (2, 4)), "float": ((2, 4),)}
@@ -51,10 +53,10 @@ def main() -> None:
 
 def codes(decoder: Decoder, tokens: np.ndarray, inputs: Any, devices: Devices | None) -> list[np.ndarray]:
     """All codes of each of the first blocks."""
-    plan = check_plan(decoder, method("gptq"))
-    calibration = Calibration(decoder, plan, tokens, batch=None, inputs=inputs, held_out=0, devices=devices)
+    plan, options = make_plan(decoder, method("gptq")), Options(inputs=inputs, devices=devices)
+    calibration = Calibration(decoder, plan.layers, tokens, options)
     found = []
-    for done in islice(quantize_blocks(blocks(decoder), {"": plan}, calibration, devices=devices), BLOCKS):
+    for done in islice(quantize_blocks(blocks(decoder), {"": plan}, calibration, options), BLOCKS):
         weights = [jax.device_get(leaf) for leaf in flat_params(done[""][0]).values() if isinstance(leaf, QTensor)]
         found.append(np.concatenate([np.ravel(unpack(q.codes, q.format.bits, q.in_features)) for q in weights]))
     return found

@@ -20,12 +20,13 @@ from rich.table import Table
 
 from experiments.provenance import versions
 from jquant import Nearest, SmoothQuant, load_text, method
-from jquant.calibration import Calibration
+from jquant.calibration.windows import Calibration
 from jquant.data import sample_windows
 from jquant.io.load import load_model
 from jquant.methods import Method
 from jquant.models.decoder import blocks
-from jquant.pipeline import check_plan, quantize_block
+from jquant.pipeline.blocks import quantize_block
+from jquant.pipeline.plan import make_plan
 
 MODEL, CALIBRATION, SAMPLES, CONTEXT = "smollm2_135m", "c4_utf8", 128, 512
 METHODS, BLOCKS = ("gptq", "awq"), 4
@@ -47,8 +48,8 @@ def main() -> None:
 
 def measure(decoder, chosen: Method, tokens: np.ndarray) -> dict:
     """Median seconds a block of each part, and those of the first block, compilation with them."""
-    plan = check_plan(decoder, chosen)
-    calibration = Calibration(decoder, plan, tokens, batch=None, inputs="quantized", held_out=0)
+    plan = make_plan(decoder, chosen).layers
+    calibration = Calibration(decoder, plan, tokens)
     light = tuple((path, Method(one.format, transform=SmoothQuant())) for path, one in plan[0])
     unsolved = tuple((path, replace(one, rounding=Nearest())) for path, one in plan[0])
     parts: dict[str, list[float]] = {"forward": [], "Gram": [], "range and transform": [], "solve": []}

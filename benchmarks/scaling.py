@@ -25,12 +25,13 @@ from rich.table import Table
 
 from experiments.provenance import versions
 from jquant import method
-from jquant.calibration import averaged, join_pieces, no_stats, observe_batch
+from jquant.calibration.windows import Batch, averaged, join_pieces, no_stats, observe_batch
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Block
-from jquant.models.families import LLAMA
-from jquant.pipeline import flat_params, round_weight, seen_by
-from jquant.sharding import BOTH, MODEL, Devices, scatter
+from jquant.models.families import family_of
+from jquant.models.params import flat_params
+from jquant.parallel.mesh import BOTH, MODEL, Devices, scatter
+from jquant.pipeline.blocks import round_weight, seen_by
 
 SHAPES = {  # hidden, ffn, layers, heads, key/value heads
     "8B": (4096, 14336, 32, 32, 8),
@@ -79,7 +80,7 @@ def main() -> None:
 def count(config: DecoderConfig, devices: Devices, context: int = CONTEXT, windows: int = WINDOWS) -> dict:
     """Collectives of one block's two programs, and what each device computes and moves."""
     batch = min(BATCH * devices.count, windows)
-    choices = tuple((path, method("gptq")) for site in LLAMA.sites for path in site.weights)
+    choices = tuple((path, method("gptq")) for path in family_of(config).weights)
 
     def array(shape: tuple[int, ...], dtype: DTypeLike, *axes: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(devices.mesh, P(*axes)))
@@ -93,7 +94,7 @@ def count(config: DecoderConfig, devices: Devices, context: int = CONTEXT, windo
     stats = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype), empty)
     pieces = jax.eval_shape(lambda: scatter(no_stats(choices, config, False), devices.count))
     pieces = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype, BOTH), pieces)
-    observing = observe_batch.lower(block, x, rotary, {}, None, pieces, devices).compile()
+    observing = observe_batch.lower(block, Batch(x, rotary, {}, None), pieces, devices).compile()
     joining = join_pieces.lower(pieces, config, devices).compile()
     params = {
         path: array(leaf.shape, jnp.float32, *((None, MODEL) if len(leaf.shape) == 2 else ()))
@@ -103,7 +104,7 @@ def count(config: DecoderConfig, devices: Devices, context: int = CONTEXT, windo
     means = jax.eval_shape(averaged, stats)
     means = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype), means)
     rounding = {}
-    for site in LLAMA.sites:
+    for site in family_of(config).sites:
         for path in site.weights:
             seen = seen_by(path, dict(choices)[path], site, means)
             compiled = round_weight.lower(params[path], seen, None, chosen=dict(choices)[path]).compile()

@@ -17,9 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from experiments.overrides import check_command
 from jquant.errors import InputError
-from jquant.hosts import join
-from jquant.io.load import Progress as Report
-from jquant.sharding import Devices
+from jquant.parallel.mesh import Devices
+from jquant.parallel.processes import join
+from jquant.progress import Progress as Report
 
 console = Console()
 

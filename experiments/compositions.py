@@ -18,7 +18,7 @@ from yaml import YAMLError
 import jquant
 from jquant import METHODS, Activation, Hadamard, InputError, Method, method
 from jquant.io.hub import load_config
-from jquant.methods import Plan, unknown
+from jquant.methods import Rules, unknown
 
 FOLDER = Path(__file__).parents[1] / "configs" / "compositions"
 # What a file may name: what methods are made of. Nothing else of jquant, whose functions read files and run models.
@@ -34,7 +34,7 @@ AXES = ("format", "range", "rounding", "transform", "rotation", "activation")
 OPEN: dict[str, tuple[Any, Any]] = {"bits": (4, 3), "group": (64, 32), "symmetric": (False, True)}
 
 
-def find_method(name: str, bits: int, group: Any, symmetric: bool) -> "Method | Plan":
+def find_method(name: str, bits: int, group: Any, symmetric: bool) -> "Method | Rules":
     """The method or plan of that name; the rest completes what it leaves open.
 
     "gptq-3" is gptq at 3 bits, and so for every row and every file that takes bits.
@@ -79,19 +79,19 @@ def leaves_open(name: str, setting: str) -> bool:
         return True
 
 
-def needs_of(plan: "Method | Plan | None") -> frozenset[str]:
+def needs_of(plan: "Method | Rules | None") -> frozenset[str]:
     """What calibration must bring for all of its methods (`Method.needs`)."""
     methods = [one for _, one in plan] if isinstance(plan, Sequence) else [plan]
     return frozenset[str]().union(*(one.needs for one in methods if isinstance(one, Method)))
 
 
-def rotation_of(plan: "Method | Plan") -> Hadamard | None:
+def rotation_of(plan: "Method | Rules") -> Hadamard | None:
     """How the decoder is rotated before (`Method.rotation`)."""
     methods = [one for _, one in plan] if isinstance(plan, Sequence) else [plan]
     return next((one.rotation for one in methods if isinstance(one, Method)), None)
 
 
-def needs_calibration(plan: "Method | Plan") -> bool:
+def needs_calibration(plan: "Method | Rules") -> bool:
     """Whether any of its methods looks at activations."""
     return bool(needs_of(plan))
 
@@ -116,7 +116,7 @@ def _read(name: str, settings: dict[str, Any]) -> dict[str, Any]:
     return resolved["method"]
 
 
-def _plan(config: dict[str, Any], name: str, settings: dict[str, Any]) -> Plan:
+def _plan(config: dict[str, Any], name: str, settings: dict[str, Any]) -> Rules:
     file = f"configs/compositions/{name}.yaml"
     if more := config.keys() - {"rules", "activation"}:
         raise InputError(f"{file} has rules, and {more.pop()!r} beside them; only activation may stand there.")

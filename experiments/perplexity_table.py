@@ -40,16 +40,18 @@ from experiments.command_line import (
 from experiments.compositions import needs_calibration, rotation_of
 from experiments.settings import check_table
 from experiments.sweep import in_sweep, run_trial
-from jquant import InputError, LanguageModel, bits_per_weight, load_text
+from jquant import InputError, LanguageModel, Options, bits_per_weight, load_text
 from jquant.data import check_disjoint, sample_windows
 from jquant.evaluation.generation import generate_ids
 from jquant.evaluation.perplexity import Reference, Scores, evaluation_windows, score
 from jquant.io.hub import cache_dir
 from jquant.io.load import ModelFile, QuantizedFile, open_from_config
-from jquant.methods import Method, Plan
+from jquant.methods import Method, Rules
 from jquant.models.decoder import Decoder
-from jquant.pipeline import check_plan, fallbacks, quantize_decoders
-from jquant.streaming import quantize_to_folder, streams
+from jquant.pipeline.driver import fallbacks
+from jquant.pipeline.in_memory import quantize_decoders
+from jquant.pipeline.plan import Plan, make_plan
+from jquant.pipeline.to_disk import quantize_to_folder
 from paper_figures import perplexity_bits
 
 # Settings on which no figure of a row depends.
@@ -92,10 +94,9 @@ def table_rows(settings: dict[str, Any]) -> list[dict[str, Any]]:
         refuse_quantized(source)
     with progress_bars(settings["model"]["name"]) as report:
         model = source.load(report)
-    for chosen in filter(None, methods.values()):
-        check_plan(model.decoder, chosen)
+    plans = {name: None if one is None else make_plan(model.decoder, one) for name, one in methods.items()}
     folder = Path(settings["results"]) / str(settings["name"])
-    return compute_rows(source, model, methods, one_text_each(settings), folder)
+    return compute_rows(source, model, methods, plans, one_text_each(settings), folder)
 
 
 def refuse_quantized(source: ModelFile | QuantizedFile) -> None:
@@ -115,7 +116,7 @@ def one_text_each(settings: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def prepare_tokens(
-    model: LanguageModel, settings: dict[str, Any], methods: Iterable[Method | Plan | None]
+    model: LanguageModel, settings: dict[str, Any], methods: Iterable[Method | Rules | None]
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Evaluation windows, and calibration windows if a method needs them.
 
@@ -136,7 +137,8 @@ def prepare_tokens(
 def compute_rows(
     source: ModelFile | QuantizedFile,
     model: LanguageModel,
-    methods: dict[str, Method | Plan | None],
+    methods: dict[str, Method | Rules | None],
+    plans: Mapping[str, Plan | None],
     texts: list[dict[str, Any]],
     folder: Path,
 ) -> list[dict[str, Any]]:
@@ -148,6 +150,7 @@ def compute_rows(
       source: the model's files.
       model: what they hold, float.
       methods: by name; None is the float model.
+      plans: what each does to the model's weights.
       texts: the settings, one text each.
       folder: of the results.
     """
@@ -169,7 +172,9 @@ def compute_rows(
     for together in _passes(missing, texts[0]):
         reset_peak_rss()
         with progress_bars(f"{len(together)} methods" if len(together) > 1 else next(iter(together))) as report:
-            quantized, seconds = quantize_all(source, model, together, tokens[0][1], texts[0], report)
+            quantized, seconds = quantize_all(
+                source, model, {name: plans[name] for name in together}, tokens[0][1], texts[0], report
+            )
         for name in together:
             decoder, fell_back = quantized.pop(name)
             speed = None
@@ -194,8 +199,8 @@ def compute_rows(
 
 
 def _passes(
-    methods: Mapping[str, Method | Plan | None], settings: dict[str, Any]
-) -> Iterator[Mapping[str, Method | Plan | None]]:
+    methods: Mapping[str, Method | Rules | None], settings: dict[str, Any]
+) -> Iterator[Mapping[str, Method | Rules | None]]:
     """Which methods are quantized together: those that look at the same activations, if these are the float model's."""
     shared = {name: one for name, one in methods.items() if one is not None and needs_calibration(one)}
     if settings["calibration"]["inputs"] != "float":
@@ -208,7 +213,7 @@ def _passes(
 def quantize_all(
     source: ModelFile | QuantizedFile,
     model: LanguageModel,
-    methods: Mapping[str, Method | Plan | None],
+    plans: Mapping[str, Plan | None],
     calibration: np.ndarray | None,
     settings: dict[str, Any],
     report: Report,
@@ -218,20 +223,20 @@ def quantize_all(
     A method alone leaves its finished blocks in the folder `checkpoints`, if there is one, and a killed run goes on
     from them; not so those that take gradients through the whole model.
     """
-    chosen = {name: one for name, one in methods.items() if one is not None}
-    done = dict.fromkeys(methods, (model.decoder, []))
+    chosen = {name: plan for name, plan in plans.items() if plan is not None}
+    done = dict.fromkeys(plans, (model.decoder, []))
     if not chosen:
         return done, 0.0
-    how = {key: settings["calibration"][key] for key in ("inputs", "passes", "held_out")}
-    how |= {"devices": devices_of(settings), "progress": report}
+    sampling = {key: settings["calibration"][key] for key in ("inputs", "passes", "held_out")}
+    options = Options(**sampling, devices=devices_of(settings), progress=report)
     begin = time.perf_counter()
     [name, *others] = chosen
-    if settings["checkpoints"] and not others and streams(check_plan(model.decoder, chosen[name])):
+    if settings["checkpoints"] and not others and chosen[name].streams:
         folder = Path(settings["checkpoints"]) / name
-        written = quantize_to_folder(source, folder, chosen[name], calibration, **how).load()
+        written = quantize_to_folder(source, folder, chosen[name], calibration, options).load()
         quantized = {name: (written.decoder, written.report)}
     else:
-        quantized = quantize_decoders(model.decoder, chosen, calibration, **how)
+        quantized = quantize_decoders(model.decoder, chosen, calibration, options)
     done |= {name: (decoder, fallbacks(infos)) for name, (decoder, infos) in quantized.items()}
     return done, time.perf_counter() - begin
 
@@ -286,7 +291,7 @@ def tokens_per_second(
 
 def describe(
     name: str,
-    chosen: Method | Plan | None,
+    chosen: Method | Rules | None,
     model: LanguageModel,
     evaluation: np.ndarray,
     calibration: np.ndarray | None,

@@ -18,12 +18,12 @@ from experiments.command_line import console, devices_of, one_sentence, peak_rss
 from experiments.compositions import find_method, needs_of
 from experiments.overrides import CONFIGS
 from experiments.settings import check
-from jquant import load_text
+from jquant import Options, load_text
 from jquant.data import sample_windows
 from jquant.io.hub import cache_dir
 from jquant.io.load import QuantizedFile, open_from_config
-from jquant.pipeline import fallbacks, relative_error
-from jquant.streaming import quantize_to_folder
+from jquant.pipeline.driver import fallbacks, relative_error
+from jquant.pipeline.to_disk import quantize_to_folder
 
 
 @hydra.main(version_base=None, config_path=str(CONFIGS), config_name="quantize")
@@ -48,10 +48,11 @@ def quantize(settings: dict[str, Any]) -> QuantizedFile:
     if needs_of(chosen):
         ids = source.tokenizer.encode(load_text(sampling["data"]))
         tokens = sample_windows(ids, sampling["context"], sampling["samples"] + sampling["held_out"], settings["seed"])
-    how = {key: sampling[key] for key in ("inputs", "passes", "held_out", "memory_gb")}
+    how = {key: sampling[key] for key in ("inputs", "passes", "held_out")}
     begin = time.perf_counter()
     with progress_bars(name) as report:
-        written = quantize_to_folder(source, folder, chosen, tokens, **how, devices=devices, progress=report)
+        options = Options(**how, devices=devices, progress=report)
+        written = quantize_to_folder(source, folder, chosen, tokens, options, sampling["memory_gb"])
     seconds = time.perf_counter() - begin
     megabytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
     report = written.report()

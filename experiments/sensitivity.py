@@ -29,17 +29,19 @@ from experiments.overrides import CONFIGS
 from experiments.perplexity_table import describe, prepare_tokens, refuse_quantized
 from experiments.settings import check, check_methods
 from experiments.tables import FLOAT
-from jquant import InputError, Method, QTensor, dequantize
+from jquant import InputError, Method, Options, QTensor, dequantize
 from jquant.evaluation.perplexity import Reference, Scores, score
 from jquant.io.files import write_text
 from jquant.io.hub import cache_dir
 from jquant.io.load import open_from_config
 from jquant.models.decoder import Decoder, blocks
 from jquant.models.families import LLAMA
-from jquant.pipeline import check_plan, fallbacks, quantize_decoder
+from jquant.pipeline.driver import fallbacks
+from jquant.pipeline.in_memory import quantize_decoder
+from jquant.pipeline.plan import Plan, make_plan
 from paper_figures import sensitivity as figure
 
-PATHS = tuple(path for site in LLAMA.sites for path in site.weights)
+PATHS = LLAMA.weights
 Stacks = dict[str, Array]  # path within a block -> [layers, in, out]
 
 
@@ -66,14 +68,14 @@ def analyse(settings: dict[str, Any]) -> None:
     earlier, rows, reference = tables.read_rows(folder, "sensitivity.jsonl"), [], None
     for name, chosen in methods.items():
         assert isinstance(chosen, Method)
-        check_plan(model.decoder, chosen)
+        plan = make_plan(model.decoder, chosen)
         origin = describe(name, chosen, model, evaluation, calibration, settings, "experiments.sensitivity")
         row = next((row for row in earlier if row.get("fingerprint") == origin["fingerprint"]), None)
         if row is None:
             with progress_bars(name) as report:
                 scores = reference or score(model.decoder, evaluation, progress=report)
                 reference = scores
-                figures = measure(model.decoder, chosen, evaluation, calibration, scores, settings, report)
+                figures = measure(model.decoder, plan, (evaluation, calibration), scores, settings, report)
             row = {"method": name, FLOAT: scores.perplexity, **figures, **origin}
             tables.add_rows(folder, [row], "sensitivity.jsonl")
         rows.append(row)
@@ -85,15 +87,15 @@ def analyse(settings: dict[str, Any]) -> None:
 
 def measure(
     decoder: Decoder,
-    method: Method,
-    evaluation: np.ndarray,
-    calibration: np.ndarray | None,
+    plan: Plan,
+    tokens: tuple[np.ndarray, np.ndarray | None],
     reference: Scores,
     settings: dict[str, Any],
     report: Report,
 ) -> dict[str, Any]:
     """Perplexity and KL with one projection type, one layer, one matrix, and everything quantized."""
-    quantized, done = quantize_decoder(decoder, method, calibration, inputs="float", progress=report)
+    evaluation, calibration = tokens
+    quantized, done = quantize_decoder(decoder, plan, calibration, Options(inputs="float", progress=report))
     float_values, values = _stacks(decoder), _stacks(quantized)
     graph, state = nnx.split(decoder)
     layers = decoder.config.layers

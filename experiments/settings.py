@@ -11,7 +11,7 @@ from experiments.tables import FLOAT
 from jquant.errors import InputError
 from jquant.io.hub import load_config
 from jquant.io.load import DTYPES
-from jquant.methods import Method, Plan
+from jquant.methods import Method, Rules
 
 Kind = tuple[str, Callable[[Any], bool]]  # "takes a whole number from 1", and whether a value is one
 Settings = dict[str, Any]
@@ -142,7 +142,7 @@ def _check_model(model: dict[str, Any]) -> None:
         raise InputError(f"The model has neither a path nor a source to fetch it from, but source={source!r}.")
 
 
-def check_methods(settings: Settings) -> dict[str, Method | Plan | None]:
+def check_methods(settings: Settings) -> dict[str, Method | Rules | None]:
     """The asked-for methods by name; None is the float model.
 
     Raises:
@@ -158,7 +158,7 @@ def check_methods(settings: Settings) -> dict[str, Method | Plan | None]:
     return {name: None if name == FLOAT else find_method(name, *shape) for name in map(str, names)}
 
 
-def check_table(settings: Settings) -> dict[str, Method | Plan | None]:
+def check_table(settings: Settings) -> dict[str, Method | Rules | None]:
     """The methods of a perplexity table, nothing of whose settings would stop a row later (`check`, `check_methods`).
 
     Raises:

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,15 +13,12 @@ import numpy as np
 from filelock import FileLock, Timeout
 from rich import box
 from rich.table import Table
-from scipy.special import stdtrit
 
 from experiments.compositions import OPEN, leaves_open, takes_bits
 from jquant.errors import InputError
 from jquant.io.files import check_plain, write_text
+from paper_figures.rows import FLOAT, Row, by_text, is_float, mean_and_half
 
-Row = dict[str, Any]
-
-FLOAT = "fp32"  # the method that leaves the model as it is
 LOCK = ".lock"  # beside a results file, and never removed: another process may be waiting for it
 
 # What the rows of each file have at least, as `misfit` reads it.
@@ -93,11 +89,6 @@ def label(row: Row) -> str:
     return f"{name.upper()}-{row['config']['bits']}" if takes_bits(name) else name.upper()
 
 
-def is_float(row: Row) -> bool:
-    """Whether the row is the float model that the others are compared with."""
-    return row["method"] == FLOAT and not row.get("stored")
-
-
 def chosen(row: Row) -> dict[str, Any]:
     """Of bits, group and symmetric, what the row's method took from the settings, or its name's width."""
     name, config = row["method"], row["config"]
@@ -113,12 +104,6 @@ def seconds(row: Row) -> str:
     """How long it took to quantize, and with how many methods together, if several."""
     together = row.get("quantized_together", 1)
     return f"{row['quantize_seconds']:.1f}" + (f" /{together}" if together > 1 else "")
-
-
-def by_text(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The rows of each text that was evaluated."""
-    texts = dict.fromkeys(row["protocol"]["data"] for row in rows)
-    return {text: [row for row in rows if row["protocol"]["data"] == text] for text in texts}
 
 
 def published(row: Row) -> str:
@@ -148,9 +133,7 @@ def paired_change(row: Row, base: Row) -> tuple[float, float, float]:
     if len(texts) > 1 or len(row["window_nll"]) != len(base["window_nll"]):
         raise InputError(f"The rows {row['method']} and {base['method']} were evaluated on different windows.")
     differences = np.subtract(row["window_nll"], base["window_nll"])
-    n, mean, half = len(differences), differences.mean(), math.nan
-    if n > 1:
-        half = stdtrit(n - 1, 0.975) * differences.std(ddof=1) / n**0.5
+    mean, half = mean_and_half(differences)
     change, low, high = (float(100 * np.expm1(mean + shift)) for shift in (0, -half, half))
     return change, low, high
 
@@ -186,17 +169,6 @@ def read_rows(folder: Path, name: str = "table.jsonl") -> list[Row]:
     except (OSError, ValueError) as broken:
         raise InputError(wrong.format(broken)) from None
     return rows
-
-
-def some_rows(folder: Path, name: str) -> list[Row]:
-    """What `read_rows` finds, if it finds any.
-
-    Raises:
-      InputError: as of `read_rows`; there are no rows.
-    """
-    if rows := read_rows(folder, name):
-        return rows
-    raise InputError(f"{folder / name} has no rows.")
 
 
 def misfit(value: Any, shape: Any, name: str) -> str | None:

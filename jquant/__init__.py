@@ -8,23 +8,25 @@ A method is a point in transform ∘ range ∘ rounding ∘ format; `METHODS` na
 """
 
 from jquant.activations import Activation
+from jquant.calibration.options import Options
 from jquant.data import load_text
 from jquant.errors import InputError
 from jquant.evaluation.generation import generate
 from jquant.evaluation.outliers import outliers
 from jquant.evaluation.perplexity import perplexity
 from jquant.formats import FP4, FP8_E4M3, FP8_E5M2, GGUF, MXFP4, NF3, NF4, NVFP4, Codebook, Float, Int, double_quantized
-from jquant.io.load import LanguageModel, load_model, open_model
+from jquant.io.language_model import LanguageModel
+from jquant.io.load import load_model, open_model
+from jquant.kernels.matmul import matmul
+from jquant.learning.tuning import tune
 from jquant.methods import METHODS, Method, Tuning, method
-from jquant.pipeline import quantize, quantize_decoder, quantize_decoders
-from jquant.products import matmul
+from jquant.models.folding import permute_mlp, rotate
+from jquant.pipeline.in_memory import quantize, quantize_decoder, quantize_decoders
+from jquant.pipeline.to_disk import quantize_to_folder
 from jquant.qtensor import QTensor, bits_per_weight, dequantize
 from jquant.ranges import LlamaCpp, LossSearch, MinMax, Percentile, Search
-from jquant.rotation import permute_mlp, rotate
 from jquant.rounding import GPTQ, Nearest, Refit, Stochastic
-from jquant.streaming import quantize_to_folder
 from jquant.transforms import AWQ, Hadamard, SmoothQuant
-from jquant.tuning import tune
 
 __version__ = "0.1.0"
 
@@ -52,6 +54,7 @@ __all__ = [
     "Method",
     "MinMax",
     "Nearest",
+    "Options",
     "Percentile",
     "QTensor",
     "Refit",

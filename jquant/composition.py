@@ -1,5 +1,6 @@
 """What a method is: one choice on each axis, and how it is tuned afterwards. `jquant.methods` names some."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,7 +15,7 @@ from jquant.transforms import Hadamard, Transform
 
 @dataclass(frozen=True)
 class Tuning:
-    """How scales, and codes if asked, are learned after rounding (`jquant.tuning`).
+    """How scales, and codes if asked, are learned after rounding (`jquant.learning.tuning`).
 
     Attributes:
       steps: Adam's, its rates falling to 0 along a cosine.
@@ -25,7 +26,7 @@ class Tuning:
       target: "block" brings each block's outputs close to the float model's, once it is rounded and before the next;
         "model" learns all weights together, in the end, by the KL divergence from the float model's predictions.
       text: share of the loss of "model" that is the calibration text's cross-entropy instead, 0 to 1. It lowers the
-        perplexity, and teaches the model the text as well: see the README for what it costs in KL divergence.
+        perplexity, and teaches the model the text as well: see docs/results.md for what it costs in KL divergence.
     """
 
     steps: int = 64
@@ -67,7 +68,7 @@ class Method:
       rotation: exact rewrite of the whole decoder before any block, or None; a plan's weights share it.
       token_weights: by what the Gram matrix counts each token.
         "attention": k and v by the attention it receives (`models/families.py` says which); without weights an
-        attention sink ruins v, see the README.
+        attention sink ruins v, see docs/results.md.
         "loss": by the squared norm of the calibration loss's gradient at the projection's output, which costs one
         backward pass over the calibration text (GuidedQuant, arXiv 2505.07004, with one group a matrix).
         "norm": by 1 / the mean square of the input, so that all tokens have the same length. "uniform": all alike.
@@ -124,3 +125,12 @@ class Method:
     def needs_calibration(self) -> bool:
         """Whether any axis looks at activations."""
         return bool(self.needs)
+
+
+# The methods of one layer's weights: path within the block -> method, as pairs, so that it hashes.
+Choices = tuple[tuple[str, Method], ...]
+
+
+def needs_of(methods: Iterable[Method | None]) -> frozenset[str]:
+    """What calibration must bring for all of some methods (`Method.needs`)."""
+    return frozenset[str]().union(*(method.needs for method in methods if method is not None))

@@ -112,7 +112,8 @@ METHODS: dict[str, Callable[[int, Group, bool], Method]] = {
     "w8a8_static": _fixed(_INT8_INT8, activation=Activation(_INT8_TENSOR, static=True)),
 }
 
-Plan = Sequence[tuple[str, "str | Method | None"]]
+# What a user writes to give weights different methods: (regex, method) pairs, of which the first that is found decides.
+Rules = Sequence[tuple[str, "str | Method | None"]]
 
 
 def method(name: str, bits: int = 4, group: Group = 64, symmetric: bool = False) -> Method:
@@ -156,7 +157,7 @@ def complete(
     return [(pattern, None if one is None else named(one)) for pattern, one in plan]
 
 
-def assign(plan: "str | Method | Plan", weights: Iterable[str]) -> dict[str, Method | None]:
+def assign(plan: "str | Method | Rules", weights: Iterable[str]) -> dict[str, Method | None]:
     """The method of each weight; None where it stays float.
 
     Args:

@@ -139,7 +139,7 @@ def code_of(values: Any, modules: Iterable[str] = ()) -> str:
 
     Args:
       values: methods or plans; the classes and functions in them count, wherever they are defined.
-      modules: those that do the work, by name, e.g. "jquant.streaming".
+      modules: those that do the work, by name, e.g. "jquant.pipeline.to_disk".
     """
     met: list[Any] = []
     _described(values, met)

@@ -3,121 +3,179 @@
 python -m paper_figures.perplexity_bits results/smollm2_135m
 """
 
-import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.transforms import Bbox
 
-from experiments import tables
-from experiments.command_line import one_sentence
+from paper_figures import style
+from paper_figures.rows import Ends, Row, by_text, command, intervals, is_float
 
-# More labels than this run into each other beside their points.
-MOST_LABELS = 12
+# More points than this, or one so many times the best perplexity, make a chart with a line each.
+MOST_POINTS, FARTHEST = 12, 4
+LARGEST_KL = 2.0  # a model beyond is no language model any more
+# Where a label may stand beside its point: distance in points, direction.
+PLACES = [(d, x, y) for d in (6, 11, 17, 24) for x, y in ((1, 0), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1))]
+SIDES = {1: ("left", "bottom"), 0: ("center", "center"), -1: ("right", "top")}
 
 
-def draw(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
+def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     """Draws one point a row and writes <folder>/perplexity_bits.{png,pdf}; many rows make a chart, a line each.
 
     Texts after the first have their name in the file's.
     """
     paths: list[Path] = []
-    for text, its in tables.by_text(rows).items():
-        figure = _scatter(its) if len(its) <= MOST_LABELS else ranking(its)
-        name = f"perplexity_bits-{Path(text).stem}" if paths else "perplexity_bits"
-        for kind in ("png", "pdf"):
-            paths.append(folder / f"{name}.{kind}")
-            figure.savefig(paths[-1], dpi=160)
-        plt.close(figure)
+    for text, of_text in by_text(rows).items():
+        stem = f"perplexity_bits-{Path(text).stem}" if paths else "perplexity_bits"
+        paths += style.save(figure(of_text), folder / stem)
     return paths
 
 
-def _scatter(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Perplexity over bits per weight, with standard errors."""
-    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    for row in rows:
-        if tables.is_float(row):
-            axes.axhline(row["perplexity"], color="0.5", linewidth=1, linestyle="--", zorder=0)
-            axes.annotate(
-                f"{tables.label(row)} {row['perplexity']:.2f}",
-                (0, row["perplexity"]),
-                xycoords=("axes fraction", "data"),
-                xytext=(6, 4),
-                textcoords="offset points",
-                ha="left",
-                color="0.35",
-            )
-    points = [row for row in rows if not tables.is_float(row)]
-    for index, row in enumerate(sorted(points, key=lambda row: row["perplexity"])):
-        at = (row["bits_per_weight"], row["perplexity"])
-        axes.errorbar(*at, yerr=row["perplexity_stderr"], fmt="o", capsize=3, color=f"C{index}")
-        axes.annotate(
-            f"{tables.label(row)} {row['perplexity']:.2f}", at, xytext=(7, 0), textcoords="offset points", va="center"
-        )
+def figure(rows: Sequence[Row]) -> Figure:
+    """The figure that suits one text's rows: `scatter` or `ranking`."""
+    perplexities = [row["perplexity"] for row in rows]
+    few = len(rows) <= MOST_POINTS and max(perplexities) <= FARTHEST * min(perplexities)
+    return scatter(rows) if few else ranking(rows)
+
+
+@style.styled
+def scatter(rows: Sequence[Row]) -> Figure:
+    """Perplexity over bits per weight."""
+    drawn = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = drawn.add_subplot()
+    kind, ends = intervals(rows)
+    points = [(row, pair) for row, pair in zip(rows, ends, strict=True) if not is_float(row)]
+    for row, pair in points:
+        color = style.family(row)[1]
+        axes.plot(row["bits_per_weight"], row["perplexity"], "o", markersize=5, color=color)
+        if pair:
+            axes.vlines(row["bits_per_weight"], *pair, color=color)
+    for row in filter(is_float, rows):
+        style.float_line(axes, row["perplexity"], f"{style.name(row)}\n{row['perplexity']:.2f}")
     axes.set_xlabel("bits per weight (codes, scales and zeros of the projections)")
-    axes.set_ylabel(_measure(rows))
-    axes.set_title(f"{_model(rows)}: lower left is better", fontsize=10)
-    axes.margins(x=0.25, y=0.12)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    return figure
+    axes.set_ylabel("perplexity, lower is better")
+    axes.set_title(f"{style.model(rows[0])}\n{style.text(rows[0])}")
+    axes.margins(x=0.2, y=0.12)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(style.few_ticks())
+    if any(ends):
+        line = Line2D([], [], color="0.4", linestyle="", marker="|", markersize=10, label=kind)
+        drawn.legend(handles=[line], loc="outside lower center")
+    _label(axes, drawn, points, [row["perplexity"] for row in rows if is_float(row)])
+    return drawn
 
 
-def ranking(rows: Sequence[dict[str, Any]]) -> Figure:
-    """A line a row, by bits: perplexity on the left, KL on the right; filled where nothing smaller is as good."""
-    points = sorted((row for row in rows if not tables.is_float(row)), key=lambda row: -row["bits_per_weight"])
-    figure, both = plt.subplots(1, 2, figsize=(8.6, 0.19 * len(points) + 1.2), layout="constrained", sharey=True)
-    # A broken row must not press all others together: it becomes an arrow at the edge.
-    most = {"perplexity": 4 * min(row["perplexity"] for row in rows), "kl": 2.0}
-    headings = {"perplexity": _measure(rows), "kl": "KL to the float model"}
-    for axes, (column, heading) in zip(both, headings.items(), strict=True):
-        for line, row in enumerate(points):
-            if row[column] is None:  # of a model that came quantized, and is compared with none
-                continue
-            beaten = any(
-                other["bits_per_weight"] <= row["bits_per_weight"] and other[column] < row[column]
-                for other in points
-                if other[column] is not None
-            )
-            face, off = "white" if beaten else "C0", row[column] > most[column]
-            at = min(row[column], most[column])
-            axes.plot(at, line, ">" if off else "o", markersize=5, color="C0", markerfacecolor=face)
-        axes.set_xscale("log")
-        if column == "perplexity":
-            ticks = [t for t in (10, 15, 20, 25, 30, 40, 50, 60, 80, 100, 150, 200) if 0.2 < t / most[column] < 1]
-            axes.set_xticks(ticks, [str(t) for t in ticks], minor=False)
-            axes.minorticks_off()
-        axes.set_xlabel(heading, fontsize=9)
-        axes.grid(axis="both", color="0.92", linewidth=0.7)
-        axes.set_axisbelow(True)
-        for side in ("top", "right", "left"):
-            axes.spines[side].set_visible(False)
-        axes.tick_params(axis="y", length=0)
-    for row in rows:
-        if tables.is_float(row):
-            both[0].axvline(row["perplexity"], color="0.5", linewidth=1, linestyle="--", zorder=0)
-    names = [f"{tables.label(row)}   {row['bits_per_weight']:.2f}" for row in points]
-    both[0].set_yticks(range(len(points)), names, fontsize=7.5)
-    both[0].set_ylim(-0.7, len(points) - 0.3)
-    figure.suptitle(f"{_model(rows)}, bits per weight beside each name; filled: none as small is better", fontsize=10)
-    return figure
+def _label(axes: Axes, drawn: Figure, points: Sequence[tuple[Row, Ends | None]], lines: Sequence[float]) -> None:
+    """Names each point where the name covers no point, no line and no other name."""
+    renderer = FigureCanvasAgg(drawn).get_renderer()
+    drawn.draw_without_rendering()  # settles the layout, on which the places depend
+    spans = [((row["bits_per_weight"],) * 2, pair or (row["perplexity"],) * 2) for row, pair in points]
+    spans += [(axes.get_xlim(), (line, line)) for line in lines]
+    corners = [axes.transData.transform([(x[0], y[0]), (x[1], y[1])]) for x, y in spans]
+    taken = [Bbox(corner).padded(3 * drawn.dpi / 72) for corner in corners]
+    for (row, _), label in zip(points, labels([row for row, _ in points]), strict=True):
+        text = axes.annotate(
+            f"{label} {row['perplexity']:.2f}",
+            (row["bits_per_weight"], row["perplexity"]),
+            (0, 0),
+            textcoords="offset points",
+            color="0.2",
+        )
+        text.set_in_layout(False)
+        for distance, x, y in PLACES:
+            text.set(position=(distance * x, distance * y), ha=SIDES[x][0], va=SIDES[y][1])
+            box = text.get_window_extent(renderer)
+            inside = axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1)
+            if inside and not any(map(box.overlaps, taken)):
+                break
+        taken.append(text.get_window_extent(renderer))
 
 
-def _measure(rows: Sequence[dict[str, Any]]) -> str:
-    told = rows[0]["protocol"]
-    return f"perplexity, {told['windows']} × {told['context']} tokens of {Path(told['data']).name}"
+def labels(rows: Sequence[Row]) -> list[str]:
+    """The rows' names, with a sweep's settings where two would be the same."""
+    names = [(style.name(row), round(row["bits_per_weight"], 2)) for row in rows]
+    alike = Counter(names)
+    settings = [row.get("settings") if alike[name] > 1 else None for row, name in zip(rows, names, strict=True)]
+    return [f"{name} ({more})" if more else name for (name, _), more in zip(names, settings, strict=True)]
 
 
-def _model(rows: Sequence[dict[str, Any]]) -> str:
-    return Path(rows[0]["protocol"]["model"]).name
+@style.styled
+def ranking(rows: Sequence[Row]) -> Figure:
+    """A line a row, by bits: perplexity on the left, KL on the right; filled where nothing as small is better."""
+    kind, ends = intervals(rows)
+    points: list[Row] = [row | {"ends": pair} for row, pair in zip(rows, ends, strict=True) if not is_float(row)]
+    points.sort(key=lambda row: (-row["bits_per_weight"], -row["perplexity"]))
+    least = min(row["perplexity"] for row in rows)
+    limits = {"perplexity": (least, FARTHEST * least)}
+    headings = {"perplexity": "perplexity", "kl": "KL to the float model, nats a token"}
+    if any(row["kl"] is not None for row in points):  # None: of a model that came quantized, and is compared with none
+        limits["kl"] = (min((row["kl"] for row in points if row["kl"]), default=1e-3), LARGEST_KL)
+    drawn = Figure(figsize=(8, 0.165 * len(points) + 1.7), layout="constrained")
+    panels = drawn.subplots(1, len(limits), sharey=True, squeeze=False, gridspec_kw={"wspace": 0.06})[0]
+    for axes, column in zip(panels, limits, strict=True):
+        _panel(axes, [row for row in enumerate(points) if row[1][column] is not None], column, limits[column])
+        axes.set_xlabel(headings[column])
+    for row in filter(is_float, rows):
+        style.float_line(panels[0], row["perplexity"], f"{style.name(row)} {row['perplexity']:.2f}", upright=True)
+    names = [f"{label}   {row['bits_per_weight']:.2f}" for label, row in zip(labels(points), points, strict=True)]
+    panels[0].set_yticks(range(len(points)), names, fontsize=7)
+    panels[0].set_ylim(-0.7, len(points) - 0.3)
+    drawn.suptitle(f"{style.model(rows[0])}\n{style.text(rows[0])}; beside each name: bits per weight")
+    arrows = any(line.get_marker() in ("<", ">") for axes in panels for line in axes.lines)
+    drawn.legend(
+        handles=_markers(arrows, f"{kind},\nwhere longer than the marker" if any(ends) else None),
+        loc="outside lower left",
+    )
+    drawn.legend(handles=_families(points), loc="outside lower right", ncols=2)
+    return drawn
+
+
+def _panel(axes: Axes, points: Sequence[tuple[int, Row]], column: str, limits: Ends) -> None:
+    """One column at its lines; a value beyond the limits is an arrow, and doesn't press all others together."""
+    pairs = [(row["ends"] if column == "perplexity" else None) or (row[column],) * 2 for _, row in points]
+    low, high = limits[0], max(limits[0] * 1.01, min(limits[1], max(end for _, end in pairs)))
+    for (line, row), pair in zip(points, pairs, strict=True):
+        value, color = row[column], style.family(row)[1]
+        best = min(other[column] for _, other in points if other["bits_per_weight"] <= row["bits_per_weight"])
+        shown = min(max(value, low), high)
+        side = (value > shown) - (value < shown)
+        face, marker = color if value == best else "white", {1: ">", 0: "o", -1: "<"}[side]
+        axes.plot(shown, line, marker, markersize=4.5, color=color, markerfacecolor=face)
+        if side:
+            place = {"xytext": (-6 * side, 0), "textcoords": "offset points", "va": "center", "fontsize": 6.5}
+            axes.annotate(style.number(value), (shown, line), ha="right" if side > 0 else "left", **place)
+        else:
+            axes.hlines(line, *pair, color=color, linewidth=1, zorder=1.5)
+    room = (high / low) ** 0.06
+    axes.set_xscale("log")
+    axes.set_xlim(low / room, high * room)
+    style.set_ticks(axes.xaxis, style.log_ticks(low / room, high * room))
+    axes.grid()
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+
+
+def _markers(arrows: bool, kind: str | None) -> list[Line2D]:
+    """What the markers mean, in words."""
+    look = {"color": "0.3", "linestyle": "", "markersize": 4.5}
+    return [
+        Line2D([], [], marker="o", label="filled: nothing of this size or smaller is better", **look),
+        Line2D([], [], marker="o", mfc="white", label="open: something of this size or smaller is better", **look),
+        *([Line2D([], [], marker=">", label="arrow: beyond the axis, with its value", **look)] if arrows else []),
+        *([Line2D([], [], color="0.3", linewidth=1, label=kind)] if kind else []),
+    ]
+
+
+def _families(points: Sequence[Row]) -> list[Line2D]:
+    """What the colours mean."""
+    colors = dict(map(style.family, reversed(points)))
+    return [Line2D([], [], color=color, ls="", marker="s", ms=4.5, label=name) for name, color in colors.items()]
 
 
 if __name__ == "__main__":
-    with one_sentence():
-        target = Path(sys.argv[1])
-        print(*draw(tables.some_rows(target, "table.jsonl"), target))
+    command(draw, "table.jsonl")

@@ -3,81 +3,83 @@
 python -m paper_figures.sensitivity results/sensitivity
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from experiments import tables
-from experiments.command_line import one_sentence
+from paper_figures import style
+from paper_figures.rows import FLOAT, Row, command
 
 
-def draw(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
+def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Writes <folder>/sensitivity.{png,pdf}."""
+    return style.save(figure(rows), folder / "sensitivity")
+
+
+@style.styled
+def figure(rows: Sequence[Row]) -> Figure:
     """Bars of perplexity by projection type, and a heat map layer × projection of KL for each method."""
     names = list(rows[0]["projections"])
     heat = [row for row in rows if row["matrices"]]
-    height = 3.0 + (2.0 + 0.11 * (1 + max(one["layer"] for one in heat[0]["matrices"])) if heat else 0)
-    figure = plt.figure(figsize=(8.4, height), layout="constrained")
-    grid = figure.add_gridspec(2 if heat else 1, max(len(heat), 1), height_ratios=[3.0, height - 3.0] if heat else None)
-    _bars(figure.add_subplot(grid[0, :]), rows, names)
-    if heat:
-        grids = [_matrix(row, names) for row in heat]
-        positive = np.concatenate([cells[cells > 0] for cells in grids])
-        norm = LogNorm(positive.min(initial=1.0), positive.max(initial=1e-6))
-        image = None
-        for column, (row, cells) in enumerate(zip(heat, grids, strict=True)):
-            axes = figure.add_subplot(grid[1, column])
-            image = axes.imshow(cells, norm=norm, cmap="magma_r", aspect="auto", interpolation="nearest")
-            axes.set_title(tables.label(row), fontsize=9)
-            axes.set_xticks(range(len(names)), names, fontsize=8)
-            axes.set_yticks(range(0, len(cells), 3))
-            axes.set_ylabel("layer" if column == 0 else "")
-        assert image is not None
-        figure.colorbar(image, ax=figure.axes[1:], label="KL to the float model, nats", pad=0.01)
-    paths = [folder / f"sensitivity.{kind}" for kind in ("png", "pdf")]
-    for path in paths:
-        figure.savefig(path, dpi=160)
-    plt.close(figure)
-    return paths
+    height = 1.5 + 0.09 * (1 + max(cell["layer"] for cell in heat[0]["matrices"])) if heat else 0
+    drawn = Figure(figsize=(7.2, 2.8 + height), layout="constrained")
+    grid = drawn.add_gridspec(2 if heat else 1, max(len(heat), 1), height_ratios=[2.8, height] if heat else None)
+    _bars(drawn.add_subplot(grid[0, :]), rows, names)
+    drawn.suptitle(f"{style.model(rows[0])}\n{style.text(rows[0])}")
+    windows = f"± one standard error over {rows[0]['protocol']['windows']} windows, the same ones for all"
+    error = Line2D([], [], color="0.4", linestyle="", marker="|", markersize=9, label=windows)
+    drawn.legend(handles=[*drawn.axes[0].get_legend_handles_labels()[0], error], loc="outside lower center", ncols=2)
+    if not heat:
+        return drawn
+    grids = [_matrix(row, names) for row in heat]
+    positive = np.concatenate([cells[cells > 0] for cells in grids])
+    low, high = positive.min(initial=1.0), positive.max(initial=1e-6)
+    panels = [drawn.add_subplot(grid[1, column]) for column in range(len(heat))]
+    for axes, row, cells in zip(panels, heat, grids, strict=True):
+        axes.imshow(cells, norm=LogNorm(low, high), cmap="magma_r", aspect="auto", interpolation="nearest")
+        axes.set_title(f"{_name(row)}\none matrix alone, windows: {row['config']['matrix_windows']}")
+        axes.set_xticks(range(len(names)), names)
+        axes.yaxis.set_major_locator(style.few_ticks(integer=True))
+        axes.spines[:].set_visible(True)
+    panels[0].set_ylabel("layer")
+    bar = drawn.colorbar(panels[0].images[0], ax=panels, label="KL to the float model, nats a token", pad=0.01)
+    style.set_ticks(bar.ax.yaxis, style.log_ticks(low, high))
+    return drawn
 
 
-def _bars(axes: Any, rows: Sequence[dict[str, Any]], names: list[str]) -> None:
+def _bars(axes: Axes, rows: Sequence[Row], names: list[str]) -> None:
     width = 0.8 / len(rows)
     for index, row in enumerate(rows):
-        values = [row["projections"][name]["perplexity"] for name in names]
+        cells = [row["projections"][name] for name in names]
+        values = np.array([cell["perplexity"] for cell in cells])
+        errors = [cell.get("perplexity_stderr") or 0 for cell in cells]
         at = np.arange(len(names)) + (index - (len(rows) - 1) / 2) * width
-        bars = axes.bar(at, np.array(values) - row["fp32"], width, bottom=row["fp32"], label=tables.label(row))
+        look = {"color": style.family(row)[1], "error_kw": {"ecolor": "0.4", "elinewidth": 0.8}}
+        bars = axes.bar(at, values - row[FLOAT], width, bottom=row[FLOAT], yerr=errors, label=_name(row), **look)
         axes.bar_label(bars, [f"{value:.1f}" for value in values], fontsize=6.5, padding=1)
-    axes.axhline(rows[0]["fp32"], color="0.5", linewidth=1, linestyle="--")
+    style.float_line(axes, rows[0][FLOAT], f"{style.float_name(rows[0])}\n{rows[0][FLOAT]:.2f}")
     axes.set_xticks(range(len(names)), names)
+    axes.yaxis.set_major_locator(style.few_ticks())
     axes.set_ylabel("perplexity")
-    told = rows[0]["protocol"]
-    axes.set_title(
-        f"{Path(told['model']).name}, one projection type quantized in all layers, the rest float "
-        f"(dashed: {rows[0]['fp32']:.2f})",
-        fontsize=9,
-    )
-    axes.legend(frameon=False, fontsize=8)
-    axes.margins(y=0.15)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.set_title("one projection type quantized in all layers, the rest float")
+    axes.margins(y=0.1)
 
 
-def _matrix(row: dict[str, Any], names: list[str]) -> np.ndarray:
-    cells = np.zeros((1 + max(one["layer"] for one in row["matrices"]), len(names)))
-    for one in row["matrices"]:
-        cells[one["layer"], names.index(one["projection"])] = one["kl"]
+def _name(row: Row) -> str:
+    return f"{style.name(row)}, {style.stem_and_width(row)[1]} bits"
+
+
+def _matrix(row: Row, names: list[str]) -> np.ndarray:
+    cells = np.zeros((1 + max(cell["layer"] for cell in row["matrices"]), len(names)))
+    for cell in row["matrices"]:
+        cells[cell["layer"], names.index(cell["projection"])] = cell["kl"]
     return cells
 
 
 if __name__ == "__main__":
-    with one_sentence():
-        target = Path(sys.argv[1])
-        print(*draw(tables.some_rows(target, "sensitivity.jsonl"), target))
+    command(draw, "sensitivity.jsonl")

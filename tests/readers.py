@@ -81,7 +81,7 @@ def write(templates: Path) -> None:
 
     from jquant import NF4, Int, Method, double_quantized
     from jquant.io.load import open_model
-    from jquant.streaming import quantize_to_folder
+    from jquant.pipeline.to_disk import quantize_to_folder
 
     source, double = open_model(templates / "folder"), Method(NF4(16, double_quantized()))
     quantize_to_folder(source, templates / "quantized", [(r"attention\.v", double), ("", Method(Int(4, 16)))])

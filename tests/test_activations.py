@@ -13,7 +13,7 @@ import torch
 from jquant.activations import PER_TOKEN_INT8, Activation, input_codes, outlier_features, quantize_inputs
 from jquant.errors import InputError
 from jquant.formats import FP8_E4M3, Int, block_shape, unpack
-from jquant.products import matmul
+from jquant.kernels.matmul import matmul
 from jquant.qtensor import QTensor, quantize
 from jquant.ranges import MinMax
 

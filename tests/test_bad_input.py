@@ -124,7 +124,7 @@ class NotHashable(Mutable):
     levels: list
 
 def calibrated(tokens=tokens, **options):
-    return lambda: quantize_decoder(decoder, gptq, tokens, **options)
+    return lambda: quantize_decoder(decoder, gptq, tokens, Options(**options))
 
 def method_of(**parts):
     return lambda: Method(format, **parts)

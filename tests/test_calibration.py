@@ -1,7 +1,5 @@
 """What calibration tells a block: token weights, lagging inputs, held-out windows, several passes."""
 
-from functools import partial
-
 import checkpoints
 import jax
 import jax.numpy as jnp
@@ -12,12 +10,14 @@ from checkpoints import refused
 from flax import nnx
 from test_pipeline import GRID, PROJECTIONS, TAPS, TOKENS, block, energy, leaves, outlier_llama, same_bytes, taps
 
-from jquant.calibration import Calibration
+from jquant.calibration.options import Options
+from jquant.calibration.token_weights import token_gradients
+from jquant.calibration.windows import Calibration
 from jquant.io.load import load_model
-from jquant.loss import token_gradients
 from jquant.methods import Method
 from jquant.models.decoder import Decoder
-from jquant.pipeline import propagate_error, quantize_decoder, quantize_decoders
+from jquant.pipeline.blocks import propagate_error
+from jquant.pipeline.in_memory import quantize_decoder, quantize_decoders
 from jquant.qtensor import dequantize
 from jquant.ranges import LossSearch, Search
 from jquant.rounding import GPTQ
@@ -34,7 +34,9 @@ TORCH_NAMES = {
     "mlp.down.kernel": "mlp.down_proj",
 }
 
-run = partial(quantize_decoder, tokens=TOKENS, batch=4)
+
+def run(decoder, method, tokens=TOKENS, **options):
+    return quantize_decoder(decoder, method, tokens, Options(**{"batch": 4, **options}))
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +127,7 @@ def test_error_propagation_is_refused_with_float_inputs(decoder):
 
 def test_nothing_is_fitted_to_held_out_windows_and_the_report_has_the_error_there(decoder):
     held, report = run(decoder, FITTED, held_out=4)
-    alone, plain = quantize_decoder(decoder, FITTED, TOKENS[:-4], batch=4)
+    alone, plain = quantize_decoder(decoder, FITTED, TOKENS[:-4], options=Options(batch=4))
     assert same_bytes(leaves(held), leaves(alone))
     first = block(decoder, 0)
     seen, before, after = taps(decoder, [first]), leaves(first), leaves(block(held, 0))
@@ -209,7 +211,7 @@ SEVERAL = {
 
 
 def test_methods_that_share_a_pass_get_what_each_gets_alone(decoder):
-    together = quantize_decoders(decoder, SEVERAL, TOKENS, batch=4)
+    together = quantize_decoders(decoder, SEVERAL, TOKENS, Options(batch=4, inputs="float"))
     assert list(together) == list(SEVERAL)
     for name, method in SEVERAL.items():
         alone, report = run(decoder, method, inputs="float")
@@ -221,10 +223,10 @@ def test_methods_that_share_a_pass_share_its_forward_passes(decoder, monkeypatch
     calls = []
     observe = Calibration.observe
     monkeypatch.setattr(Calibration, "observe", lambda *args, **kwargs: calls.append(args) or observe(*args, **kwargs))
-    quantize_decoders(decoder, SEVERAL, TOKENS, batch=4)
+    quantize_decoders(decoder, SEVERAL, TOKENS, Options(batch=4, inputs="float"))
     assert len(calls) == decoder.config.layers
 
 
 def test_methods_cannot_share_inputs_that_each_quantizes_its_own_way(decoder):
     with refused("float"):
-        quantize_decoders(decoder, SEVERAL, TOKENS, inputs="quantized")
+        quantize_decoders(decoder, SEVERAL, TOKENS, Options(inputs="quantized"))

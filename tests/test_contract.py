@@ -17,8 +17,8 @@ from problems import problem, shape_for
 
 from jquant.errors import InputError
 from jquant.formats import Format, block_shape
+from jquant.kernels.matmul import matmul
 from jquant.methods import METHODS, Method, method
-from jquant.products import matmul
 from jquant.qtensor import QTensor, dequantize
 from jquant.ranges import LlamaCpp, MinMax, Range
 from jquant.rounding import Nearest, Rounding, SolveInfo, Stochastic

@@ -1,5 +1,7 @@
 """The decoder against transformers in float32, its attention against the float64 oracle."""
 
+from dataclasses import replace
+
 import checkpoints
 import jax
 import jax.numpy as jnp
@@ -10,9 +12,11 @@ import torch
 import transformers
 from flax import nnx
 
+from jquant.errors import InputError
 from jquant.io.load import load_model
 from jquant.models.config import DecoderConfig, llama3_divisors
-from jquant.models.decoder import Decoder, attend, causal_attention, rotary_table, rotate
+from jquant.models.decoder import Decoder, attend, blocks, causal_attention, rotary_table, rotate, with_blocks
+from jquant.models.families import FAMILIES, family_of
 
 forward = jax.jit(lambda decoder, tokens: decoder(tokens))
 
@@ -106,6 +110,26 @@ def test_a_later_token_leaves_earlier_logits_unchanged():
     before, after = np.asarray(forward(decoder, tokens)), np.asarray(forward(decoder, changed))
     np.testing.assert_array_equal(before[:, :130], after[:, :130])
     assert (np.abs(before[:, 130:] - after[:, 130:]).max(-1) > 0).all()
+
+
+def test_layers_that_differ_in_epsilon_alone_keep_their_own():
+    decoder = Decoder(CONFIG, nnx.Rngs(0))
+    layers, tokens = list(blocks(decoder)), jnp.asarray(token_ids(1, 16, vocab=64))
+    assert len(with_blocks(decoder, layers).segments) == 1
+    layers[1].mlp_norm.eps = 0.5
+    mixed = with_blocks(decoder, layers)
+    assert len(mixed.segments) == 2
+    x = decoder.embed(tokens)
+    for layer in layers:
+        x = layer(x, rotary_table(CONFIG, jnp.arange(16)))[0]
+    np.testing.assert_allclose(mixed(tokens), decoder.logits(decoder.norm(x)), atol=1e-6, rtol=1e-5)
+    assert np.abs(np.asarray(mixed(tokens)) - np.asarray(decoder(tokens))).max() > 1e-3
+
+
+def test_an_unknown_family_is_refused_by_its_name():
+    assert family_of(CONFIG) is FAMILIES["llama"]
+    with pytest.raises(InputError, match="'mamba'; there are llama"):
+        family_of(replace(CONFIG, family="mamba"))
 
 
 def test_the_program_does_not_grow_with_depth():

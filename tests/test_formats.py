@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as hnp
 
 from jquant.errors import InputError
 from jquant.formats import NF4, NF4_LEVELS, Codebook, Int, block_shape, expand, pack, unpack
-from jquant.products import matmul
+from jquant.kernels.matmul import matmul
 from jquant.qtensor import QTensor, bits_per_weight, dequantize, from_codes, quantize
 from jquant.ranges import MinMax
 

@@ -18,7 +18,7 @@ from test_streaming import files
 
 from experiments.command_line import devices_of
 from jquant.errors import InputError
-from jquant.hosts import as_first, gather, join, on_first
+from jquant.parallel.processes import as_first, gather, join, on_first
 
 ROOT = Path(__file__).parents[1]
 SAMPLING = ("calibration.samples=16", "calibration.context=24", "bits=3", "group=32", "method=gptq")

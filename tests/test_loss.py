@@ -21,11 +21,12 @@ from jquant.formats import (
     block_shape,
     double_quantized,
 )
-from jquant.loss import learn_clips
+from jquant.learning.clips import learn_clips
 from jquant.methods import Method
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Decoder, blocks
-from jquant.pipeline import check_plan, quantize_decoder
+from jquant.pipeline.in_memory import quantize_decoder
+from jquant.pipeline.plan import make_plan
 from jquant.qtensor import QTensor
 from jquant.ranges import LlamaCpp, LossSearch, MinMax, Percentile, Search
 from jquant.ranges.loss import clip_gradient, clipped
@@ -166,7 +167,7 @@ def kernel(decoder: Decoder, layer: int, path: str):
 
 
 def learn(decoder: Decoder, plan, tokens: np.ndarray = TOKENS):
-    return learn_clips(decoder, check_plan(decoder, plan), tokens)
+    return learn_clips(decoder, make_plan(decoder, plan).layers, tokens)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -234,7 +235,7 @@ EVERY = {  # a kind of format for each projection; layer 0's v has another than 
 def test_every_kind_of_format_is_learned_at_once_layers_apart(decoder):
     plans = [[(rule, Method(format, range)) for rule, format in EVERY.items()] for range in (MinMax(), LEARNED)]
     learned = learn(decoder, plans[1])
-    for layer, choices in enumerate(check_plan(decoder, plans[1])):
+    for layer, choices in enumerate(make_plan(decoder, plans[1]).layers):
         for path, method in choices:
             clips, (rows, columns) = learned[layer][path], kernel(decoder, layer, path).shape
             block = block_shape(method.format, (rows, columns))

@@ -19,13 +19,14 @@ from flax import nnx
 from flax.nnx.traversals import flatten_mapping
 
 import jquant
+from jquant.calibration.options import Options
 from jquant.data import windows
 from jquant.evaluation.perplexity import score
 from jquant.formats import Format
 from jquant.io.load import LanguageModel, load_model
 from jquant.methods import METHODS, Method, method
 from jquant.models.decoder import Decoder, blocks, rotary_table
-from jquant.pipeline import quantize_decoder
+from jquant.pipeline.in_memory import quantize_decoder
 from jquant.qtensor import QTensor, dequantize
 from jquant.ranges import Search
 from jquant.rounding import GPTQ, SolveInfo
@@ -80,7 +81,8 @@ class KeepFloats:
         return w, SolveInfo(nothing, jnp.sum(w * (gram @ w)), nothing, jnp.int32(0), jnp.int32(0))
 
 
-run = partial(quantize_decoder, tokens=TOKENS, batch=4)
+def run(decoder, method, tokens=TOKENS, **options):
+    return quantize_decoder(decoder, method, tokens, Options(**{"batch": 4, **options}))
 
 
 # ---- what changes, and what must not --------------------------------------------------------------------------------

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from problems import problem, shape_for
 
-from jquant import products
 from jquant.activations import Activation
 from jquant.formats import NF4, Codebook, Float, Format, Int, double_quantized
+from jquant.kernels import matmul as products
+from jquant.kernels.matmul import matmul
 from jquant.methods import METHODS
-from jquant.products import matmul
 from jquant.qtensor import QTensor, dequantize, quantize
 from jquant.ranges import MinMax
 

@@ -71,7 +71,7 @@ def own(tmp_path, monkeypatch):
 
 
 def fingerprint(chosen: Method) -> tuple:
-    return describe(chosen), code_of(chosen, ["jquant.streaming"])
+    return describe(chosen), code_of(chosen, ["jquant.pipeline.to_disk"])
 
 
 def test_a_users_class_that_changed_under_the_same_name_and_repr_has_another_fingerprint(own):
@@ -99,9 +99,9 @@ def test_comments_docstrings_and_layout_change_no_fingerprint(own):
 
 
 def test_code_counts_only_of_the_parts_that_a_method_uses(own):
-    reached = lambda *parts: _reached({"jquant.streaming", *parts})  # noqa: E731
+    reached = lambda *parts: _reached({"jquant.pipeline.to_disk", *parts})  # noqa: E731
     gptq = reached(GPTQ.__module__)
-    assert {"jquant.rounding.gptq", "jquant.qtensor", "jquant.formats.packing", "jquant.calibration"} <= gptq
+    assert {"jquant.rounding.gptq", "jquant.qtensor", "jquant.formats.packing", "jquant.calibration.windows"} <= gptq
     assert {"jquant.io.gguf.tensors", "jquant.composition", "jquant.ranges.min_max"} <= gptq
     assert not {"jquant.rounding.stochastic", "jquant.rounding.refit", "jquant.transforms.awq"} & gptq
     assert not {"jquant.ranges.llama_cpp", "jquant.methods", "jquant.io.hub", "jquant"} & gptq
@@ -112,13 +112,13 @@ def test_code_counts_only_of_the_parts_that_a_method_uses(own):
     mine = own()
     assert {mine.__module__, f"{mine.__module__}_helper", "jquant.rounding.neighbours"} <= reached(mine.__module__)
     rows = _reached({"experiments.perplexity_table"})
-    assert {"jquant.evaluation.perplexity", "jquant.evaluation.generation", "jquant.streaming"} <= rows
+    assert {"jquant.evaluation.perplexity", "jquant.evaluation.generation", "jquant.pipeline.to_disk"} <= rows
     assert not {"experiments.tables", "experiments.sweep", "paper_figures", "jquant.methods"} & rows
 
 
 def test_a_comment_in_jquants_own_code_changes_nothing_and_a_constant_does(monkeypatch, tmp_path):
     """Of a module that the method uses; of another one not even a constant."""
-    before = code_of(method("gptq"), ["jquant.streaming"])
+    before = code_of(method("gptq"), ["jquant.pipeline.to_disk"])
     real = provenance._file
 
     def changed(module: str, old: str, new: str) -> str:
@@ -127,17 +127,17 @@ def test_a_comment_in_jquants_own_code_changes_nothing_and_a_constant_does(monke
         assert old in text
         copy.write_text(text.replace(old, new))
         monkeypatch.setattr(provenance, "_file", lambda name: str(copy) if name == module else real(name))
-        return code_of(method("gptq"), ["jquant.streaming"])
+        return code_of(method("gptq"), ["jquant.pipeline.to_disk"])
 
     assert changed("jquant.rounding.gptq", '"""GPTQ', '"""Our GPTQ') == before
     assert changed("jquant.rounding.gptq", "import jax\n", "import jax  # the library\n\n") == before
     assert changed("jquant.rounding.gptq", "damping: float", "damp: float") != before
-    assert changed("jquant.pipeline", "0.01 *", "0.02 *") != before
+    assert changed("jquant.pipeline.blocks", "0.01 *", "0.02 *") != before
     assert changed("jquant.rounding.stochastic", "class Stochastic", "class Random") == before
     assert changed("jquant.methods", "METHODS: dict", 'MORE = {"mine": 1}\nMETHODS: dict') == before  # a new row
     monkeypatch.setattr(provenance, "_file", real)
     monkeypatch.setitem(METHODS, "mine", METHODS["gptq"])
-    assert code_of(method("mine"), ["jquant.streaming"]) == before
+    assert code_of(method("mine"), ["jquant.pipeline.to_disk"]) == before
 
 
 def test_descriptions_hold_every_field_and_the_code_behind_functions():

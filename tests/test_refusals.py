@@ -14,19 +14,22 @@ from flax import nnx
 
 import jquant
 from jquant import AWQ, GPTQ, Int, LanguageModel, LossSearch, Method, MinMax, Nearest, Refit, Search, Tuning, method
-from jquant.calibration import check_stats
+from jquant.calibration.options import Options
+from jquant.calibration.windows import check_stats
 from jquant.evaluation.generation import generate_ids
 from jquant.evaluation.outliers import observe
 from jquant.evaluation.perplexity import Scores, score, score_from_disk
 from jquant.io.load import ModelFile, open_model
-from jquant.loss import learn_clips
+from jquant.learning.clips import learn_clips
+from jquant.learning.tuning import tune
 from jquant.models.decoder import Decoder
-from jquant.pipeline import check_plan, fallbacks, quantize_decoder
+from jquant.parallel.mesh import Devices
+from jquant.pipeline.driver import fallbacks
+from jquant.pipeline.in_memory import quantize_decoder
+from jquant.pipeline.plan import make_plan
 from jquant.rounding import SolveInfo
 from jquant.rounding.limits import check_scales
-from jquant.sharding import Devices
 from jquant.stats import Gram
-from jquant.tuning import tune
 
 TOKENS = np.random.default_rng(3).integers(0, checkpoints.VOCAB, (4, 16), np.int32)
 PLAIN = Method(Int(4, 32), rounding=GPTQ())
@@ -119,7 +122,7 @@ def test_statistics_that_overflow_are_refused_by_layer_and_input(overflowing, ch
 
 def test_statistics_that_overflow_are_refused_on_a_mesh(overflowing):
     with refused("layers.1", "mlp_output"):
-        quantize_decoder(overflowing.load().decoder, [(DOWN, PLAIN)], TOKENS, batch=1, devices=Devices(2, 2))
+        quantize_decoder(overflowing.load().decoder, [(DOWN, PLAIN)], TOKENS, Options(batch=1, devices=Devices(2, 2)))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -134,7 +137,7 @@ def test_one_number_that_is_not_finite_spoils_a_statistic(bad):
 def test_clips_are_not_learned_from_gradients_that_are_not_finite(overflowing):
     with refused("LossSearch, step 1 of 2"):
         decoder, learned = overflowing.load().decoder, Method(Int(4, 32, scale="float32"), LossSearch(steps=2))
-        learn_clips(decoder, check_plan(decoder, [(DOWN, learned)]), TOKENS)
+        learn_clips(decoder, make_plan(decoder, [(DOWN, learned)]).layers, TOKENS)
 
 
 # ---- factorisations -------------------------------------------------------------------------------------------------
@@ -157,7 +160,7 @@ def test_a_weight_rounded_plainly_for_want_of_a_factorisation_is_marked(rounding
 def test_an_error_that_could_not_be_propagated_is_marked(model, monkeypatch):
     propagated = Method(Int(4, 32), error_propagation=0.375)
     assert fallbacks(quantize_decoder(model.decoder, [(DOWN, propagated)], TOKENS)[1]) == []
-    monkeypatch.setattr(jquant.pipeline, "propagate_error", lambda w, *_: w * jnp.nan)
+    monkeypatch.setattr(jquant.pipeline.blocks, "propagate_error", lambda w, *_: w * jnp.nan)
     propagated = replace(propagated, error_propagation=0.3125)  # so that it is traced anew
     quantized, report = quantize_decoder(model.decoder, [(DOWN, propagated)], TOKENS)
     assert fallbacks(report) == ["layers.1.mlp.down.kernel"]

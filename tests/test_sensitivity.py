@@ -19,9 +19,11 @@ from omegaconf import OmegaConf
 from experiments import sensitivity
 from experiments.sensitivity import PATHS, analyse, measure
 from jquant import QTensor, method, quantize_decoder
+from jquant.calibration.options import Options
 from jquant.evaluation.perplexity import Reference, score
 from jquant.io.load import load_model
 from jquant.models.decoder import Decoder, blocks
+from jquant.pipeline.plan import make_plan
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["q", "k", "v", "o", "gate", "up", "down"]
@@ -79,7 +81,7 @@ def test_a_mask_of_one_weight_changes_that_weight_alone(decoder):
 def figures(decoder) -> dict:
     told, settings = [], {"layer_windows": 2, "matrix_windows": 1}
     report = lambda stage, done, total, **_: told.append((stage, done, total))  # noqa: E731
-    found = measure(decoder, RTN, TOKENS, None, score(decoder, TOKENS), settings, report)
+    found = measure(decoder, make_plan(decoder, RTN), (TOKENS, None), score(decoder, TOKENS), settings, report)
     assert told[-1] == ("evaluate", 1 + 7 + 2 + 14, 1 + 7 + 2 + 14)
     return found
 
@@ -116,7 +118,14 @@ def test_every_selection_scores_as_the_pipelines_own_plan_of_it(decoder, figures
 
 def test_layers_and_matrices_are_left_out_on_request(decoder):
     settings = {"layer_windows": 0, "matrix_windows": 0}
-    found = measure(decoder, RTN, TOKENS[:1], None, score(decoder, TOKENS[:1]), settings, lambda *_, **__: None)
+    found = measure(
+        decoder,
+        make_plan(decoder, RTN),
+        (TOKENS[:1], None),
+        score(decoder, TOKENS[:1]),
+        settings,
+        lambda *_, **__: None,
+    )
     assert (found["layers"], found["matrices"]) == ([], [])
     assert set(found["projections"]) == set(NAMES)
 
@@ -124,7 +133,14 @@ def test_layers_and_matrices_are_left_out_on_request(decoder):
 def test_a_bfloat16_model_is_measured_too(checkpoint):
     decoder = load_model(checkpoint, dtype="bfloat16").decoder
     settings = {"layer_windows": 0, "matrix_windows": 0}
-    found = measure(decoder, RTN, TOKENS[:1], None, score(decoder, TOKENS[:1]), settings, lambda *_, **__: None)
+    found = measure(
+        decoder,
+        make_plan(decoder, RTN),
+        (TOKENS[:1], None),
+        score(decoder, TOKENS[:1]),
+        settings,
+        lambda *_, **__: None,
+    )
     assert found["all"]["kl"] > found["projections"]["k"]["kl"] > 0
 
 
@@ -134,7 +150,7 @@ GPTQ = method("gptq", bits=3, group=32)
 
 
 def test_inputs_from_float_blocks_fit_each_block_as_if_it_alone_were_quantized(decoder):
-    fitted, _ = quantize_decoder(decoder, GPTQ, TOKENS, inputs="float")
+    fitted, _ = quantize_decoder(decoder, GPTQ, TOKENS, Options(inputs="float"))
     alone, _ = quantize_decoder(decoder, [(r"layers\.1", GPTQ)], TOKENS)
     in_turn, _ = quantize_decoder(decoder, GPTQ, TOKENS)
     for path in PATHS:
@@ -148,7 +164,7 @@ def test_inputs_from_float_blocks_fit_each_block_as_if_it_alone_were_quantized(d
 
 def test_a_decoder_of_one_block_does_not_care(tmp_path):
     decoder = load_model(checkpoints.save(tmp_path, checkpoints.llama(num_hidden_layers=1))).decoder
-    found = [quantize_decoder(decoder, GPTQ, TOKENS, inputs=inputs)[0] for inputs in ("float", "quantized")]
+    found = [quantize_decoder(decoder, GPTQ, TOKENS, Options(inputs=inputs))[0] for inputs in ("float", "quantized")]
     assert all(same(*(kernel(one, 0, path) for one in found)) for path in PATHS)
 
 

@@ -15,15 +15,16 @@ from test_pipeline import leaves
 
 from benchmarks import scaling
 from jquant import AWQ, GGUF, GPTQ, NF4, Float, Int, LlamaCpp, Method, MinMax, Search, Tuning
+from jquant.calibration.options import Options
 from jquant.evaluation.perplexity import score
 from jquant.formats import unpack
 from jquant.io.load import load_model
 from jquant.methods import method
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Decoder
-from jquant.pipeline import quantize_decoder
+from jquant.parallel.mesh import MODEL, Devices
+from jquant.pipeline.in_memory import quantize_decoder
 from jquant.qtensor import QTensor
-from jquant.sharding import MODEL, Devices
 
 TOKENS = np.random.default_rng(0).integers(0, checkpoints.VOCAB, (16, 24), np.int32)
 GPTQ3 = Method(Int(3, 32), Search("diagonal"), GPTQ())
@@ -64,8 +65,8 @@ CASES = [("gptq", mesh) for mesh in ((8, 1), (2, 4))] + [(n, (4, 2)) for n in ME
 
 @pytest.mark.parametrize(("name", "mesh"), CASES, ids=str)
 def test_a_mesh_gives_the_codes_and_the_perplexity_of_one_device(decoder, name, mesh):
-    expected, report = quantize_decoder(decoder, METHODS[name], TOKENS, batch=2)
-    sharded, its_report = quantize_decoder(decoder, METHODS[name], TOKENS, batch=2, devices=Devices(*mesh))
+    expected, report = quantize_decoder(decoder, METHODS[name], TOKENS, Options(batch=2))
+    sharded, its_report = quantize_decoder(decoder, METHODS[name], TOKENS, Options(batch=2, devices=Devices(*mesh)))
     kernels = [leaf for leaf in leaves(sharded).values() if isinstance(leaf, QTensor)]
     assert all(len(kernel.codes.sharding.device_set) == mesh[0] * mesh[1] for kernel in kernels)
     assert share_unlike(sharded, expected) == 0
@@ -117,9 +118,9 @@ def test_meshes_that_cannot_be_are_refused(decoder):
     with refused("data=0"):
         Devices(0)
     with refused("16 windows", "data=3"):
-        quantize_decoder(decoder, GPTQ3, TOKENS, batch=2, devices=Devices(3))
+        quantize_decoder(decoder, GPTQ3, TOKENS, Options(batch=2, devices=Devices(3)))
     with refused("attention.k.kernel", "64 columns", "model=3"):
-        quantize_decoder(decoder, GPTQ3, TOKENS[:15], batch=2, devices=Devices(1, 3))
+        quantize_decoder(decoder, GPTQ3, TOKENS[:15], options=Options(batch=2, devices=Devices(1, 3)))
 
 
 def test_the_scaling_benchmark_counts_what_the_compiled_programs_reduce():

@@ -41,6 +41,7 @@ from jquant import (
 from jquant import (
     METHODS as ROWS,
 )
+from jquant.calibration.options import Options
 from jquant.data import windows
 from jquant.evaluation.perplexity import score, score_from_disk
 from jquant.io import checkpoint
@@ -48,10 +49,12 @@ from jquant.io.checkpoint import block_folder, checksum, read_item, read_sealed,
 from jquant.io.load import LanguageModel, QuantizedFile, load_model, open_model
 from jquant.methods import method
 from jquant.models.decoder import blocks
-from jquant.pipeline import flat_params, quantize_decoder, round_weight
-from jquant.sharding import MODEL, Devices
+from jquant.models.params import flat_params
+from jquant.parallel.mesh import MODEL, Devices
+from jquant.pipeline.blocks import round_weight
+from jquant.pipeline.in_memory import quantize_decoder
+from jquant.pipeline.to_disk import quantize_stream, quantize_to_folder
 from jquant.stats import AbsMax, Gram
-from jquant.streaming import quantize_stream, quantize_to_folder
 
 ROOT = Path(__file__).parents[1]
 TOKENS = np.random.default_rng(0).integers(0, checkpoints.VOCAB, (16, 24), np.int32)
@@ -100,10 +103,9 @@ def test_the_checkpoint_holds_what_quantizing_the_loaded_model_gives(model, fold
         tmp_path / "q",
         METHODS[name],
         TOKENS,
-        batch=4,
-        progress=lambda *told, **_: done.append(told),
+        options=Options(batch=4, progress=lambda *told, **_: done.append(told)),
     )
-    expected, report = quantize_decoder(model.decoder, METHODS[name], TOKENS, batch=4)
+    expected, report = quantize_decoder(model.decoder, METHODS[name], TOKENS, Options(batch=4))
     loaded = load_model(tmp_path / "q")
     assert jax.tree.structure(nnx.split(loaded.decoder)) == jax.tree.structure(nnx.split(expected))
     assert all(map(np.array_equal, states(loaded.decoder), states(expected)))
@@ -127,7 +129,7 @@ def test_a_checkpoint_is_as_small_as_its_format_says(tmp_path):
 
 
 def test_perplexity_from_disk_is_that_of_the_loaded_model(model, folder, tmp_path):
-    quantize_to_folder(open_model(folder), tmp_path / "q", GPTQ3, TOKENS, batch=4)
+    quantize_to_folder(open_model(folder), tmp_path / "q", GPTQ3, TOKENS, Options(batch=4))
     for path in (folder, tmp_path / "q"):
         streamed, loaded = score_from_disk(open_model(path), TOKENS), score(load_model(path).decoder, TOKENS)
         np.testing.assert_allclose(streamed.nll, loaded.nll, rtol=1e-4, atol=1e-4)
@@ -142,7 +144,7 @@ def test_a_run_that_stops_goes_on_to_the_same_bytes(folder, tmp_path):
         ("propagated", "quantized"),
         ("rotated", "float"),
     ):
-        how = {"batch": 4, "inputs": inputs}
+        how = {"options": Options(batch=4, inputs=inputs)}
         whole = quantize_to_folder(open_model(folder), tmp_path / f"{name}-{inputs}", METHODS[name], TOKENS, **how)
         for stop in (1, 3):
             parts = tmp_path / f"{name}-{inputs}-{stop}"
@@ -158,7 +160,7 @@ def test_a_run_that_stops_goes_on_to_the_same_bytes(folder, tmp_path):
 
 def test_windows_that_wait_on_disk_change_nothing_and_leave_nothing(folder, tmp_path):
     for name, devices in (("gptq", None), ("propagated", Devices(2, 2))):
-        how = {"batch": 4, "devices": devices}
+        how = {"options": Options(batch=4, devices=devices)}
         whole = quantize_to_folder(open_model(folder), tmp_path / name, METHODS[name], TOKENS, **how)
         target = tmp_path / f"{name}-spilled"
         batch_gb = 4 * 24 * 64 * 4 / 1e9  # of the four batches of either stream the first stays in memory
@@ -187,7 +189,7 @@ def test_another_run_is_refused_with_what_differs(folder, tmp_path):
     with refused(str(target), "calibration"):
         quantize_to_folder(open_model(folder), target, GPTQ3, TOKENS[:8])
     with refused(str(target), "inputs: quantized, now float"):
-        quantize_to_folder(open_model(folder), target, GPTQ3, TOKENS, inputs="float")
+        quantize_to_folder(open_model(folder), target, GPTQ3, TOKENS, Options(inputs="float"))
     other = checkpoints.save(tmp_path / "other", checkpoints.llama(seed=1, hidden_size=64, intermediate_size=96))
     with refused(str(target), "source"):
         quantize_to_folder(open_model(other), target, GPTQ3, TOKENS)
@@ -200,9 +202,9 @@ def test_another_run_is_refused_with_what_differs(folder, tmp_path):
 
 
 def test_a_checkpoint_written_on_one_mesh_is_read_onto_another(model, folder, tmp_path):
-    expected, _ = quantize_decoder(model.decoder, GPTQ3, TOKENS, batch=4)
+    expected, _ = quantize_decoder(model.decoder, GPTQ3, TOKENS, Options(batch=4))
     devices = Devices(2, 2)
-    written = quantize_to_folder(open_model(folder), tmp_path / "q", GPTQ3, TOKENS, batch=4, devices=devices)
+    written = quantize_to_folder(open_model(folder), tmp_path / "q", GPTQ3, TOKENS, Options(batch=4, devices=devices))
     loaded = written.load().decoder
     assert all(map(np.array_equal, states(loaded), states(expected)))
     columns = Devices(1, 8)
@@ -216,26 +218,28 @@ def test_a_checkpoint_written_on_one_mesh_is_read_onto_another(model, folder, tm
     assert codes.sharding.spec == P(None, MODEL)
     assert np.array_equal(codes, next(islice(written.blocks(), 1, None)).mlp.up.kernel.get_value().codes)
     for stop in (1, 3):
-        steps = quantize_stream(open_model(folder), tmp_path / str(stop), GPTQ3, TOKENS, batch=4, devices=devices)
+        steps = quantize_stream(
+            open_model(folder), tmp_path / str(stop), GPTQ3, TOKENS, Options(batch=4, devices=devices)
+        )
         assert [next(steps) for _ in range(stop)] == list(range(stop))
         steps.close()
-        quantize_to_folder(open_model(folder), tmp_path / str(stop), GPTQ3, TOKENS, batch=4, devices=devices)
+        quantize_to_folder(open_model(folder), tmp_path / str(stop), GPTQ3, TOKENS, Options(batch=4, devices=devices))
         assert files(tmp_path / str(stop)) == files(tmp_path / "q")
 
 
 def test_a_run_goes_on_over_more_devices_to_the_same_bytes(folder, tmp_path):
     """Statistics are added in the windows' order; split columns are another run where codes depend on them."""
-    how, source = {"batch": 4}, open_model(folder)
+    how, source = {"options": Options(batch=4)}, open_model(folder)
     whole = quantize_to_folder(source, tmp_path / "whole", GPTQ3, TOKENS, **how)
     steps = quantize_stream(source, tmp_path / "q", GPTQ3, TOKENS, **how)
     next(steps)
     steps.close()
     with refused("mesh.model: 1, now 2"):
-        quantize_to_folder(source, tmp_path / "q", GPTQ3, TOKENS, **how, devices=Devices(1, 2))
-    quantize_to_folder(source, tmp_path / "q", GPTQ3, TOKENS, **how, devices=Devices(2))
+        quantize_to_folder(source, tmp_path / "q", GPTQ3, TOKENS, Options(batch=4, devices=Devices(1, 2)))
+    quantize_to_folder(source, tmp_path / "q", GPTQ3, TOKENS, Options(batch=4, devices=Devices(2)))
     assert files(tmp_path / "q") == files(whole.folder)
     next(quantize_stream(source, tmp_path / "rtn", METHODS["rtn"]))
-    quantize_to_folder(source, tmp_path / "rtn", METHODS["rtn"], devices=Devices(1, 2))
+    quantize_to_folder(source, tmp_path / "rtn", METHODS["rtn"], options=Options(devices=Devices(1, 2)))
 
 
 def test_what_needs_the_whole_model_is_refused(folder, tmp_path):
@@ -248,9 +252,8 @@ def test_what_needs_the_whole_model_is_refused(folder, tmp_path):
             quantize_to_folder(open_model(folder), tmp_path / "q", chosen, TOKENS)
     for how, part in (
         ({}, "give it calibration tokens"),
-        ({"tokens": TOKENS, "held_out": 16}, "held_out=16 of 16"),
-        ({"tokens": TOKENS, "passes": 0}, "passes takes a whole number from 1, not 0"),
-        ({"tokens": TOKENS, "devices": Devices(3)}, "16 windows"),
+        ({"tokens": TOKENS, "options": Options(held_out=16)}, "held_out=16 of 16"),
+        ({"tokens": TOKENS, "options": Options(devices=Devices(3))}, "16 windows"),
         ({"tokens": TOKENS, "memory_gb": -1}, "memory_gb"),
     ):
         with refused(part):
@@ -260,7 +263,7 @@ def test_what_needs_the_whole_model_is_refused(folder, tmp_path):
 
 def test_damage_is_found_and_named_and_mended_by_the_same_command(folder, tmp_path):
     target = tmp_path / "q"
-    quantize_to_folder(open_model(folder), target, GPTQ3, TOKENS, batch=4)
+    quantize_to_folder(open_model(folder), target, GPTQ3, TOKENS, Options(batch=4))
     whole = files(target)
     codes = max((target / "blocks" / "00001" / "mlp.up.kernel.codes").iterdir(), key=lambda path: path.stat().st_size)
     flipped = bytearray(codes.read_bytes())
@@ -270,11 +273,11 @@ def test_damage_is_found_and_named_and_mended_by_the_same_command(folder, tmp_pa
         with refused(str(codes), "delete", "00001"):
             load_model(target)
         with refused(str(codes)):
-            quantize_to_folder(open_model(folder), target, GPTQ3, TOKENS, batch=4)
+            quantize_to_folder(open_model(folder), target, GPTQ3, TOKENS, Options(batch=4))
     shutil.rmtree(target / "blocks" / "00001")
     with refused("00001"):
         load_model(target)
-    quantize_to_folder(open_model(folder), target, GPTQ3, TOKENS, batch=4)
+    quantize_to_folder(open_model(folder), target, GPTQ3, TOKENS, Options(batch=4))
     assert files(target) == whole
     codes.unlink()
     with refused(str(codes)):
@@ -542,7 +545,7 @@ def test_a_disk_that_fills_up_ends_in_one_sentence_and_keeps_finished_blocks(fol
     script = (
         "import resource, signal, sys, numpy as np\n"
         "from pathlib import Path\n"
-        "import jquant, jquant.streaming as s\n"
+        "import jquant, jquant.pipeline.to_disk as s\n"
         "from jquant.io.load import open_model\n"
         "steps = s.quantize_stream(open_model(sys.argv[1]), Path(sys.argv[2]), jquant.method('rtn', group=32))\n"
         "next(steps)\n"
@@ -574,8 +577,8 @@ import jax, numpy as np
 import jquant
 from jquant.io.hub import cache_dir
 from jquant.methods import method
-from jquant.sharding import MODEL, Devices
-from jquant.streaming import quantize_to_folder
+from jquant.parallel.mesh import MODEL, Devices
+from jquant.pipeline.to_disk import quantize_to_folder
 jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
 tokens = np.random.default_rng(0).integers(0, 320, (10, 24), np.int32)
 print("ready", flush=True)

@@ -250,19 +250,6 @@ def test_the_experiment_runs_where_torch_cannot_be_imported(workplace, tmp_path)
     assert done.returncode == 0, done.stderr
 
 
-def test_a_figure_of_many_rows_has_a_line_each_and_none_presses_the_others_together():
-    rows = tables.read_rows(ROOT / "experiments" / "results" / "formats")
-    left = perplexity_bits.ranking(rows).axes[0]
-    names = [label.get_text() for label in left.get_yticklabels()]
-    bits = [float(name.split()[-1]) for name in names]
-    assert len(names) == len(rows) - 1 > perplexity_bits.MOST_LABELS
-    assert bits == sorted(bits, reverse=True)
-    assert max(row["perplexity"] for row in rows) > 1e5
-    assert left.get_xlim()[1] < 5 * min(row["perplexity"] for row in rows)
-    shown = {float(line.get_xdata()[0]) for line in left.get_lines()}
-    assert {round(x, 9) for x in shown} >= {round(r["perplexity"], 9) for r in rows if r["perplexity"] < 90}
-
-
 # ---- settings -------------------------------------------------------------------------------------------------------
 
 

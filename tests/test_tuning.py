@@ -11,14 +11,15 @@ from checkpoints import refused
 from test_pipeline import leaves, same_bytes
 
 import jquant
+from jquant.calibration.options import Options
 from jquant.evaluation.perplexity import Reference, Scores, score
 from jquant.formats import Format
 from jquant.io.load import load_model
+from jquant.learning.tuning import _values, product, tune, tune_block
 from jquant.methods import Method, Tuning, method
 from jquant.models.decoder import Decoder, blocks, rotary_table
-from jquant.pipeline import quantize_decoder
+from jquant.pipeline.in_memory import quantize_decoder
 from jquant.qtensor import QTensor, bits_per_weight, dequantize
-from jquant.tuning import _values, product, tune, tune_block
 
 TOKENS = np.random.default_rng(5).integers(0, checkpoints.VOCAB, (8, 32), np.int32)
 STEPS = 20
@@ -146,7 +147,7 @@ def test_stages_follow_one_another_and_blocks_come_first(decoder):
     stages = (Tuning(2, 8, target="block"), Tuning(2, 8))
     calls = []
     two = replace(method("rtn", 2, 16), tuning=stages)
-    whole, _ = quantize_decoder(decoder, two, TOKENS, progress=lambda *call, **_: calls.append(call))
+    whole, _ = quantize_decoder(decoder, two, TOKENS, Options(progress=lambda *call, **_: calls.append(call)))
     first, _ = quantize_decoder(decoder, replace(two, tuning=stages[:1]), TOKENS)
     assert same_bytes(leaves(whole), leaves(tune(first, decoder, TOKENS, stages[1])))
     assert calls == [("quantize", 1, 2), ("quantize", 2, 2), ("tune", 1, 2), ("tune", 2, 2)]
@@ -159,7 +160,7 @@ def test_what_cannot_be_tuned_is_refused(decoder):
         tune(decoder, decoder, TOKENS, Tuning(target="block"))
     for tokens, held_out in ((None, 0), (TOKENS, len(TOKENS))):
         with refused("Tuning learns from text", f"held_out={held_out}"):
-            quantize_decoder(decoder, method("gptq_tuned", 3, 16), tokens, held_out=held_out)
+            quantize_decoder(decoder, method("gptq_tuned", 3, 16), tokens, Options(held_out=held_out))
     with refused("nothing to tune"):
         tune(decoder, decoder, TOKENS)
     nested, _ = quantize_decoder(decoder, Method(jquant.NF4(16, jquant.double_quantized())))

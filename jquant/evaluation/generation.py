@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 
 from jquant.data import check_tokens, check_whole
 from jquant.errors import InputError
-from jquant.io.load import LanguageModel
+from jquant.io.language_model import LanguageModel
 from jquant.models.cache import Cache
 from jquant.models.decoder import Block, Decoder, rotary_table
 

@@ -28,14 +28,15 @@ from jaxtyping import Bool, Float, Int
 from jquant.data import check_tokens
 from jquant.errors import InputError
 from jquant.evaluation.perplexity import evaluation_windows
-from jquant.io.load import LanguageModel, Progress
-from jquant.models.decoder import Block, Decoder, blocks, rotary_table
-from jquant.models.families import LLAMA
+from jquant.io.language_model import LanguageModel
+from jquant.models.decoder import TAPS, Block, Decoder, blocks, rotary_table
+from jquant.models.families import family_of
+from jquant.progress import Progress
 from jquant.qtensor import QTensor, dequantize
 
 # What is looked at in each block: the residual stream that enters it, and the distinct inputs of its projections.
 RESIDUAL = "residual"
-INPUTS = (RESIDUAL, *(site.tap for site in LLAMA.sites))
+INPUTS = (RESIDUAL, *TAPS)
 
 # LLM.int8(), §4: a feature counts when it is an outlier in this share of the tokens, in this share of the layers.
 TOKEN_SHARE, LAYER_SHARE = 0.06, 0.25
@@ -382,7 +383,8 @@ def _weight_waste(block: Block, bits: int, group: int) -> dict[str, tuple[Array,
         plain = dequantize(kernel) if isinstance(kernel, QTensor) else kernel
         return wasted_levels(plain.T, bits, group)
 
-    wastes = {site.tap: jnp.concatenate([waste(path) for path in site.weights]) for site in LLAMA.sites}
+    sites = family_of(block.attention.config).sites
+    wastes = {site.tap: jnp.concatenate([waste(path) for path in site.weights]) for site in sites}
     return {name: (jnp.mean(shares), jnp.max(shares)) for name, shares in wastes.items()}
 
 

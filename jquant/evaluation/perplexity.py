@@ -9,15 +9,17 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
-from jquant.calibration import embed, forward
+from jquant.calibration.windows import embed, forward
 from jquant.data import check_tokens, check_unseen, check_whole
 from jquant.data import windows as cut_windows
 from jquant.errors import InputError
-from jquant.hosts import gather
-from jquant.io.load import LanguageModel, ModelFile, Progress, QuantizedFile
+from jquant.io.language_model import LanguageModel
+from jquant.io.load import ModelFile, QuantizedFile
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Decoder, rotary_table
-from jquant.sharding import Devices
+from jquant.parallel.mesh import Devices
+from jquant.parallel.processes import gather
+from jquant.progress import Progress
 
 # Rows of logits alive at once: 256 × 49,152 float32 are 50 MB, and the product still runs at full rate.
 ROWS = 256

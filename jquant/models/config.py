@@ -32,7 +32,9 @@ REAL = {"norm_eps": (0.0, 1.0), "rope_base": (1.0, 1e12), "rope_magnitude": (0.0
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """A Llama-family decoder; hashable, so that it can be static under jit.
+    """A decoder's shape; hashable, so that it can be static under jit.
+
+    `family` names the table of its tensors and sites (`models/families.py`).
 
     `rope_divisors` slows each rotary frequency down by its own factor (head_dim / 2 of them): the one form that linear
     scaling, YaRN, Llama-3's rule and a GGUF file's rope_freqs tensor share. `rope_magnitude` multiplies the rotated
@@ -55,6 +57,7 @@ class DecoderConfig:
     tied: bool
     context_length: int
     rope_magnitude: float = 1.0
+    family: str = "llama"
 
     def __post_init__(self) -> None:
         for one in fields(self):
@@ -85,6 +88,10 @@ def _check(field: str, value: Any, name: str) -> Any:
         if type(value) is bool:
             return value
         wanted = "true or false"
+    elif field == "family":
+        if isinstance(value, str) and value.isidentifier():
+            return value
+        wanted = "the name of a family"
     else:
         if value is None or (
             isinstance(value, tuple) and all(type(one) is float and 1e-6 <= one <= 1e6 for one in value)

@@ -17,11 +17,13 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
+from jquant.kernels.matmul import matmul
 from jquant.models.config import DecoderConfig
-from jquant.products import matmul
 from jquant.transforms import hadamard
 
 Taps = dict[str, Array]
+# The distinct inputs of a block's projections, among its taps.
+TAPS = ("attention_input", "attention_output", "mlp_input", "mlp_output")
 
 # Most query chunks attention is unrolled into; each one sees only the keys it may attend to.
 MAX_CHUNKS, MIN_CHUNK = 16, 128
@@ -92,7 +94,7 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """down(silu(gate(x)) · up(x)); what `down` reads is turned by `rotation` first (`jquant.rotation`)."""
+    """down(silu(gate(x)) · up(x)); what `down` reads is turned by `rotation` first (`jquant.models.folding`)."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         self.rotation: hadamard.Rotation | None = None
@@ -134,8 +136,8 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     """Token ids to logits. `embedding` is `[vocab, d]`; a tied head is the same array, not a copy.
 
-    The residual stream may be rotated (`jquant.rotation`): by `norm.rotation`, from `embed` until the last norm turns
-    it back, so that embedding and head stay what they are, and tied.
+    The residual stream may be rotated (`jquant.models.folding`): by `norm.rotation`, from `embed` until the last norm
+    turns it back, so that embedding and head stay what they are, and tied.
     """
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
@@ -185,8 +187,9 @@ def with_blocks(decoder: Decoder, layers: Sequence[Block]) -> Decoder:
     """The decoder with other layers; consecutive ones alike in all but their numbers make one segment."""
 
     def kind(layer: Block) -> tuple[Any, ...]:
-        leaves, structure = jax.tree.flatten(nnx.state(layer))
-        return layer.mlp.rotation, structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
+        graph, state = nnx.split(layer)
+        leaves, structure = jax.tree.flatten(state)
+        return graph, structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
 
     segments = []
     for _, run in groupby(layers, key=kind):

@@ -6,6 +6,7 @@ that input (and so can absorb a channel scale), and which token weights suit whi
 
 from dataclasses import dataclass
 
+from jquant.errors import InputError
 from jquant.models.config import DecoderConfig
 
 
@@ -42,6 +43,15 @@ class Family:
     writers: tuple[str, ...]
     hf: dict[str, str]
     gguf: dict[str, str]
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The projections of a block, in the order in which it computes them."""
+        return tuple(path for site in self.sites for path in site.weights)
+
+    def site(self, tap: str) -> Site:
+        """The site of a tap."""
+        return next(site for site in self.sites if site.tap == tap)
 
 
 K, V = "attention.k.kernel", "attention.v.kernel"
@@ -88,6 +98,20 @@ LLAMA = Family(
         "layers.mlp.down.kernel": "blk.{}.ffn_down.weight",
     },
 )
+
+
+FAMILIES = {"llama": LLAMA}
+
+
+def family_of(config: DecoderConfig) -> Family:
+    """The family that a decoder's configuration names.
+
+    Raises:
+      InputError: there is none of that name.
+    """
+    if config.family not in FAMILIES:
+        raise InputError(f"There is no model family {config.family!r}; there are {', '.join(FAMILIES)}.")
+    return FAMILIES[config.family]
 
 
 def shared_channels(site: Site, config: DecoderConfig) -> tuple[int, ...] | None:

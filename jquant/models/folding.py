@@ -13,20 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 from jax import Array
 from jaxtyping import Float, Int
 
 from jquant.errors import InputError
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Block, Decoder
-from jquant.models.families import LLAMA, V
+from jquant.models.families import Family, family_of
+from jquant.models.params import flat_params, to_state, weight_name
 from jquant.qtensor import QTensor
 from jquant.transforms.hadamard import Kind, Rotation, apply
 
 Stack = dict[str, Array]  # "attention.q.kernel" -> a parameter of one layer, or of several, stacked
-
-SITES = {site.tap: site for site in LLAMA.sites}
 
 
 def rotate(
@@ -64,6 +62,27 @@ def rotate(
     return new
 
 
+class Rotated:
+    """A source of blocks (`pipeline.driver.Source`), each rotated as it is read; `turns` are of `rotations`."""
+
+    def __init__(self, source: Any, turns: Mapping[str, Rotation]):
+        self.source, self.turns = source, turns
+
+    @property
+    def config(self) -> DecoderConfig:
+        """The decoder's shape."""
+        return self.source.config
+
+    def outside(self) -> Decoder:
+        """The decoder without its blocks."""
+        return rotate_outside(self.source.outside(), self.turns)
+
+    def blocks(self, first: int = 0) -> Iterator[Block]:
+        """Blocks from layer `first` on."""
+        for block in self.source.blocks(first):
+            yield rotate_block(block, self.turns) if self.turns else block
+
+
 def rotations(
     config: DecoderConfig,
     residual: bool = True,
@@ -94,7 +113,7 @@ def rotate_block(block: Block, turns: Mapping[str, Rotation]) -> Block:
 
 
 def _rotate_segment(segment: Block, turns: Mapping[str, Rotation]) -> None:
-    _update(segment, _rotate_stack(_flat(segment), **turns))
+    nnx.update(segment, to_state(_rotate_stack(flat_params(segment), segment.attention.config, **turns)))
     segment.mlp.rotation = turns.get("inner", segment.mlp.rotation)
 
 
@@ -121,37 +140,47 @@ def permute_mlp(decoder: Decoder, order: Int[Array | np.ndarray, "layers ffn"]) 
     if any(segment.mlp.rotation is not None for segment in decoder.segments):
         raise InputError("The decoder's MLP is rotated, and what follows a rotation cannot be permuted: permute first.")
     new, first = nnx.clone(decoder), 0
-    for segment, stack in _stacks(new):
-        count = len(stack[V])
-        _update(segment, _permute_stack(stack, jnp.asarray(order[first : first + count])))
+    for segment in new.segments:
+        stack = flat_params(segment)
+        count = jax.tree.leaves(stack)[0].shape[0]
+        stack = _permute_stack(stack, jnp.asarray(order[first : first + count]), decoder.config)
+        nnx.update(segment, to_state(stack))
         first += count
     return new
 
 
-@partial(jax.jit, static_argnames=("stream", "head", "inner"))
+@partial(jax.jit, static_argnames=("config", "stream", "head", "inner"))
 def _rotate_stack(
-    stack: Stack, stream: Rotation | None = None, head: Rotation | None = None, inner: Rotation | None = None
+    stack: Stack,
+    config: DecoderConfig,
+    stream: Rotation | None = None,
+    head: Rotation | None = None,
+    inner: Rotation | None = None,
 ) -> Stack:
     """Layer by layer, so that one layer's float32 copies are alive at a time."""
-    return jax.lax.map(partial(_rotate_layer, stream=stream, head=head, inner=inner), stack)
+    family = family_of(config)
+    return jax.lax.map(partial(_rotate_layer, family=family, stream=stream, head=head, inner=inner), stack)
 
 
-def _rotate_layer(layer: Stack, stream: Rotation | None, head: Rotation | None, inner: Rotation | None) -> Stack:
+def _rotate_layer(
+    layer: Stack, family: Family, stream: Rotation | None, head: Rotation | None, inner: Rotation | None
+) -> Stack:
     new = {path: leaf.astype(jnp.float32) for path, leaf in layer.items()}
     if stream is not None:
-        for site in LLAMA.sites:
+        for site in family.sites:
             if site.producer.endswith(".scale"):
                 for path in site.weights:
                     new[path] = _rotate_rows(new[site.producer][:, None] * new[path], stream)
                 new[site.producer] = jnp.ones_like(new[site.producer])
-        for path in LLAMA.writers:
+        for path in family.writers:
             new[path] = apply(new[path], stream)
     if head is not None:
-        new[V] = _rotate_heads(new[V], head)
-        for path in SITES["attention_output"].weights:
+        site = family.site("attention_output")
+        new[site.producer] = _rotate_heads(new[site.producer], head)
+        for path in site.weights:
             new[path] = _rotate_heads(new[path].T, head).T
     if inner is not None:
-        for path in SITES["mlp_output"].weights:
+        for path in family.site("mlp_output").weights:
             new[path] = _rotate_rows(new[path], inner)
     return {path: leaf.astype(layer[path].dtype) for path, leaf in new.items()}
 
@@ -166,35 +195,21 @@ def _rotate_heads(w: Float[Array, "in out"], rotation: Rotation) -> Float[Array,
     return apply(w.reshape(len(w), -1, rotation.size), rotation).reshape(w.shape)
 
 
-@jax.jit
-def _permute_stack(stack: Stack, order: Int[Array, "l ffn"]) -> Stack:
-    new = dict(stack)
-    for path in SITES["mlp_input"].weights:
+@partial(jax.jit, static_argnames="config")
+def _permute_stack(stack: Stack, order: Int[Array, "l ffn"], config: DecoderConfig) -> Stack:
+    new, family = dict(stack), family_of(config)
+    for path in family.site("mlp_input").weights:
         new[path] = jnp.take_along_axis(new[path], order[:, None, :], -1)
-    for path in SITES["mlp_output"].weights:
+    for path in family.site("mlp_output").weights:
         new[path] = jnp.take_along_axis(new[path], order[:, :, None], -2)
     return new
 
 
 def _check_float(decoder: Decoder, verb: str) -> None:
     first = 0
-    for _, stack in _stacks(decoder):
+    for segment in decoder.segments:
+        stack = flat_params(segment)
         for path, leaf in stack.items():
             if isinstance(leaf, QTensor):
-                raise InputError(f"layers.{first}.{path} is quantized: {verb} the float model.")
+                raise InputError(f"{weight_name(first, path)} is quantized: {verb} the float model.")
         first += jax.tree.leaves(stack)[0].shape[0]
-
-
-def _stacks(decoder: Decoder) -> Iterator[tuple[Block, dict[str, Any]]]:
-    """Every segment with its parameters by name."""
-    for segment in decoder.segments:
-        yield segment, _flat(segment)
-
-
-def _flat(segment: Block) -> dict[str, Any]:
-    state = flatten_mapping(nnx.to_pure_dict(nnx.state(segment)))
-    return {".".join(map(str, path)): leaf for path, leaf in state.items()}
-
-
-def _update(segment: Block, stack: Stack) -> None:
-    nnx.update(segment, unflatten_mapping({tuple(path.split(".")): leaf for path, leaf in stack.items()}))

@@ -1,9 +1,10 @@
 """The calibration windows on their way through the blocks, and the statistics of a block's inputs."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +12,18 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
+from jquant.calibration.options import DEFAULTS, Options
+from jquant.calibration.spill import Spill, Waiting
+from jquant.calibration.token_weights import token_gradients, token_weight, weighting
+from jquant.composition import Choices, needs_of
 from jquant.errors import InputError
-from jquant.loss import all_finite, token_gradients
-from jquant.methods import Method
+from jquant.learning.objectives import all_finite
 from jquant.models.config import DecoderConfig
-from jquant.models.decoder import Block, Decoder, Taps, rotary_table
-from jquant.models.families import LLAMA, Site
-from jquant.sharding import BOTH, Devices, exchange, gather_pieces, scatter
+from jquant.models.decoder import Block, Decoder, rotary_table
+from jquant.models.families import family_of
+from jquant.parallel.mesh import BOTH, Devices, exchange, gather_pieces, scatter
 from jquant.stats import AbsMax, AbsMean, Cross, Gram
-from jquant.waiting import Spill, Waiting
 
-Choices = tuple[tuple[str, Method], ...]  # path within a block -> method; hashable
 # (kind, token weighting) -> statistic; the weighting is "uniform", "norm", a tap's name, or a path: its gradients.
 SiteStats = dict[tuple[str, str], Any]
 Stats = dict[str, SiteStats]  # by the site's tap
@@ -40,17 +42,14 @@ class Calibration:
     """Batches of windows, moved on block by block.
 
     Args:
-      decoder: float.
+      decoder: float; what lies outside its blocks is enough, unless a method takes gradients.
       layers: the methods of each layer's weights.
       tokens: calibration windows.
-      batch: windows per forward pass and device; by default `usual_batch()`.
-      inputs: whether a block reads what the quantized blocks before it produce, or what float ones do.
-      held_out: windows at the end that only "held_out" statistics see.
-      devices: the mesh over which every batch is split; None for where the decoder is.
+      options: see there.
       spill: where windows wait that are more than the host shall hold.
 
     Raises:
-      InputError: there are no tokens, or not those that the methods need, or they do not divide over the devices.
+      InputError: there are no tokens, or not those that the methods need (`check_calibration`).
     """
 
     def __init__(
@@ -58,31 +57,24 @@ class Calibration:
         decoder: Decoder,
         layers: Sequence[Choices],
         tokens: Int[np.ndarray, "n context"] | None,
-        *,
-        batch: int | None,
-        inputs: Literal["quantized", "float"],
-        held_out: int,
-        devices: Devices | None = None,
+        options: Options = DEFAULTS,
         spill: Spill | None = None,
     ):
         methods = {one for layer in layers for _, one in layer}
-        needs = frozenset[str]().union(*(one.needs for one in methods))
-        tokens = _check(needs, tokens, inputs, held_out)
-        fit, step = len(tokens) - held_out, (batch or usual_batch()) * (devices.count if devices else 1)
-        if devices:
-            devices.check_windows(fit)
-            devices.check_windows(held_out)
-        starts = [*range(0, fit, step), *range(fit, len(tokens), step)]
+        needs = needs_of(methods)
+        tokens = check_calibration(needs, tokens, options)
+        fit, devices = len(tokens) - options.held_out, options.devices
+        starts = [*range(0, fit, options.windows_per_pass), *range(fit, len(tokens), options.windows_per_pass)]
         batches = [devices.windows(one) if devices else one for one in np.split(tokens, starts[1:])]
-        self.devices = devices
-        self.config, self.inputs, self.dtype = decoder.config, inputs, decoder.embedding.get_value().dtype
+        self.devices, self.inputs = devices, options.inputs
+        self.config, self.dtype = decoder.config, decoder.embedding.get_value().dtype
         self.fit = sum(start < fit for start in starts)  # batches, from the first, that statistics are fitted to
         by_loss = any(one.token_weights == "loss" for one in methods)
         self.gradients = [token_gradients(decoder, one) if by_loss else {} for one in batches]
         self.rotary = rotary_table(decoder.config, jnp.arange(tokens.shape[1]))
         self.seen = Waiting((embed(decoder, one) for one in batches), "seen", spill)
         # What the float model reads: a second stream, where a method looks at both.
-        two = "outputs" in needs or (inputs == "quantized" and "cross" in needs)
+        two = "outputs" in needs or (options.inputs == "quantized" and "cross" in needs)
         self.exact = Waiting((embed(decoder, one) for one in batches), "exact", spill) if two else None
 
     def observe(self, block: Block, exact: Block, choices: Choices, layer: int, advance: bool = False) -> Stats:
@@ -97,13 +89,17 @@ class Calibration:
         stats = start_pieces(empty, self.devices) if self.devices else empty
         for i, x in enumerate(self.seen):
             held_out = i >= self.fit
-            gradients = {path: rows[layer] for path, rows in self.gradients[i].items()}
-            other = None if self.exact is None else (exact, self.exact[i])
+            batch = Batch(
+                x,
+                self.rotary,
+                {path: rows[layer] for path, rows in self.gradients[i].items()},
+                None if self.exact is None else (exact, self.exact[i]),
+            )
             part = {
                 tap: {key: one for key, one in site.items() if (key[0] == "held_out") == held_out}
                 for tap, site in stats.items()
             }
-            after, seen = observe_batch(block, x, self.rotary, gradients, other, part, self.devices, advance)
+            after, seen = observe_batch(block, batch, part, self.devices, advance)
             if after is not None:
                 self.seen[i] = after
             for tap, site in seen.items():
@@ -130,42 +126,31 @@ class Calibration:
         return jnp.concatenate([self.seen[i] for i in fit]), jnp.concatenate([self.exact[i] for i in fit])
 
 
-def usual_batch() -> int:
-    """Windows per forward pass and device: 8 on accelerators, 1 on CPUs.
+def check_calibration(needs: frozenset[str], tokens: np.ndarray | None, options: Options) -> np.ndarray:
+    """The calibration windows, if they are what the methods need.
 
-    There a window's activations stay in cache, and a program's buffers small enough for the C library to keep: larger
-    ones go back to the system after every pass, and come as fresh pages that cost a tenth of the time.
+    Raises:
+      InputError: there are none, or no held-out ones; inputs that leave no error to propagate; windows that do not
+        divide over the devices.
     """
-    return 1 if jax.default_backend() == "cpu" else 8
-
-
-def weighting(site: Site, path: str, chosen: Method) -> str:
-    """By what a weight's statistics count the tokens: the second half of a key of SiteStats."""
-    match chosen.token_weights:
-        case "attention":
-            return dict(site.token_weights).get(path, "uniform")
-        case "loss":
-            return path
-        case same:
-            return same
-
-
-def _check(needs: frozenset[str], tokens: np.ndarray | None, inputs: str, held_out: int) -> np.ndarray:
     if tokens is None:
         raise InputError("This method looks at activations: give it calibration tokens.")
-    if not 0 <= held_out < len(tokens):
-        raise InputError(f"held_out={held_out} of {len(tokens)} calibration windows leaves none to fit to.")
-    if "held_out" in needs and not held_out:
+    if not 0 <= options.held_out < len(tokens):
+        raise InputError(f"held_out={options.held_out} of {len(tokens)} calibration windows leaves none to fit to.")
+    if "held_out" in needs and not options.held_out:
         raise InputError("This method chooses by held-out windows: set held_out to 1 or more.")
-    if "cross" in needs and inputs == "float":
+    if "cross" in needs and options.inputs == "float":
         raise InputError('With inputs="float" there is no error to propagate: leave error_propagation at 0.')
+    if options.devices:
+        options.devices.check_windows(len(tokens) - options.held_out)
+        options.devices.check_windows(options.held_out)
     return tokens
 
 
 def no_stats(choices: Choices, config: DecoderConfig, held_out: bool) -> Stats:
     """Statistics without observations, of every kind and token weighting that the methods of a block ask for."""
     wanted: dict[str, set[tuple[str, str]]] = {}
-    for site in LLAMA.sites:
+    for site in family_of(config).sites:
         keys = wanted.setdefault(site.tap, set())
         for path, chosen in choices:
             if path in site.weights:
@@ -200,59 +185,61 @@ def forward(
     return through(block, x, rotary)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Batch:
+    """Windows before a block.
+
+    Attributes:
+      x: the residual stream, `[b, t, d]`.
+      rotary: `rotary_table` of the positions.
+      gradients: token weights by the loss's gradient, `[b, t]`, by the weight's path.
+      exact: the float block and its own stream, where a statistic looks at both; else None.
+    """
+
+    x: Any
+    rotary: Any
+    gradients: Any
+    exact: Any
+
+
 @partial(jax.jit, static_argnames=("devices", "advance"), donate_argnames="stats")
 def observe_batch(
-    block: Block,
-    x: Float[Array, "b t d"],
-    rotary: Array,
-    gradients: Mapping[str, Float[Array, "b t"]],
-    other: tuple[Block, Array] | None,
-    stats: Stats,
-    devices: Devices | None = None,
-    advance: bool = False,
+    block: Block, batch: Batch, stats: Stats, devices: Devices | None = None, advance: bool = False
 ) -> tuple[Float[Array, "b t d"] | None, Stats]:
     """The stream after the block, with `advance`, and statistics with a batch of windows added to them: one program.
 
     Args:
       block: what the windows go through.
-      x: the residual stream before it.
-      rotary: `rotary_table` of the positions.
-      gradients: token weights by the loss's gradient, by the weight's path.
-      other: the float block and its own stream, where a statistic looks at both.
+      batch: the windows.
       stats: used up; on a mesh in pieces (`start_pieces`).
       devices: the mesh over which the windows are split.
+      advance: whether the stream is asked for.
     """
     if not devices:
-        after, stats = _observe(block, x, rotary, gradients, other, stats)
+        after, stats = _observe(block, batch, stats)
         return (after if advance else None), stats
 
-    def own(block: Block, x: Array, rotary: Array, gradients: Any, other: Any, empty: Stats, pieces: Stats) -> Any:
-        after, brought = _observe(block, x, rotary, gradients, other, empty)
+    def own(block: Block, batch: Batch, empty: Stats, pieces: Stats) -> Any:
+        after, brought = _observe(block, batch, empty)
         add = lambda so_far, one: (merge(so_far, one), None)  # noqa: E731
         brought = exchange(scatter(brought, devices.count))
         so_far, _ = jax.lax.scan(add, jax.tree.map(itemgetter(0), pieces), brought)
         return (after if advance else None), jax.tree.map(lambda leaf: leaf[None], so_far)
 
     empty = _empty(stats, block.attention.config)
-    split = (False, True, False, True, None if other is None else (False, True), False, True)
-    return devices.on_each(own, split, (True if advance else None, True))(
-        block, x, rotary, gradients, other, empty, stats
+    split = Batch(True, False, True, None if batch.exact is None else (False, True))
+    return devices.on_each(own, (False, split, False, True), (True if advance else None, True))(
+        block, batch, empty, stats
     )
 
 
-def _observe(
-    block: Block,
-    x: Float[Array, "b t d"],
-    rotary: Array,
-    gradients: Mapping[str, Float[Array, "b t"]],
-    other: tuple[Block, Array] | None,
-    stats: Stats,
-) -> tuple[Float[Array, "b t d"], Stats]:
-    after, taps, _ = block(x, rotary)
-    exact = {} if other is None else other[0](other[1], rotary)[1]
+def _observe(block: Block, batch: Batch, stats: Stats) -> tuple[Float[Array, "b t d"], Stats]:
+    after, taps, _ = block(batch.x, batch.rotary)
+    exact = {} if batch.exact is None else batch.exact[0](batch.exact[1], batch.rotary)[1]
 
     def observed(tap: str, kind: str, by: str, one: Any) -> Any:
-        weight = _token_weight(taps | dict(gradients), tap, by)
+        weight = token_weight(taps | dict(batch.gradients), tap, by)
         return one.observe(taps[tap], exact[tap], weight) if kind == "cross" else one.observe(taps[tap], weight)
 
     return after, {tap: {key: observed(tap, *key, one) for key, one in site.items()} for tap, site in stats.items()}
@@ -304,11 +291,3 @@ def join_pieces(pieces: Stats, config: DecoderConfig, devices: Devices) -> Stats
     """The statistics whose pieces the devices hold, whole on every one."""
     like = jax.eval_shape(lambda: _empty(pieces, config))
     return devices.on_each(lambda pieces: gather_pieces(pieces, like), (True,), False)(pieces)
-
-
-def _token_weight(taps: Taps, tap: str, by: str) -> Float[Array, "b t"] | None:
-    if by == "uniform":
-        return None
-    if by == "norm":
-        return 1 / jnp.maximum(jnp.mean(taps[tap].astype(jnp.float32) ** 2, -1), 1e-12)
-    return taps[by]

@@ -7,13 +7,13 @@ was not interrupted.
 """
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
-from itertools import compress, islice
+from itertools import compress
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, TypedDict
 
 import jax
 import numpy as np
@@ -23,10 +23,11 @@ from flax import nnx
 from jaxtyping import Int
 
 from jquant import provenance
-from jquant.calibration import Calibration, Choices, usual_batch
+from jquant.calibration.options import DEFAULTS, Options, usual_batch
+from jquant.calibration.spill import Spill
+from jquant.composition import Method
 from jquant.data import run_hashes
 from jquant.errors import InputError
-from jquant.hosts import as_first, gather, on_first
 from jquant.io.checkpoint import (
     BLOCKS,
     MANIFEST,
@@ -35,7 +36,6 @@ from jquant.io.checkpoint import (
     TOKENIZER,
     VERSION,
     Manifest,
-    Params,
     TokenizerFacts,
     block_folder,
     check_item,
@@ -48,14 +48,16 @@ from jquant.io.checkpoint import (
     write_sealed,
 )
 from jquant.io.files import write_bytes
-from jquant.io.load import ModelFile, Progress, QuantizedFile
-from jquant.methods import Method, Plan
+from jquant.io.load import ModelFile, QuantizedFile
+from jquant.methods import Rules
 from jquant.models.decoder import Block, Decoder
-from jquant.pipeline import check_options, check_plan, flat_params, quantize_blocks, relative_error, shared
-from jquant.rotation import rotate_block, rotate_outside, rotations
-from jquant.sharding import Devices
-from jquant.transforms import Rotation
-from jquant.waiting import Spill
+from jquant.models.folding import Rotated, rotations
+from jquant.models.params import Params, flat_params, weight_name
+from jquant.parallel.processes import as_first, gather, on_first
+from jquant.pipeline.driver import calibrate, quantize_into
+from jquant.pipeline.in_memory import check_tokens_and_options
+from jquant.pipeline.plan import Plan, make_plan
+from jquant.rounding import SolveInfo
 
 LOCK = ".lock"  # held by the process that writes
 WINDOWS = ".windows"  # beside the blocks: calibration windows that wait on disk
@@ -65,51 +67,28 @@ OURS = (LOCK, WINDOWS, f".{MANIFEST}")
 def quantize_to_folder(
     source: ModelFile | QuantizedFile,
     folder: str | Path,
-    method: str | Method | Plan,
+    method: str | Method | Rules | Plan,
     tokens: Int[np.ndarray, "n context"] | None = None,
-    *,
-    batch: int | None = None,
-    inputs: Literal["quantized", "float"] = "quantized",
-    passes: int = 1,
-    held_out: int = 0,
-    devices: Devices | None = None,
+    options: Options = DEFAULTS,
     memory_gb: float | int | None = None,
-    progress: Progress | None = None,
 ) -> QuantizedFile:
     """`quantize_decoder` from disk to disk: a checkpoint that `load_model` reads.
 
     Args:
       source: the float model (`open_model`).
       folder: of the checkpoint; what an earlier call with the same arguments finished there is kept.
-      method: a name, a point in the space of methods, or a plan.
+      method: see `quantize_decoder`.
       tokens: calibration windows.
-      batch: windows per forward pass and device; by default `usual_batch()`.
-      inputs: see `quantize_decoder`.
-      passes: see `quantize_decoder`.
-      held_out: see `quantize_decoder`.
-      devices: see `quantize_decoder`; a checkpoint can be read onto others.
-      memory_gb: calibration windows over so many gigabytes, in each process, wait for their next block in files in the
+      options: see there. A checkpoint can be read onto other devices.
+      memory_gb: if calibration windows take more gigabytes than this in a process, the rest wait in files in the
         checkpoint's folder, which are removed in the end; by default all wait in the host's memory.
-      progress: called with ("quantize", blocks done, blocks in all) and the error so far.
 
     Raises:
       InputError: what `quantize_decoder` and `ModelFile` find; a method that takes gradients through the whole model
         or has a user's own format; a folder that holds something else, the beginnings of another run, or a damaged
         block, or that another process is writing; a disk that is full or can't be written.
     """
-    for _ in quantize_stream(
-        source,
-        folder,
-        method,
-        tokens,
-        batch=batch,
-        inputs=inputs,
-        passes=passes,
-        held_out=held_out,
-        devices=devices,
-        memory_gb=memory_gb,
-        progress=progress,
-    ):
+    for _ in quantize_stream(source, folder, method, tokens, options, memory_gb):
         pass
     return QuantizedFile(Path(folder))
 
@@ -117,144 +96,103 @@ def quantize_to_folder(
 def quantize_stream(
     source: ModelFile | QuantizedFile,
     folder: str | Path,
-    method: str | Method | Plan,
+    method: str | Method | Rules | Plan,
     tokens: Int[np.ndarray, "n context"] | None = None,
-    *,
-    batch: int | None = None,
-    inputs: Literal["quantized", "float"] = "quantized",
-    passes: int = 1,
-    held_out: int = 0,
-    devices: Devices | None = None,
+    options: Options = DEFAULTS,
     memory_gb: float | int | None = None,
-    progress: Progress | None = None,
 ) -> Iterator[int]:
     """`quantize_to_folder` step by step: yields each layer once its block is on disk."""
     if isinstance(source, QuantizedFile):
         raise InputError(f"{source.folder} is quantized already: quantize the float model.")
     folder = Path(folder)
-    plan = check_plan(nnx.eval_shape(lambda: Decoder(source.config, nnx.Rngs(0))), method)
-    for weight, part in _whole_model(plan):
+    plan = make_plan(nnx.eval_shape(lambda: Decoder(source.config, nnx.Rngs(0))), method)
+    _check_streams(plan)
+    check_tokens_and_options(source.config, [plan], tokens, options)
+    run = _run(source, plan, tokens, options)
+    spill = _spill(folder, memory_gb)
+    _check_ours(folder)
+    with _owned(folder):
+        _check_run(folder, run)
+        if plan.needs and spill:
+            on_first(partial(_renew, spill.folder))
+        turned = Rotated(source, rotations(source.config, **asdict(plan.rotation)) if plan.rotation else {})
+        calibration = calibrate(turned, {"": plan}, tokens, options, spill)
+        # Not before all that may be wrong with the call was found.
+        on_first(partial(_begin, folder, source, run, turned.outside(), tokens if plan.needs else None))
+        yield from quantize_into({"": _Folder(folder)}, turned, {"": plan}, calibration, options)
+        if spill:
+            on_first(partial(shutil.rmtree, spill.folder, ignore_errors=True))
+
+
+class _Folder:
+    """A checkpoint's folder as a sink of blocks (`driver.Sink`); what is there stays as it is."""
+
+    def __init__(self, folder: Path):
+        self._folder, self._file = folder, QuantizedFile(folder)
+        self._manifest = read_manifest(folder)
+        self._places = [block_folder(folder, layer) for layer in range(self._file.config.layers)]
+        self._there = as_first([place.exists() for place in self._places]).tolist()
+        for place in compress(self._places, self._there):
+            check_item(place)
+        self.report = self._file.report()
+
+    def finished(self) -> int:
+        return [*self._there, False].index(False)
+
+    def blocks(self) -> Iterator[Block]:
+        return self._file.blocks()
+
+    def take(self, layer: int, block: Block, infos: Mapping[str, SolveInfo]) -> None:
+        self.report |= {(layer, path): info for path, info in infos.items()}
+        if self._there[layer]:
+            return
+        known = lambda v: None if np.isnan(v) else v.item()  # noqa: E731 - JSON has no NaN
+        facts = {
+            "rotation": to_json(block.mlp.rotation),
+            "report": {path: jax.tree.map(known, vars(info)) for path, info in infos.items()},
+        }
+        params = gather(flat_params(block))
+        on_first(partial(_write, self._folder, self._manifest, self._places[layer], params, facts))
+
+
+def _run(source: ModelFile, plan: Plan, tokens: np.ndarray | None, options: Options) -> dict[str, Any]:
+    """What decides a checkpoint's bytes."""
+    devices = options.devices
+    return {
+        "source": source.fingerprint(),
+        "dtype": source.dtype,
+        "methods": _described(plan),
+        "calibration": None if tokens is None else provenance.array_digest(tokens),
+        "batch": options.batch or usual_batch(),
+        "inputs": options.inputs,
+        "passes": options.passes,
+        "held_out": options.held_out,
+        # Statistics are added in the windows' order whatever the mesh; split columns may round a product differently.
+        "mesh.model": devices.model if devices and plan.needs else 1,
+        "code": provenance.code_of(plan.layers, [__name__]),
+        "packages": provenance.packages(),
+    }
+
+
+def _check_streams(plan: Plan) -> None:
+    """Raises InputError for a method that needs the whole model, or has a part that a checkpoint can't hold."""
+    for weight, part in plan.whole_model():
         raise InputError(
             f"{weight}: {part} takes gradients through the whole model, which is never in memory here; quantize the "
             f"loaded model instead."
         )
     _check_formats(plan)
-    needs = any(chosen.needs for layer in plan for _, chosen in layer)
-    check_options(source.config, plan, tokens, batch, inputs, passes, held_out)
-    run = {
-        "source": source.fingerprint(),
-        "dtype": source.dtype,
-        "methods": _told(plan),
-        "calibration": None if tokens is None else provenance.array_digest(tokens),
-        "batch": batch or usual_batch(),
-        "inputs": inputs,
-        "passes": passes,
-        "held_out": held_out,
-        # Statistics are added in the windows' order whatever the mesh; split columns may round a product differently.
-        "mesh.model": devices.model if devices and needs else 1,
-        "code": provenance.code_of(plan, [__name__]),
-        "packages": provenance.packages(),
-    }
-    spill = _spill(folder, memory_gb)
-    _check_ours(folder)
-    with _owned(folder):
-        _check_run(folder, run)
-        rotation = shared(plan, "rotation", None)
-        turns = rotations(source.config, **asdict(rotation)) if rotation else {}
-        outside = rotate_outside(source.outside(), turns)
-        calibration = None
-        if needs:
-            if spill:
-                on_first(partial(_renew, spill.folder))
-            calibration = Calibration(
-                outside, plan, tokens, batch=batch, inputs=inputs, held_out=held_out, devices=devices, spill=spill
-            )
-        # Not before all that may be wrong with the call was found.
-        on_first(partial(_begin, folder, source, run, outside, tokens if needs else None))
-        del outside
-        yield from _quantize_missing(source, folder, plan, turns, calibration, passes, devices, progress)
-        if spill:
-            on_first(partial(shutil.rmtree, spill.folder, ignore_errors=True))
 
 
-def _quantize_missing(
-    source: ModelFile,
-    folder: Path,
-    plan: list[Choices],
-    turns: dict[str, Rotation],
-    calibration: Calibration | None,
-    passes: int,
-    devices: Devices | None,
-    progress: Progress | None,
-) -> Iterator[int]:
-    """Quantizes and writes the blocks from the first missing one on; yields each layer once it is on disk."""
-
-    def blocks(first: int) -> Iterator[Block]:
-        for block in source.blocks(first):
-            yield rotate_block(block, turns) if turns else block
-
-    manifest, layers = read_manifest(folder), source.config.layers
-    places = [block_folder(folder, layer) for layer in range(layers)]
-    there = as_first([place.exists() for place in places]).tolist()
-    for place in compress(places, there):
-        check_item(place)
-    report = QuantizedFile(folder).report()
-    first = [*there, False].index(False)
-    if calibration and first < layers:
-        _catch_up(calibration, blocks, folder, first)
-    steps = quantize_blocks(blocks(first), {"": plan}, calibration, passes=passes, first=first, devices=devices)
-    for layer, results in enumerate(steps, first):
-        quantized, infos = results[""]
-        report |= {(layer, name): info for name, info in infos.items()}
-        if not there[layer]:
-            known = lambda v: None if np.isnan(v) else v.item()  # noqa: E731 - JSON has no NaN
-            facts = {
-                "rotation": to_json(quantized.mlp.rotation),
-                "report": {name: jax.tree.map(known, vars(info)) for name, info in infos.items()},
-            }
-            on_first(partial(_write, folder, manifest, places[layer], gather(flat_params(quantized)), facts))
-        if progress:
-            progress("quantize", layer + 1, layers, error=relative_error([report]))
-        yield layer
-
-
-def _catch_up(calibration: Calibration, blocks: Callable[[int], Iterator[Block]], folder: Path, count: int) -> None:
-    """Leads the windows through the blocks that an earlier process finished."""
-    whole = calibration.devices.place if calibration.devices else lambda tree: tree
-    if calibration.exact is not None:
-        for block in islice(blocks(0), count):
-            calibration.advance_exact(whole(block))
-    readers = blocks(0) if calibration.inputs == "float" else QuantizedFile(folder).blocks()
-    for block in islice(readers, count):
-        calibration.advance(whole(block))
-
-
-def streams(plan: list[Choices]) -> bool:
-    """Whether nothing in the methods of the weights (`check_plan`) needs the whole model in memory."""
-    return next(_whole_model(plan), None) is None
-
-
-def _whole_model(plan: list[Choices]) -> Iterator[tuple[str, str]]:
-    """Weights and, of their methods, what takes gradients through the whole model."""
-    for layer, choices in enumerate(plan):
-        for path, chosen in choices:
-            whole = {
-                "token_weights='loss'": chosen.token_weights == "loss",
-                "LossSearch": "clips" in chosen.needs,
-                "Tuning with target='model'": any(stage.target == "model" for stage in chosen.tuning),
-            }
-            yield from ((f"layers.{layer}.{path}", part) for part, wanted in whole.items() if wanted)
-
-
-def _check_formats(plan: list[Choices]) -> None:
+def _check_formats(plan: Plan) -> None:
     """Raises InputError for a method with a part of a user's own that a checkpoint would have to hold."""
-    for layer, choices in enumerate(plan):
-        for path, chosen in choices:
+    for layer, choices in enumerate(plan.layers):
+        for path, method in choices:
             try:
-                to_json(chosen.format)
-                to_json(chosen.activation)
+                to_json(method.format)
+                to_json(method.activation)
             except InputError as wrong:
-                raise InputError(f"layers.{layer}.{path}: {wrong}; quantize the loaded model instead.") from None
+                raise InputError(f"{weight_name(layer, path)}: {wrong}; quantize the loaded model instead.") from None
 
 
 def _check_ours(folder: Path) -> None:
@@ -361,26 +299,26 @@ def _write(folder: Path, manifest: Manifest, place: Path, params: Params, facts:
     write_item(place, params, facts)
 
 
-class Told(TypedDict):
+class Described(TypedDict):
     """A method's description, and the weights that have it."""
 
     method: dict[str, Any]
     weights: list[str]
 
 
-def _told(plan: list[Choices]) -> list[Told]:
+def _described(plan: Plan) -> list[Described]:
     """The methods, and which weights have each."""
     weights: dict[Method, list[str]] = {}
-    for layer, choices in enumerate(plan):
-        for path, chosen in choices:
-            weights.setdefault(chosen, []).append(f"{layer}.{path}")
-    return [{"method": provenance.describe(chosen), "weights": its} for chosen, its in weights.items()]
+    for layer, choices in enumerate(plan.layers):
+        for path, method in choices:
+            weights.setdefault(method, []).append(weight_name(layer, path))
+    return [{"method": provenance.describe(method), "weights": names} for method, names in weights.items()]
 
 
 def _changes(key: str, earlier: Any, now: Any) -> str:
     """What of a run is another, three differences at most."""
-    if key == "methods" and fits(earlier, list[Told]):
-        earlier, now = ({name: one["method"] for one in told for name in one["weights"]} for told in (earlier, now))
+    if key == "methods" and fits(earlier, list[Described]):
+        earlier, now = ({name: one["method"] for one in run for name in one["weights"]} for run in (earlier, now))
         names = dict.fromkeys([*earlier, *now])
         lines = [line for name in names for line in provenance.differences(earlier.get(name), now.get(name))]
     else:

@@ -21,13 +21,13 @@ from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 from jax import Array
 from jaxtyping import Float, Int
 
+from jquant.composition import Tuning
 from jquant.data import check_tokens
 from jquant.errors import InputError
 from jquant.formats import block_shape, expand, pack, unpack
-from jquant.io.load import Progress
-from jquant.loss import all_finite
-from jquant.methods import Tuning
+from jquant.learning.objectives import all_finite
 from jquant.models.decoder import Block, Decoder
+from jquant.progress import Progress
 from jquant.qtensor import QTensor, stored_grid
 from jquant.rounding.limits import check_scales
 

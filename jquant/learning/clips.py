@@ -1,4 +1,4 @@
-"""What the calibration cross-entropy says about tokens and ranges, by gradients through the whole decoder."""
+"""Ranges learned on the calibration cross-entropy, by gradients through the whole decoder."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 from jax import Array
 from jaxtyping import Float, Int
 
+from jquant.composition import Choices, Method
 from jquant.errors import InputError
-from jquant.methods import Method
-from jquant.models.decoder import Decoder, rotary_table
+from jquant.learning.objectives import all_finite, next_token_loss
+from jquant.models.decoder import Decoder
 from jquant.ranges import LossSearch
 from jquant.ranges.loss import clip_gradient, clipped, rounded
 
-Choices = tuple[tuple[str, Method], ...]
 Kernels = dict[tuple[Any, ...], Array]
 
 
@@ -30,8 +30,8 @@ def learn_clips(
     """Factors on the scales of every weight whose range is a `LossSearch`, learned together (see there for the cost).
 
     Args:
-      decoder: float, all of it (which `check_plan` makes sure of).
-      layers: the methods of each layer's weights, as `pipeline.check_plan` gives them.
+      decoder: float, all of it.
+      layers: the methods of each layer's weights, as `pipeline.plan.Plan` has them.
       tokens: calibration windows.
 
     Returns:
@@ -63,80 +63,6 @@ def learn_clips(
         for index, layer in enumerate(part.layers):
             learned[layer][part.path] = jnp.exp(log[index])
     return learned
-
-
-@jax.jit
-def all_finite(tree: Any) -> Array:
-    """Whether every number of a tree's arrays is finite."""
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
-
-
-def token_gradients(decoder: Decoder, tokens: Int[np.ndarray, "b t"]) -> dict[str, Float[np.ndarray, "layers b t"]]:
-    """Squared norm of the cross-entropy's gradient at each projection's output, token by token.
-
-    To second order, an error Δ in a weight costs Σₜ (gₜᵀ Δᵀ xₜ)², g the gradient at its output; with g's direction
-    averaged out that is Σₜ ‖gₜ‖² ‖Δᵀ xₜ‖²: a Gram matrix whose tokens count ‖gₜ‖² (GuidedQuant, arXiv 2505.07004).
-
-    Cost: a forward pass, and a forward and a backward pass block by block, so that only one block's activations live.
-    """
-    norms = _token_gradients(*nnx.split(decoder), tokens)
-    return {path: np.concatenate([np.asarray(part[path]) for part in norms]) for path in norms[0]}
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class _Probed:
-    """A kernel whose product has a probe added, at 0: the gradient there is the one at the projection's output."""
-
-    kernel: Any
-    probe: Any
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.kernel.shape
-
-    def __rmatmul__(self, x: Array) -> Array:
-        return x @ self.kernel + self.probe
-
-
-@partial(jax.jit, static_argnums=0)
-def _token_gradients(graph: Any, state: Any, tokens: Int[Array, "b t"]) -> list[dict[str, Array]]:
-    decoder = nnx.merge(graph, state)
-    rotary = rotary_table(decoder.config, jnp.arange(tokens.shape[1]))
-    x, runs = decoder.embed(tokens), []
-    for segment in decoder.segments:
-        definition, stack = nnx.split(segment)
-
-        def forward(x: Array, params: Any, definition: Any = definition) -> tuple[Array, Array]:
-            return nnx.merge(definition, params)(x, rotary)[0], x
-
-        x, inputs = jax.lax.scan(forward, x, stack)
-        runs.append((definition, stack, inputs))
-
-    def head(x: Array) -> Array:
-        return _next_token_loss(decoder.logits(decoder.norm(x)), tokens)
-
-    slope, norms = jax.grad(head)(x), []
-    for definition, stack, inputs in reversed(runs):
-
-        def backward(slope: Array, layer: Any, definition: Any = definition) -> tuple[Array, dict[str, Array]]:
-            params, x = layer
-            params = flatten_mapping(nnx.to_pure_dict(params))
-            kernels = {path: leaf for path, leaf in params.items() if path[-1] == "kernel"}
-
-            def block(x: Array, probes: dict[Any, Array]) -> Array:
-                probed = {path: _Probed(kernel, probes[path]) for path, kernel in kernels.items()}
-                return nnx.merge(definition, nnx.State(unflatten_mapping(params | probed)))(x, rotary)[0]
-
-            probes = {path: jnp.zeros((*x.shape[:2], kernel.shape[-1]), x.dtype) for path, kernel in kernels.items()}
-            slope, at_outputs = jax.vjp(block, x, probes)[1](slope)
-            return slope, {
-                ".".join(map(str, path)): jnp.sum(g.astype(jnp.float32) ** 2, -1) for path, g in at_outputs.items()
-            }
-
-        slope, found = jax.lax.scan(backward, slope, (stack, inputs), reverse=True)
-        norms.insert(0, found)
-    return norms
 
 
 @dataclass(frozen=True)
@@ -211,12 +137,7 @@ def _map(function: Callable[..., Array], *stacks: Any) -> Array:
 
 def _cross_entropy(graph: Any, kernels: Kernels, rest: Any, tokens: Int[Array, "b t"]) -> Array:
     decoder = nnx.merge(graph, nnx.State(unflatten_mapping(kernels)), rest)
-    return _next_token_loss(decoder(tokens), tokens)
-
-
-def _next_token_loss(logits: Float[Array, "b t vocab"], tokens: Int[Array, "b t"]) -> Float[Array, ""]:
-    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32)), tokens[:, 1:, None], -1)
-    return -jnp.mean(chosen)
+    return next_token_loss(decoder(tokens), tokens)
 
 
 def _is_projection(path: tuple[Any, ...], _: Any) -> bool:

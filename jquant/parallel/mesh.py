@@ -23,9 +23,9 @@ from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jquant.composition import Method
 from jquant.errors import InputError
 from jquant.formats import Format, block_shape
-from jquant.methods import Method
 
 DATA, MODEL = "data", "model"
 BOTH = (DATA, MODEL)

@@ -1,0 +1,150 @@
+"""The tables of README.md and docs/, written from result files.
+
+    python docs/tables.py            # writes them (make docs)
+    python docs/tables.py --check    # names those that disagree with their files (make lint); status 1 if there are any
+
+A table stands between two comments. The first one describes it:
+
+    <!-- table: experiments/results/ranges/table.jsonl width=4
+    method: {method}
+    perplexity: {perplexity:.3f}
+    rtn-4 = min-max
+    -->
+    <!-- end -->
+
+The first line names a file of JSON lines. What follows filters its rows: `width=4` keeps those whose width is 4;
+`rows=against_qwix.rows` takes rows from that place in each line (default: "rows", else the line itself). Then comes a
+line a column: its heading and a format string over the row. `value = text` renames a value of the first column; with
+such lines the table holds only the rows they name, in their order. The text may hold further cells, say other tools'
+figures (`rtn-4 = min-max | 31.5`), and the first heading then theirs. With `across` (a format string), the table has a
+column for each of its values, filled by the format string `cell`.
+"""
+
+import json
+import re
+import string
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.special import stdtrit
+
+Row = dict[str, Any]
+
+ROOT = Path(__file__).parents[1]
+TABLE = re.compile(r"(<!-- table: (.*?)-->\n)(.*?)(<!-- end -->)", re.DOTALL)
+BASELINE = "gptq"  # what `{change}` compares a row with, at the row's own width and on its own text
+
+
+def main(check: bool) -> int:
+    """Writes, or only checks, the tables of all pages; the exit status."""
+    wrong = []
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        text = page.read_text(encoding="utf-8")
+        if text.count("<!-- table:") != len(TABLE.findall(text)):
+            wrong.append(f"{page.relative_to(ROOT)}: a table has no <!-- end -->")
+        current = TABLE.sub(lambda found: f"{found[1]}\n{table(found[2])}\n{found[4]}", text)
+        if current != text and check:
+            wrong += [f"{page.relative_to(ROOT)}: {name} (make docs)" for name in stale(text)]
+        elif current != text:
+            page.write_text(current, encoding="utf-8")
+    print(*wrong, sep="\n", end="\n" * bool(wrong), file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def stale(text: str) -> list[str]:
+    """The files whose tables in a page's text are not what they hold."""
+    found = TABLE.finditer(text)
+    return [match[2].split()[0] for match in found if match[3] != f"\n{table(match[2])}\n"]
+
+
+def table(description: str) -> str:
+    """The Markdown table that a description asks for."""
+    source, *lines = description.strip().splitlines()
+    file, *filters = source.split()
+    columns = dict(line.split(": ", 1) for line in lines if ": " in line)
+    names = dict(line.split(" = ", 1) for line in lines if " = " in line)
+    conditions = dict(condition.split("=", 1) for condition in filters)
+    rows = read(ROOT / file, conditions.pop("rows", "rows"))
+    rows = [row for row in rows if all(str(row[key]) == value for key, value in conditions.items())]
+    key = next(iter(columns))
+    cells: dict[str, list[Row]] = {}
+    for row in rows:
+        cells.setdefault(filled(columns[key], row), []).append(row)
+    if names:
+        cells = {value: cells[value] for value in names}
+    if "across" in columns:
+        headings = list(dict.fromkeys(filled(columns["across"], row) for row in rows))
+        body = [[value, *across(columns, headings, its)] for value, its in cells.items()]
+    else:
+        headings = list(columns)[1:]
+        body = [[value, *(filled(columns[name], row) for name in headings)] for value in cells for row in cells[value]]
+    heading = " | ".join([key, *headings])
+    lines = [" | ".join([names.get(value, value), *rest]) for value, *rest in body]
+    return "".join(f"| {line} |\n" for line in (heading, "---" + " | ---:" * heading.count(" | "), *lines))
+
+
+def across(columns: dict[str, str], headings: list[str], rows: list[Row]) -> list[str]:
+    """One line of a table that has a column for each value of `across`."""
+    by_heading = {filled(columns["across"], row): filled(columns["cell"], row) for row in rows}
+    return [by_heading.get(heading, "") for heading in headings]
+
+
+class Blank(string.Formatter):
+    """Python's format strings, but that None is nothing."""
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        """See string.Formatter."""
+        return "" if value is None else super().format_field(value, format_spec)
+
+
+def filled(form: str, row: Row) -> str:
+    """A format string with a row's values."""
+    return Blank().vformat(form, (), row).strip()
+
+
+def read(path: Path, place: str) -> list[Row]:
+    """The rows of a results file; those with a perplexity also have `name`, `width`, `text`, `steps` and `change`."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    measured = [line for line in lines if {"method", "protocol", "config"} <= line.keys()]
+    for line in measured:
+        name, _, width = line["method"].rpartition("-")
+        line["name"] = name if width.isdecimal() else line["method"]
+        line["width"] = int(width) if width.isdecimal() else line["config"]["bits"]
+        line["text"] = Path(line["protocol"]["data"]).name
+        line["steps"] = "".join(re.findall(r"Search\(.*?steps=(\d+)", line["composition"]))
+    for line in measured:
+        line["change"] = change(line, measured)
+    return [row for line in lines for row in inside(line, place)]
+
+
+def inside(line: Row, place: str) -> list[Row]:
+    """The rows that a line holds at a place, each with what the line says of all."""
+    found: Any = line
+    for key in place.split("."):
+        found = (found or {}).get(key)
+    if isinstance(found, dict):
+        found = [{"name": name} | row for name, row in found.items()]
+    machine = line["device"].partition("host ")[2].partition(",")[0]
+    return [line | {"machine": machine} | row for row in found or [{}] * (place == "rows")]
+
+
+def change(row: Row, rows: list[Row]) -> str:
+    """The change of the perplexity against the baseline, percent, with its 95 % interval, paired by window.
+
+    As `experiments.tables.paired_change`, which a test compares it with. Importing that would import jax.
+    """
+    same = ("width", "text")
+    base = [other for other in rows if other["name"] == BASELINE and all(other[key] == row[key] for key in same)]
+    if not base or base[0] is row or not row.get("window_nll") or row["composition"] == "None":
+        return ""
+    difference = np.subtract(row["window_nll"], base[0]["window_nll"])
+    n, mean = len(difference), difference.mean()
+    half = stdtrit(n - 1, 0.975) * difference.std(ddof=1) / n**0.5
+    middle, low, high = (float(100 * np.expm1(mean + shift)) for shift in (0, -half, half))
+    return f"{middle:+,.1f} [{low:+,.1f}, {high:+,.1f}]"
+
+
+if __name__ == "__main__":
+    sys.exit(main("--check" in sys.argv[1:]))

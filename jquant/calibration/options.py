@@ -1,0 +1,62 @@
+"""How blocks are led through calibration and rounding."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+
+from jquant.data import check_whole
+from jquant.errors import InputError
+from jquant.parallel.mesh import Devices
+from jquant.progress import Progress
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `quantize_decoder` and `quantize_to_folder` can be told beside method and tokens.
+
+    Attributes:
+      inputs: whether a block is fitted to what the quantized blocks before it produce, or to what float ones do.
+      passes: how often a block is rounded. From the second time on, its projections are fitted to the inputs that its
+        own quantized projections produce.
+      held_out: windows at the end of the tokens that nothing is fitted to: `SolveInfo` has the error on them, and GPTQ
+        may choose its damping by it.
+      batch: windows per forward pass and device; None for `usual_batch()`.
+      devices: the mesh to compute on: windows are split over one axis, weights' columns over the other; None for where
+        the decoder is.
+      progress: called with ("quantize", blocks done, blocks in all) and the error so far, the share of their outputs'
+        energy that projections lose, averaged; and with ("tune", steps done, steps in all) and the loss.
+
+    Raises:
+      InputError: an option out of range.
+    """
+
+    inputs: Literal["quantized", "float"] = "quantized"
+    passes: int = 1
+    held_out: int = 0
+    batch: int | None = None
+    devices: Devices | None = None
+    progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        if self.inputs not in ("quantized", "float"):
+            raise InputError(f'Blocks take inputs="quantized" or "float", not {self.inputs!r}.')
+        check_whole(1, passes=self.passes, batch=1 if self.batch is None else self.batch)
+        check_whole(0, held_out=self.held_out)
+
+    @property
+    def windows_per_pass(self) -> int:
+        """Windows in one forward pass, on all devices together."""
+        return (self.batch or usual_batch()) * (self.devices.count if self.devices else 1)
+
+
+def usual_batch() -> int:
+    """Windows per forward pass and device: 8 on accelerators, 1 on CPUs.
+
+    There a window's activations stay in cache, and a program's buffers small enough for the C library to keep: larger
+    ones go back to the system after every pass, and come as fresh pages that cost a tenth of the time.
+    """
+    return 1 if jax.default_backend() == "cpu" else 8
+
+
+DEFAULTS = Options()

@@ -1,0 +1,31 @@
+"""A module's parameters by name, e.g. "attention.q.kernel"; and back."""
+
+from typing import Any, TypeVar
+
+from flax import nnx
+from flax.nnx.traversals import flatten_mapping, unflatten_mapping
+
+Params = dict[str, Any]  # name -> Array, QTensor or shape
+Module = TypeVar("Module", bound=nnx.Module)
+
+
+def flat_params(module: Any) -> Params:
+    """The parameters of a module, or of its state, by name."""
+    state = module if isinstance(module, nnx.State) else nnx.state(module)
+    return {".".join(map(str, path)): leaf for path, leaf in flatten_mapping(nnx.to_pure_dict(state)).items()}
+
+
+def to_state(params: Params) -> Any:
+    """Parameters by name as a state that `nnx.merge` and `nnx.update` take."""
+    paths = {tuple(int(key) if key.isdecimal() else key for key in name.split(".")): name for name in params}
+    return nnx.State(unflatten_mapping({path: params[name] for path, name in paths.items()}))
+
+
+def with_params(module: Module, params: Params) -> Module:
+    """A copy of a module in which some parameters, or all, are others; the rest is shared with it."""
+    return nnx.merge(nnx.graphdef(module), to_state(flat_params(module) | params))
+
+
+def weight_name(layer: int, path: str) -> str:
+    """A block's parameter as errors, plans and reports name it, e.g. "layers.3.attention.q.kernel"."""
+    return f"layers.{layer}.{path}"

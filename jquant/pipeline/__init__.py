@@ -1,0 +1,1 @@
+"""A decoder quantized block by block, in memory or from disk to disk."""

@@ -1,0 +1,171 @@
+"""What is done to each weight of a decoder: worked out once, before any work, and read by everything after."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from operator import itemgetter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jquant.composition import Choices, Method, Tuning, needs_of
+from jquant.errors import InputError
+from jquant.formats import block_shape
+from jquant.methods import Rules, assign
+from jquant.models.decoder import Decoder
+from jquant.models.families import Family, family_of
+from jquant.models.params import Params, flat_params, weight_name
+from jquant.qtensor import QTensor
+from jquant.transforms import Hadamard
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The methods of every layer's weights.
+
+    Attributes:
+      layers: of each layer, the path within the block and the method of every weight that is quantized.
+    """
+
+    layers: tuple[Choices, ...]
+
+    @cached_property
+    def methods(self) -> tuple[Method, ...]:
+        """The different methods."""
+        return tuple(dict.fromkeys(method for layer in self.layers for _, method in layer))
+
+    @cached_property
+    def needs(self) -> frozenset[str]:
+        """What calibration must bring (`Method.needs`)."""
+        return needs_of(self.methods)
+
+    @cached_property
+    def observes(self) -> tuple[bool, ...]:
+        """Of each layer, whether calibration windows must reach it."""
+        return tuple(bool(needs_of(method for _, method in layer) - {"text"}) for layer in self.layers)
+
+    @property
+    def rotation(self) -> Hadamard | None:
+        """How the decoder is rotated before; one for all weights."""
+        return self.methods[0].rotation if self.methods else None
+
+    def tuning(self, target: str) -> list[Tuning]:
+        """The stages of learning after rounding, of each block or of the model; the same for all weights."""
+        return [stage for stage in self.methods[0].tuning if stage.target == target] if self.methods else []
+
+    def whole_model(self) -> Iterator[tuple[str, str]]:
+        """Weights and, of their methods, what takes gradients through the whole model."""
+        for layer, choices in enumerate(self.layers):
+            for path, method in choices:
+                parts = {
+                    "token_weights='loss'": method.token_weights == "loss",
+                    "LossSearch": "clips" in method.needs,
+                    "Tuning with target='model'": any(stage.target == "model" for stage in method.tuning),
+                }
+                yield from ((weight_name(layer, path), part) for part, there in parts.items() if there)
+
+    @property
+    def streams(self) -> bool:
+        """Whether nothing in it needs the whole model in memory."""
+        return next(self.whole_model(), None) is None
+
+
+def joined(plans: Iterable[Plan]) -> Plan:
+    """What statistics must serve that several plans share: every weight's methods, each once."""
+    layers = zip(*(plan.layers for plan in plans), strict=True)
+    return Plan(tuple(tuple(dict.fromkeys(choice for choices in layer for choice in choices)) for layer in layers))
+
+
+def make_plan(decoder: Decoder, method: "str | Method | Rules | Plan") -> Plan:
+    """Finds out before any work whether a method, or rules, suit a decoder.
+
+    Args:
+      decoder: float; its arrays may be abstract, as of a model on disk.
+      method: a name, a `Method`, or rules; a `Plan` was made here before and is given back.
+
+    Raises:
+      InputError: no method or rules (`methods.complete`); a rule that names no weight; a weight smaller than its
+        method's groups, or with NaN or infinite values; a decoder that is quantized already; projections that read one
+        input and do not share a transform; a transform with a range that is learned before it; methods that do not
+        share tuning or rotation.
+    """
+    if isinstance(method, Plan):
+        return method
+    family = family_of(decoder.config)
+    names = [weight_name(layer, path) for layer in range(decoder.config.layers) for path in family.weights]
+    methods = assign(method, names)
+    rotated = [
+        segment.mlp.rotation is not None
+        for segment in decoder.segments
+        for _ in range(segment.mlp.down.kernel.get_value().shape[0])
+    ]
+    layers = []
+    for layer, params in enumerate(_shapes(decoder)):
+        choices = {path: methods[weight_name(layer, path)] for path in family.weights}
+        for path, chosen in choices.items():
+            _check_weight(weight_name(layer, path), params[path], chosen)
+        layers.append(tuple((path, chosen) for path, chosen in choices.items() if chosen is not None))
+        _check_layer(layer, dict(layers[-1]), family, rotated[layer])
+    plan = Plan(tuple(layers))
+    if len({method.tuning for method in plan.methods}) > 1:
+        raise InputError("A plan's weights are tuned together: give its methods the same tuning.")
+    if len({method.rotation for method in plan.methods}) > 1:
+        raise InputError("A plan's weights are rotated together: give its methods the same rotation.")
+    if isinstance(decoder.embedding.get_value(), Array):  # and not abstract, its blocks still on disk
+        _check_finite(decoder, plan.layers)
+    return plan
+
+
+def _check_weight(name: str, weight: jax.ShapeDtypeStruct | QTensor, method: Method | None) -> None:
+    if isinstance(weight, QTensor):
+        raise InputError(f"{name} is quantized already: quantize the float model.")
+    if method is None:
+        return
+    if method.transform is not None and "clips" in method.needs:
+        raise InputError(f"{name}: LossSearch learns on untransformed weights; leave one out.")
+    try:
+        block_shape(method.format, weight.shape)
+    except InputError as wrong:
+        raise InputError(f"{name}: {wrong}") from None
+
+
+def _check_layer(layer: int, methods: dict[str, Method], family: Family, rotated: bool) -> None:
+    for site in family.sites:
+        if len({method.transform for path, method in methods.items() if path in site.weights}) > 1:
+            readers = ", ".join(site.weights)
+            raise InputError(f"layers.{layer}: {readers} read one input, so they must share a transform.")
+    if (down := methods.get("mlp.down.kernel")) is None or down.transform is None:
+        return
+    if rotated or (down.rotation is not None and down.rotation.mlp):
+        raise InputError(
+            f"layers.{layer}.mlp.down.kernel reads rotated inputs, so no scale folds into mlp.up: leave its "
+            f"transform out, or rotate with mlp=False."
+        )
+
+
+def _check_finite(decoder: Decoder, layers: Sequence[Choices]) -> None:
+    """Raises InputError for a weight to be quantized that holds NaN or infinite values."""
+    first = 0
+    for segment in decoder.segments:
+        stack = flat_params(segment)
+        for path, finite in jax.device_get(_finite(stack)).items():
+            for layer in map(int, first + np.flatnonzero(~finite)):
+                if path in dict(layers[layer]):
+                    raise InputError(f"{weight_name(layer, path)} holds NaN or infinite values.")
+        first += jax.tree.leaves(stack)[0].shape[0]
+
+
+@jax.jit
+def _finite(stack: Params) -> dict[str, Array]:
+    """Of each stacked parameter, which layers' values are all finite."""
+    return {path: jnp.all(jnp.isfinite(leaf), tuple(range(1, leaf.ndim))) for path, leaf in stack.items()}
+
+
+def _shapes(decoder: Decoder) -> Iterator[Params]:
+    """Every layer's parameters as shapes."""
+    for segment in decoder.segments:
+        stack = flat_params(segment)
+        one = jax.eval_shape(lambda stack: jax.tree.map(itemgetter(0), stack), stack)
+        yield from [one] * jax.tree.leaves(stack)[0].shape[0]

@@ -1,0 +1,96 @@
+"""Rows of results: read from a file, told apart, and with the intervals of their perplexities."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from scipy.special import stdtrit
+
+Row = dict[str, Any]
+Ends = tuple[float, float]  # of an interval
+
+FLOAT = "fp32"  # the method that leaves the model as it is
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file of JSON lines.
+
+    Raises:
+      ValueError: the file can't be read, has no rows, or has a line that is no JSON object of finite numbers.
+    """
+    try:
+        # Not splitlines(), which cuts at characters that may stand in a text.
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line]
+        rows = [json.loads(line, parse_constant=_refuse) for line in lines]
+    except (OSError, ValueError, RecursionError) as wrong:
+        raise ValueError(f"{path} can't be read ({wrong}).") from None
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path} has no rows: it takes one JSON object a line.")
+    return rows
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no finite number")
+
+
+def is_float(row: Row) -> bool:
+    """Whether the row is the float model that the others are compared with."""
+    return row["method"] == FLOAT and not row.get("stored")
+
+
+def by_text(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of each text that was evaluated."""
+    texts = dict.fromkeys(row["protocol"]["data"] for row in rows)
+    return {text: [row for row in rows if row["protocol"]["data"] == text] for text in texts}
+
+
+def mean_and_half(values: Any) -> tuple[float, float]:
+    """The mean of `[n]` values and half its 95 % interval: Student's t, n - 1 degrees of freedom; NaN for one value."""
+    n = len(values)
+    half = stdtrit(n - 1, 0.975) * np.std(values, ddof=1) / n**0.5 if n > 1 else np.nan
+    return float(np.mean(values)), float(half)
+
+
+def intervals(rows: Sequence[Row]) -> tuple[str, list[Ends | None]]:
+    """What the perplexities' intervals are, in words, and the ends of each row's; None where it has none.
+
+    Windows differ much more than methods do. Where all rows hold the likelihoods of the same windows, intervals are
+    therefore those of the change from the float model, paired by window; elsewhere they are standard errors.
+    """
+    base = next(filter(is_float, rows), None)
+    if base and all(row.get("window_nll") and _windows(row) == _windows(base) for row in rows):
+        halves = [mean_and_half(np.subtract(row["window_nll"], base["window_nll"]))[1] for row in rows]
+        pairs = [(row["perplexity"], float(np.exp(half))) for row, half in zip(rows, halves, strict=True)]
+        ends = [(at / factor, at * factor) if factor > 1 else None for at, factor in pairs]
+        return "95 % interval of the change from the float model, paired by window", ends
+    pairs = [(row["perplexity"], row.get("perplexity_stderr")) for row in rows]
+    return "± one standard error", [(at - error, at + error) if error else None for at, error in pairs]
+
+
+def _windows(row: Row) -> tuple[Any, int]:
+    return row["protocol"].get("evaluation_sha256"), len(row["window_nll"])
+
+
+def command(draw: Callable[[list[Row], Path], list[Path]], name: str) -> None:
+    """A figure's command line: draws the rows of a file, or of the file `name` in a folder, and writes beside them.
+
+    Ends with status 2 and one sentence where there is nothing to draw.
+    """
+    try:
+        if len(sys.argv) != 2:
+            raise ValueError("give one folder of results, or its file of rows.")
+        path = Path(sys.argv[1])
+        path = path / name if path.is_dir() else path
+        rows = read_rows(path)
+        try:
+            print(*draw(rows, path.parent))
+        except KeyError as missing:
+            raise ValueError(f"{path} has a row without {missing}: the figure is drawn from {name}.") from None
+        except (IndexError, TypeError, ValueError, AttributeError, OSError) as wrong:
+            raise ValueError(f"{path} can't be drawn ({wrong}).") from None
+    except ValueError as wrong:
+        print(f"error: {' '.join(str(wrong).split())}", file=sys.stderr)
+        sys.exit(2)
