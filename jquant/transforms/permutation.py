@@ -3,7 +3,7 @@
 A group's step follows its largest weight, so one large row costs the small rows beside it their precision. Sorted rows
 share their group with their equals. With the activations' magnitudes as keys this is GPTQ's act-order
 (arXiv 2210.17323, the authors' code) with groups that follow the order, at no cost when the model runs.
-`jquant.models.folding.permute_mlp` folds an order into a decoder.
+`jquant.permute_mlp` folds an order into a decoder.
 """
 
 import jax.numpy as jnp
