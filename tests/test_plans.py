@@ -1,5 +1,7 @@
 """Plans: which weight gets which method, what is refused before any work, and segments of unlike layers."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -119,6 +121,13 @@ def test_projections_that_read_one_input_must_share_a_transform(decoder):
     # Other sites and other layers may differ, and so may the rest of the method.
     other = Method(NF4(16), rounding=GPTQ(), transform=AWQ(steps=2))
     make_plan(decoder, [("attention.[qk]", awq), ("attention.v", other), (r"layers\.0\.mlp", awq), ("mlp", RTN)])
+
+
+def test_a_plan_of_another_number_of_layers_is_refused(decoder):
+    plan = make_plan(decoder, RTN)
+    assert make_plan(decoder, plan) is plan
+    with refused("2 layers", "has 3"):
+        make_plan(decoder, replace(plan, layers=plan.layers[:2]))
 
 
 @pytest.mark.parametrize("format", [Int(4, 40), NF4(64), Int(4, (16, 32)), MXFP4])

@@ -83,15 +83,17 @@ def make_plan(decoder: Decoder, method: "str | Method | Rules | Plan") -> Plan:
 
     Args:
       decoder: float; its arrays may be abstract, as of a model on disk.
-      method: a name, a `Method`, or rules; a `Plan` was made here before and is given back.
+      method: a name, a `Method`, or rules; a `Plan` that was made of the same decoder is given back.
 
     Raises:
       InputError: no method or rules (`methods.complete`); a rule that names no weight; a weight smaller than its
         method's groups, or with NaN or infinite values; a decoder that is quantized already; projections that read one
         input and do not share a transform; a transform with a range that is learned before it; methods that do not
-        share tuning or rotation.
+        share tuning or rotation; a plan of another number of layers.
     """
     if isinstance(method, Plan):
+        if len(method.layers) != decoder.config.layers:
+            raise InputError(f"The plan is of {len(method.layers)} layers; the decoder has {decoder.config.layers}.")
         return method
     family = family_of(decoder.config)
     names = [weight_name(layer, path) for layer in range(decoder.config.layers) for path in family.weights]
