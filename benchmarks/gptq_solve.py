@@ -36,7 +36,7 @@ from rich.table import Table
 
 from experiments.provenance import versions
 from jquant import GPTQ, Int, MinMax
-from jquant.qtensor import QTensor, dequantize, from_codes
+from jquant.qtensor import Grid, QTensor, dequantize, from_codes
 
 COLUMNS, PRODUCT = (512, 1024, 4096), 4096
 FORMAT, RANGE, ROUNDING = Int(4, 64), MinMax(), GPTQ()
@@ -82,7 +82,8 @@ def measure(n: int) -> dict[str, float]:
     w, gram = problem(n)
 
     def solve(w, gram):
-        return ROUNDING(w, *RANGE(w, FORMAT), gram, FORMAT)[0]
+        grid = Grid.of(*RANGE(w, FORMAT), FORMAT, w.shape)
+        return grid.pack(ROUNDING(w, grid, gram).codes)
 
     compiling, compiled = [], None
     for _ in range(3):
@@ -107,7 +108,8 @@ def compare(n: int) -> dict[str, Any]:
     qwix = qwix_core()
 
     def jquant(w, gram, scale, order):
-        return GPTQ(0.01, order)(w, scale, None, gram, SYMMETRIC)[0]
+        grid = Grid.of(scale, None, SYMMETRIC, w.shape)
+        return grid.pack(GPTQ(0.01, order)(w, grid, gram).codes)
 
     @jax.jit
     def alone(w, gram):

@@ -25,7 +25,7 @@ from jquant.data import sample_windows
 from jquant.io.load import load_model
 from jquant.methods import Method
 from jquant.models.decoder import blocks
-from jquant.pipeline.blocks import quantize_block
+from jquant.pipeline.blocks import Evidence, quantize_block
 from jquant.pipeline.plan import make_plan
 
 MODEL, CALIBRATION, SAMPLES, CONTEXT = "smollm2_135m", "c4_utf8", 128, 512
@@ -58,10 +58,10 @@ def measure(decoder, chosen: Method, tokens: np.ndarray) -> dict:
         passing, _ = timed(partial(calibration.observe, block, block, light, index))
         begin = time.perf_counter()
         observing, stats = timed(partial(calibration.observe, block, block, plan[index], index))
-        quantizing, (quantized, _) = timed(partial(quantize_block, block, plan[index], stats))
+        quantizing, (quantized, _) = timed(partial(quantize_block, block, plan[index], Evidence(stats)))
         advancing, _ = timed(partial(advanced, calibration, quantized))
         whole.append(time.perf_counter() - begin)
-        ranging, _ = timed(partial(quantize_block, block, unsolved, stats))
+        ranging, _ = timed(partial(quantize_block, block, unsolved, Evidence(stats)))
         parts["forward"].append(passing + advancing)
         parts["Gram"].append(observing - passing)
         parts["range and transform"].append(ranging)

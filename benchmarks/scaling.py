@@ -104,11 +104,10 @@ def count(config: DecoderConfig, devices: Devices, context: int = CONTEXT, windo
     means = jax.eval_shape(averaged, stats)
     means = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype), means)
     rounding = {}
-    for site in family_of(config).sites:
-        for path in site.weights:
-            seen = seen_by(path, dict(choices)[path], site, means)
-            compiled = round_weight.lower(params[path], seen, None, chosen=dict(choices)[path]).compile()
-            rounding |= {(path, line): size for line, size in collectives(compiled.as_text() or "").items()}
+    for path, chosen in choices:
+        seen = seen_by(path, chosen, means, config)
+        compiled = round_weight.lower(params[path], seen, chosen=chosen).compile()
+        rounding |= {(path, line): size for line, size in collectives(compiled.as_text() or "").items()}
     steps, tokens = math.ceil(windows / batch), windows * context
     others = (devices.count - 1) / devices.count
     grams = [leaf.shape[0] for leaf in jax.tree.leaves(stats) if len(leaf.shape) == 2]

@@ -1,9 +1,10 @@
 """Methods by name: rows of `jquant.methods.METHODS`, or compositions and plans written in configs/compositions/*.yaml.
 
-A file holds either one method, its parts named as in `jquant` (`_target_: jquant.NF4`; all: PARTS), or `rules`, each a
-regular expression over weights' names (`layers.3.attention.v.kernel`) and the name of a row of METHODS; the first that
-is found decides, and a rule without a method leaves its weights float. `${bits}`, `${group}` and `${symmetric}` stand
-for the settings, so that one file serves every width.
+A file holds a method or rules. A method's parts are named as in `jquant` (`_target_: jquant.NF4`; all: PARTS), or by
+the import path of a user's own class (`experiments.own_parts`). A rule is a regular expression over weights' names
+(`layers.3.attention.v.kernel`) and the name of a row of METHODS. The first that is found decides; a rule without a
+method leaves its weights float. `${bits}`, `${group}` and `${symmetric}` stand for the settings, so that one file
+serves every width.
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 import jquant
+from experiments.own_parts import is_import_path, own_method, own_part
 from jquant import METHODS, Activation, Hadamard, InputError, Method, method
 from jquant.io.hub import load_config
 from jquant.methods import Rules, unknown
@@ -48,6 +50,8 @@ def find_method(name: str, bits: int, group: Any, symmetric: bool) -> "Method | 
         name, bits = row, int(width)
     if name in METHODS:
         return method(name, bits, group, symmetric)
+    if is_import_path(name):
+        return own_method(name, bits, group, symmetric)
     if name not in _known():
         raise unknown(name, _known())
     settings = {"bits": bits, "group": group, "symmetric": symmetric}
@@ -61,8 +65,8 @@ def find_method(name: str, bits: int, group: Any, symmetric: bool) -> "Method | 
 
 
 def takes_bits(name: str) -> bool:
-    """Whether a row of METHODS or a file leaves the width to the settings."""
-    return name in _known() and leaves_open(name, "bits")
+    """Whether a row of METHODS, a file, or a user's own method leaves the width to the settings."""
+    return (name in _known() or is_import_path(name)) and leaves_open(name, "bits")
 
 
 def leaves_open(name: str, setting: str) -> bool:
@@ -152,7 +156,7 @@ def _build(config: Any) -> Any:
         return config
     target = str(config.get("_target_"))
     package, _, part = target.rpartition(".")
-    if package != "jquant" or part not in PARTS:
+    if package in ("", "jquant") and part not in PARTS:
         raise InputError(f"{target!r} is not one of jquant's parts: {', '.join(PARTS)}.")
     arguments = {key: _build(value) for key, value in config.items() if key != "_target_"}
     for key, value in arguments.items():
@@ -160,5 +164,7 @@ def _build(config: Any) -> Any:
             named = str(value).rpartition(".")[2]
             example = named if named in PARTS else "…"
             raise InputError(f"{key} takes a part, {{_target_: jquant.{example}}}, not {value!r}.")
+    if package != "jquant":
+        return own_part(target, arguments)
     made = getattr(jquant, part)
     return made(**arguments) if arguments or callable(made) else made

@@ -86,7 +86,8 @@ def label(row: Row) -> str:
         return "stored"
     if name == FLOAT:
         return {"float32": "FP32", "bfloat16": "BF16", "float16": "FP16"}.get(row["protocol"]["dtype"], "float")
-    return f"{name.upper()}-{row['config']['bits']}" if takes_bits(name) else name.upper()
+    name = name if "." in name else name.upper()  # a user's own keeps its import path
+    return f"{name}-{row['config']['bits']}" if takes_bits(row["method"]) else name
 
 
 def chosen(row: Row) -> dict[str, Any]:

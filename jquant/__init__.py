@@ -14,7 +14,21 @@ from jquant.errors import InputError
 from jquant.evaluation.generation import generate
 from jquant.evaluation.outliers import outliers
 from jquant.evaluation.perplexity import perplexity
-from jquant.formats import FP4, FP8_E4M3, FP8_E5M2, GGUF, MXFP4, NF3, NF4, NVFP4, Codebook, Float, Int, double_quantized
+from jquant.formats import (
+    FP4,
+    FP8_E4M3,
+    FP8_E5M2,
+    GGUF,
+    MXFP4,
+    NF3,
+    NF4,
+    NVFP4,
+    Codebook,
+    Float,
+    Format,
+    Int,
+    double_quantized,
+)
 from jquant.io.language_model import LanguageModel
 from jquant.io.load import load_model, open_model
 from jquant.kernels.matmul import matmul
@@ -23,10 +37,11 @@ from jquant.methods import METHODS, Method, Tuning, method
 from jquant.models.folding import permute_mlp, rotate
 from jquant.pipeline.in_memory import quantize, quantize_decoder, quantize_decoders
 from jquant.pipeline.to_disk import quantize_to_folder
-from jquant.qtensor import QTensor, bits_per_weight, dequantize
-from jquant.ranges import LlamaCpp, LossSearch, MinMax, Percentile, Search
-from jquant.rounding import GPTQ, Nearest, Refit, Stochastic
-from jquant.transforms import AWQ, Hadamard, SmoothQuant
+from jquant.qtensor import Grid, QTensor, bits_per_weight, dequantize
+from jquant.ranges import LlamaCpp, LossSearch, MinMax, Percentile, Range, Search
+from jquant.rounding import GPTQ, Nearest, Refit, Rounded, Rounding, Stochastic
+from jquant.stats import AbsMax, AbsMean, Gram, Statistic
+from jquant.transforms import AWQ, Hadamard, SmoothQuant, Transform
 
 __version__ = "0.1.0"
 
@@ -42,9 +57,14 @@ __all__ = [
     "NF3",
     "NF4",
     "NVFP4",
+    "AbsMax",
+    "AbsMean",
     "Activation",
     "Codebook",
     "Float",
+    "Format",
+    "Gram",
+    "Grid",
     "Hadamard",
     "InputError",
     "Int",
@@ -57,10 +77,15 @@ __all__ = [
     "Options",
     "Percentile",
     "QTensor",
+    "Range",
     "Refit",
+    "Rounded",
+    "Rounding",
     "Search",
     "SmoothQuant",
+    "Statistic",
     "Stochastic",
+    "Transform",
     "Tuning",
     "bits_per_weight",
     "dequantize",

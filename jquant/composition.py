@@ -2,14 +2,15 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from jquant.activations import Activation
 from jquant.errors import InputError
 from jquant.formats import Format
-from jquant.parts import check_part, shown
+from jquant.parts import check_part, needs_of_parts, shown, statistics_of
 from jquant.ranges import MinMax, Range
 from jquant.rounding import Nearest, Rounding
+from jquant.stats import BUILT_IN
 from jquant.transforms import Hadamard, Transform
 
 
@@ -105,21 +106,25 @@ class Method:
             raise InputError(f"Method takes an error_propagation from 0 to 1, not {strength!r}.")
         if not isinstance(self.tuning, tuple) or not all(isinstance(stage, Tuning) for stage in self.tuning):
             raise InputError(f"Method's tuning is a tuple of jquant.Tuning(...), not {shown(self.tuning)}.")
+        statistics_of(self.range, self.rounding, self.transform)
         targets = [stage.target for stage in self.tuning]
         if targets != sorted(targets, key=lambda target: target != "block"):
             raise InputError(f"Blocks are tuned before the whole model, not {' after '.join(targets[::-1])}.")
 
     @property
     def needs(self) -> frozenset[str]:
-        """What calibration must bring: a subset of {"gram", "held_out", "cross", "abs_mean", "abs_max", "clips",
-        "outputs", "text"}."""
-        parts = [self.range, self.rounding, self.transform]
-        static = self.activation is not None and self.activation.static
-        own = {"outputs" if stage.target == "block" else "text" for stage in self.tuning} | (
-            {"abs_max"} if static else set()
-        )
-        lag = {"gram", "cross"} if self.error_propagation else set()
-        return frozenset(own | lag).union(*(part.needs for part in parts if part is not None))
+        """What calibration must bring, by name: statistics, those of one's own included; "clips", factors on ranges
+        that the loss chooses; "outputs" of the float blocks; "text"."""
+        names = {"outputs" if stage.target == "block" else "text" for stage in self.tuning}
+        return needs_of_parts(self.range, self.rounding, self.transform).union(names, self.statistics)
+
+    @property
+    def statistics(self) -> dict[str, Any]:
+        """The statistics of its inputs that calibration must observe, by name (`stats.Statistic`)."""
+        names = {"gram", "cross"} if self.error_propagation else set()
+        if self.activation is not None and self.activation.static:
+            names.add("abs_max")
+        return statistics_of(self.range, self.rounding, self.transform) | {name: BUILT_IN[name] for name in names}
 
     @property
     def needs_calibration(self) -> bool:

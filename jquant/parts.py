@@ -1,15 +1,20 @@
 """What every part of a method must be: an instance that its axis can use, and a value that never changes."""
 
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from jquant.errors import InputError
+from jquant.stats import BUILT_IN, Statistic
 
-# The statistics that a part of each contract can be given, so what its `needs` may name.
+# The names that a part of each contract may have among its `needs`, beside statistics of its own.
 NEEDS = {
     "Range": frozenset({"gram", "clips"}),
     "Rounding": frozenset({"gram", "held_out"}),
     "Transform": frozenset({"gram", "abs_mean", "abs_max"}),
 }
+# What each contract is called with before its keywords, in errors.
+CALLS = {"Range": ("w", "format"), "Rounding": ("w", "grid"), "Transform": ("weights", "formats")}
 
 
 def check_part(place: str, part: Any, contract: type) -> None:
@@ -24,24 +29,87 @@ def check_part(place: str, part: Any, contract: type) -> None:
     if isinstance(part, type):
         raise InputError(f"{place} is the class {part.__name__}, not an instance: write {part.__name__}().")
     if not isinstance(part, contract):
-        asked = (name for name in vars(contract) if name == "__call__" or not name.startswith("_"))
-        missing = ", ".join(name for name in asked if not hasattr(part, name))
+        missing = ", ".join(name for name in asked_of(contract) if not hasattr(part, name))
         raise InputError(f"{place} is {shown(part)}, which is no {kind}: it lacks {missing}.")
     if not _is_value(part):
         raise InputError(f"{place} is {shown(part)}, which may change: make its class a frozen dataclass that hashes.")
-    if kind not in NEEDS:
-        return
-    if not isinstance(part.needs, frozenset):
-        raise InputError(f"{place} is {shown(part)}: its needs are a frozenset of names, not {shown(part.needs)}.")
-    if wrong := part.needs - NEEDS[kind]:
-        names, known = (", ".join(sorted(map(str, some))) for some in (wrong, NEEDS[kind]))
-        raise InputError(f"{place} is {shown(part)}: it needs {names}, but a {kind} can be given {known}.")
+    if kind in NEEDS:
+        _check_needs(place, part, kind)
+        _check_call(place, part, CALLS[kind])
+
+
+def asked_of(contract: type) -> list[str]:
+    """The names that a contract asks of a part."""
+    return [name for name in vars(contract) if name == "__call__" or not name.startswith("_")]
+
+
+def statistics_of(*parts: Any) -> dict[str, type]:
+    """The statistics that these parts need, by name; those of jquant among them.
+
+    Raises:
+      InputError: two of one name.
+    """
+    found: dict[str, type] = {}
+    for part in parts:
+        for need in () if part is None else part.needs:
+            statistic = BUILT_IN.get(need) if isinstance(need, str) else need
+            if statistic is not None and found.setdefault(_name(need), statistic) is not statistic:
+                raise InputError(f"{shown(part)} needs another statistic {_name(need)!r} than the parts beside it.")
+    return found
+
+
+def needs_of_parts(*parts: Any) -> frozenset[str]:
+    """The names of all that these parts need; a part may be None."""
+    return frozenset(_name(need) for part in parts if part is not None for need in part.needs)
+
+
+def given(part: Any, seen: Mapping[str, Any]) -> dict[str, Any]:
+    """The keywords with which a part is called: what it needs, by name.
+
+    Args:
+      part: a range, rounding or transform.
+      seen: what there is, by name.
+
+    Raises:
+      InputError: something that it needs is not there.
+    """
+    for name in sorted(needs_of_parts(part) - seen.keys()):
+        raise InputError(f"{shown(part)} needs {name}, which comes from calibration text: give it some.")
+    return {name: seen[name] for name in needs_of_parts(part)}
 
 
 def shown(value: Any) -> str:
     """The start of a value's repr, on one line."""
-    whole = " ".join(repr(value).split())
-    return whole if len(whole) <= 80 else f"{whole[:79]}…"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:79]}…"
+
+
+def _name(need: Any) -> str:
+    return need if isinstance(need, str) else need.name
+
+
+def _check_needs(place: str, part: Any, kind: str) -> None:
+    if not isinstance(part.needs, frozenset):
+        raise InputError(f"{place} is {shown(part)}: its needs are a frozenset of names, not {shown(part.needs)}.")
+    for need in sorted(part.needs, key=str):
+        if isinstance(need, type):
+            if missing := [name for name in asked_of(Statistic) if not hasattr(need, name)]:
+                raise InputError(f"{place} needs the statistic {need.__name__}, which lacks {', '.join(missing)}.")
+            if BUILT_IN.get(need.name, need) is not need or need.name == "clips":
+                raise InputError(f"{place} needs the statistic {need.__name__}, whose name {need.name!r} is taken.")
+        elif need not in NEEDS[kind]:
+            known = ", ".join(sorted(NEEDS[kind]))
+            raise InputError(f"{place} is {shown(part)}: it needs {need}, but a {kind} can be given {known}.")
+
+
+def _check_call(place: str, part: Any, positional: tuple[str, ...]) -> None:
+    """A part that can't be called would only show it once its first weight is compiled."""
+    names = sorted(needs_of_parts(part))
+    try:
+        inspect.signature(part).bind(*positional, **dict.fromkeys(names))
+    except TypeError as wrong:
+        call = ", ".join([*positional, *(f"{name}=…" for name in names)])
+        raise InputError(f"{place} is {shown(part)}, which can't be called as ({call}): {wrong}.") from None
 
 
 def _is_value(part: Any) -> bool:

@@ -59,35 +59,67 @@ def from_codes(codes: UInt8[Array, "*l in out"], scale: Stored, zero: Stored, fo
     return QTensor(pack(codes, format.bits), _store(scale, format), _store(zero, format), format, codes.shape[-2])
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Grid:
+    """The values among which a weight's codes choose: a range makes it, a rounding rounds to it.
+
+    Attributes:
+      scale: of each group, `[*l, groups, columns]`, or a QTensor where the format quantizes its scales.
+      zero: of each group, likewise; None where the format has none.
+      per_weight: scale and zero of every weight, each broadcastable against `[*l, in, out]`. Quantized scales are as
+        they will be read back. Others are as the range gave them: a format whose codes must know the rounding of its
+        scales' dtype rounds them in `Format.grid` already, ggml's formats don't.
+      nearest: the scale and zero by which `encode` chooses: those of `per_weight`, except under double quantization,
+        where bitsandbytes chooses codes before it quantizes the scales.
+      format: what codes mean (static).
+    """
+
+    scale: Any
+    zero: Any
+    per_weight: Any
+    nearest: Any
+    format: Format = field(metadata={"static": True})
+
+    @staticmethod
+    def of(scale: Stored, zero: Stored, format: Format, shape: tuple[int, ...]) -> "Grid":
+        """The grid of a weight of `shape`, from the scale and zero that a range returns.
+
+        Raises:
+          InputError: there are not as many scales as groups.
+        """
+        chosen = scale
+        if not isinstance(format.scale, str):
+            scale, zero = (v if is_integer(v) else _store(v, format) for v in (scale, zero))
+        block = block_shape(format, shape)
+        groups, columns = (-(-n // size) for n, size in zip(shape[-2:], block, strict=True))
+        if isinstance(chosen, Array) and chosen.shape[-2:] != (groups, columns):
+            raise InputError(
+                f"Scales of shape {chosen.shape} do not fit the {groups} × {columns} groups of a weight {shape}."
+            )
+        expanded = jax.tree.map(lambda v: expand(v, block, shape), (_load(scale, columns), _load(zero, columns)))
+        nearest = expanded
+        if _is_centred(format.scale) and isinstance(chosen, Array):
+            nearest = (expand(chosen, block, shape), None)
+        return Grid(scale, zero, expanded, nearest, format)
+
+    def encode(self, w: Float[Array, "*l in out"]) -> UInt8[Array, "*l in out"]:
+        """The nearest code of each weight."""
+        return self.format.encode(w, *self.nearest)
+
+    def decode(self, codes: UInt8[Array, "..."]) -> Float[Array, "*l in out"]:
+        """The float32 value of each code; one code is decoded at every place of the grid."""
+        return self.format.decode(codes, *self.per_weight)
+
+    def pack(self, codes: UInt8[Array, "*l in out"]) -> QTensor:
+        """The weight that has these codes."""
+        return from_codes(codes, self.scale, self.zero, self.format)
+
+
 def quantize(w: Float[Array, "*l in out"], scale: Stored, zero: Stored, format: Format) -> QTensor:
     """Rounds every weight to its nearest code on the given grid."""
-    stored, at = settle(scale, zero, format, w.shape)
-    if _is_centred(format.scale) and isinstance(scale, Array):
-        # bitsandbytes chooses codes before it quantizes the scales.
-        at = (expand(scale, block_shape(format, w.shape), w.shape), None)
-    return from_codes(format.encode(w, *at), *stored, format)
-
-
-def settle(
-    scale: Stored, zero: Stored, format: Format, shape: tuple[int, ...]
-) -> tuple[tuple[Stored, Stored], tuple[Array, Array | None]]:
-    """A range's grid as it will be stored, and as codes are chosen on it: per weight of `shape`, or broadcastable.
-
-    Codes are chosen on quantized scales as stored, and on others as the range gave them: a format whose codes must know
-    the rounding of its scales' dtype rounds them in `Format.grid` already; ggml's do not.
-    """
-    if isinstance(format.scale, str):
-        stored = (scale, zero)
-    else:
-        stored = tuple(v if is_integer(v) else _store(v, format) for v in (scale, zero))
-    block = block_shape(format, shape)
-    groups, columns = (-(-n // size) for n, size in zip(shape[-2:], block, strict=True))
-    if isinstance(scale, Array) and scale.shape[-2:] != (groups, columns):
-        raise InputError(
-            f"Scales of shape {scale.shape} do not fit the {groups} × {columns} groups of a weight {shape}."
-        )
-    at = jax.tree.map(lambda v: expand(v, block, shape), tuple(_load(v, columns) for v in stored))
-    return (stored[0], stored[1]), at
+    grid = Grid.of(scale, zero, format, w.shape)
+    return grid.pack(grid.encode(w))
 
 
 def dequantize(q: QTensor, dtype: Any = jnp.float32) -> Float[Array, "*l in out"]:

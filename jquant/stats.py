@@ -6,7 +6,7 @@ bfloat16 products is not positive definite.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,38 @@ def check_gram(gram: Array | None, w: Array) -> None:
         raise InputError(f"A Gram matrix of shape {gram.shape} does not belong to a weight of shape {w.shape}.")
 
 
+@runtime_checkable
+class Statistic(Protocol):
+    """The contract of every statistic: a frozen dataclass that is a pytree of float32 arrays.
+
+    A part that names the class in its `needs` is given `value` under `name`. Tokens count by `Method.token_weights`.
+    """
+
+    name: ClassVar[str]
+
+    @staticmethod
+    def init(in_features: int) -> Any:
+        """Nothing seen yet, of inputs with so many features."""
+        ...
+
+    def observe(self, x: Float[Array, "*b in"], weight: Float[Array, "*b"] | None = None) -> Any:
+        """Adds tokens; `weight` says how much each one counts (1 by default)."""
+        ...
+
+    def merge(self, other: Any) -> Any:
+        """Both together, array by array and element by element: devices merge pieces of the arrays."""
+        ...
+
+    def scaled(self, factor: Float[Array, " in"]) -> Any:
+        """What would have been seen, had the features been multiplied by `factor`."""
+        ...
+
+    @property
+    def value(self) -> Any:
+        """What parts are given."""
+        ...
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Gram:
@@ -32,6 +64,7 @@ class Gram:
       weight: float32 scalar; None where `total` is the mean.
     """
 
+    name: ClassVar[str] = "gram"
     total: Any
     weight: Any
 
@@ -56,7 +89,7 @@ class Gram:
         return replace(self, total=self.total * factor[:, None] * factor)
 
     @property
-    def mean(self) -> Float[Array, "in in"]:
+    def value(self) -> Float[Array, "in in"]:
         """The weighted mean of x xᵀ."""
         return self.total if self.weight is None else self.total / jnp.maximum(self.weight, 1e-30)
 
@@ -71,6 +104,7 @@ class Cross:
       weight: float32 scalar.
     """
 
+    name: ClassVar[str] = "cross"
     total: Any
     weight: Any
 
@@ -97,7 +131,7 @@ class Cross:
         return replace(self, total=self.total * factor[:, None] * factor)
 
     @property
-    def mean(self) -> Float[Array, "in in"]:
+    def value(self) -> Float[Array, "in in"]:
         """The weighted mean of x̃ (x − x̃)ᵀ."""
         return self.total / jnp.maximum(self.weight, 1e-30)
 
@@ -112,6 +146,7 @@ class AbsMean:
       count: float32 scalar.
     """
 
+    name: ClassVar[str] = "abs_mean"
     total: Any
     count: Any
 
@@ -135,7 +170,7 @@ class AbsMean:
         return replace(self, total=self.total * jnp.abs(factor))
 
     @property
-    def mean(self) -> Float[Array, " in"]:
+    def value(self) -> Float[Array, " in"]:
         """The weighted mean of |x|."""
         return self.total / jnp.maximum(self.count, 1e-30)
 
@@ -149,6 +184,7 @@ class AbsMax:
       largest: float32 `[in]`.
     """
 
+    name: ClassVar[str] = "abs_max"
     largest: Any
 
     @staticmethod
@@ -169,3 +205,12 @@ class AbsMax:
     def scaled(self, factor: Float[Array, " in"]) -> "AbsMax":
         """What would have been seen, had the features been multiplied by `factor`."""
         return replace(self, largest=self.largest * jnp.abs(factor))
+
+    @property
+    def value(self) -> Float[Array, " in"]:
+        """max |x|."""
+        return self.largest
+
+
+# The statistics that a need names by a word, those of held-out windows among them.
+BUILT_IN: dict[str, Any] = {"gram": Gram, "held_out": Gram, "cross": Cross, "abs_mean": AbsMean, "abs_max": AbsMax}

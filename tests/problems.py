@@ -5,6 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jquant.formats import Codebook, Format
+from jquant.parts import given
+from jquant.qtensor import Grid
+from jquant.ranges import MinMax
+from jquant.rounding import round_to_grid
 
 
 def shape_for(format: Format) -> tuple[int, int]:
@@ -31,3 +35,10 @@ def problem(shape: tuple[int, int], seed: int = 0, dtype: str = "float32") -> tu
     x *= rng.uniform(0.3, 3, rows)
     w = jnp.asarray(0.05 * rng.standard_normal((rows, out)), dtype)
     return w, jnp.asarray(x.T @ x / len(x), jnp.float32), jnp.asarray(np.abs(x).mean(0), jnp.float32)
+
+
+def rounded(rounding, w, format: Format, gram=None, held_out=None, range=MinMax(), grid=None):  # noqa: B008
+    """A weight rounded on the grid of a range, as the pipeline does it, and what was done."""
+    seen = {name: value for name, value in (("gram", gram), ("held_out", held_out)) if value is not None}
+    grid = range(w, format, **given(range, seen)) if grid is None else grid
+    return round_to_grid(w, Grid.of(*grid, format, w.shape), rounding, seen)[:2]

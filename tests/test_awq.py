@@ -41,7 +41,7 @@ def rounder(format: Int):
 
 @partial(jax.jit, static_argnames=("awq", "format"))
 def scale_of(awq, ws, grams, abs_mean, format):
-    return awq(ws, {"gram": grams, "abs_mean": abs_mean}, [format] * len(ws))
+    return awq(ws, [format] * len(ws), gram=grams, abs_mean=abs_mean)
 
 
 def search(ws, grams, abs_mean, format=FORMAT, awq: AWQ | None = None) -> np.ndarray:

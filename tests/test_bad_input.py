@@ -90,10 +90,12 @@ from jquant import *
 from jquant.evaluation.generation import generate_ids
 from jquant.evaluation.perplexity import score
 from jquant.data import sample_windows, windows
+from jquant.rounding import round_to_grid
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Decoder
 
 w, gram, format = jnp.ones((16, 4)), jnp.eye(5), Int(4, 8)
+grid = Grid.of(*MinMax()(w, format), format, w.shape)
 decoder = Decoder(DecoderConfig(64, 32, 48, 2, 4, 2, 8, 1e-5, 1e4, None, True, 64), nnx.Rngs(0))
 model = LanguageModel(decoder, None, "tiny", "F32")
 tokens = np.zeros((8, 16), np.int32)
@@ -143,8 +145,9 @@ SHAPES = {
     "search by the diagonal": ('Search("diagonal")(w, format, gram)', "(5, 5)"),
     "search by the matrix": ('Search("gram")(w, format, gram)', "(5, 5)"),
     "llama.cpp": ('LlamaCpp(importance=True)(jnp.ones((32, 4)), GGUF["Q4_0"], gram)', "(5, 5)"),
-    "nearest": ("Nearest()(w, *MinMax()(w, format), gram, format)", "(5, 5)"),
-    "gptq": ("GPTQ()(w, *MinMax()(w, format), gram, format)", "(5, 5)"),
+    "nearest": ("round_to_grid(w, grid, Nearest(), {'gram': gram})", "(5, 5)"),
+    "gptq": ("round_to_grid(w, grid, GPTQ(), {'gram': jnp.eye(16), 'held_out': gram})", "(5, 5)"),
+    "gptq without statistics": ("round_to_grid(w, grid, GPTQ(), {})", "needs gram, which comes from calibration text"),
     "a vector": ("MinMax()(jnp.ones(16), format)", "(16,)"),
     "group": ('Int(4, "row")', "'row'"),
     "token weights": ('Method(format, token_weights="mass")', "'mass'"),

@@ -180,11 +180,11 @@ def test_a_second_pass_fits_the_block_to_its_own_quantized_projections(decoder):
 
 
 @pytest.mark.parametrize("kv_heads", [2, 4])
-def test_smoothquant_folds_exactly(tmp_path, kv_heads):
-    from test_pipeline import KeepFloats, forward
+def test_smoothquant_folds_exactly(tmp_path, monkeypatch, kv_heads):
+    from test_pipeline import forward, transformed
 
     decoder = load_model(checkpoints.save(tmp_path, outlier_llama(num_key_value_heads=kv_heads))).decoder
-    folded, _ = run(decoder, Method(GRID, Search("diagonal"), KeepFloats(), SmoothQuant()))
+    folded = transformed(monkeypatch, decoder, Method(GRID, Search("diagonal"), transform=SmoothQuant()))
     before, after = leaves(decoder), leaves(folded)
     for path in PROJECTIONS:
         assert (

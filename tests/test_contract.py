@@ -13,15 +13,16 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from problems import problem, shape_for
+from problems import problem, rounded, shape_for
 
 from jquant.errors import InputError
 from jquant.formats import Format, block_shape
 from jquant.kernels.matmul import matmul
 from jquant.methods import METHODS, Method, method
-from jquant.qtensor import QTensor, dequantize
+from jquant.parts import given
+from jquant.qtensor import Grid, QTensor, dequantize
 from jquant.ranges import LlamaCpp, MinMax, Range
-from jquant.rounding import Nearest, Rounding, SolveInfo, Stochastic
+from jquant.rounding import Nearest, Rounding, SolveInfo, Stochastic, round_to_grid
 from jquant.transforms import AWQ
 
 LAYERS = 2
@@ -44,11 +45,13 @@ def whole(w, gram, abs_mean, method: Method):
     traces.append(method)
     s = jnp.ones_like(abs_mean)
     if method.transform is not None:
-        s = method.transform([w], {"gram": [gram], "abs_mean": abs_mean, "abs_max": 3 * abs_mean}, [method.format])
+        seen = {"gram": [gram], "abs_mean": abs_mean, "abs_max": 3 * abs_mean}
+        s = method.transform([w], [method.format], **given(method.transform, seen))
         w, gram = w * s[:, None], gram / (s[:, None] * s)
     groups = [-(-n // size) for n, size in zip(w.shape, block_shape(method.format, w.shape), strict=True)]
-    clips = jnp.full(groups, 0.995, jnp.float32) if "clips" in method.needs else None
-    q, info = method.rounding(w, *method.range(w, method.format, gram, clips), gram, method.format, gram)
+    seen = {"clips": jnp.full(groups, 0.995, jnp.float32), "gram": gram, "held_out": gram}
+    grid = Grid.of(*method.range(w, method.format, **given(method.range, seen)), method.format, w.shape)
+    q, info, _ = round_to_grid(w, grid, method.rounding, seen)
     if method.activation is not None:
         q = replace(q, activation=method.activation)
         if method.activation.static:
@@ -214,8 +217,8 @@ def test_a_method_that_needs_calibration_refuses_to_do_without(name):
     w, chosen = problem_for(name)[0], make(name)
     if chosen.transform is not None and chosen.range == MinMax():
         pytest.fail("nothing but the transform would notice: test that it refuses")
-    with pytest.raises(InputError, match=r"calibration|Gram"):
-        chosen.rounding(w, *chosen.range(w, chosen.format), None, chosen.format)
+    with pytest.raises(InputError, match=r"calibration"):
+        rounded(chosen.rounding, w, chosen.format, range=chosen.range)
 
 
 def test_an_unknown_method_is_refused_with_the_three_nearest_names():

@@ -11,10 +11,11 @@ import oracle
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from problems import rounded
 
 from jquant.errors import InputError
 from jquant.formats import NF4, Codebook, Int, block_shape, unpack
-from jquant.qtensor import dequantize, from_codes
+from jquant.qtensor import Grid, dequantize, from_codes
 from jquant.ranges import MinMax
 from jquant.rounding import GPTQ, Nearest
 from jquant.rounding.gptq import min_pivot
@@ -42,7 +43,7 @@ UNOPTIMISED = {"xla_backend_optimization_level": 0}
 
 @partial(jax.jit, static_argnames=("rounding", "format"), compiler_options=UNOPTIMISED)
 def solve(rounding, w, gram, format):
-    q, info = rounding(w, *MinMax()(w, format), gram, format)
+    q, info = rounded(rounding, w, format, gram)
     zero = None if q.zero is None else unpack(jnp.swapaxes(q.zero, 0, 1), format.bits, q.scale.shape[1]).T
     return q, info, unpack(q.codes, format.bits, w.shape[0]), dequantize(q), zero
 
@@ -285,7 +286,7 @@ DAMPINGS = (0.03, 0.3, 10.0)
 
 @partial(jax.jit, static_argnames=("rounding", "format"), compiler_options=UNOPTIMISED)
 def held_out_solve(rounding, w, gram, held_out, format):
-    q, info = rounding(w, *MinMax()(w, format), gram, format, held_out)
+    q, info = rounded(rounding, w, format, gram, held_out)
     return unpack(q.codes, format.bits, w.shape[0]), info
 
 
@@ -337,9 +338,10 @@ def test_it_needs_the_held_out_matrix_only_to_choose():
     assert GPTQ().needs == GPTQ((0.01,)).needs == {"gram"}
     assert GPTQ(DAMPINGS).needs == {"gram", "held_out"}
     w, gram = map(jnp.asarray, problem())
-    grid = MinMax()(w, Int(4, 16))
+    with pytest.raises(InputError, match=r"GPTQ\(.*\) needs held_out"):
+        rounded(GPTQ(DAMPINGS), w, Int(4, 16), gram)
     with pytest.raises(InputError, match="held-out"):
-        GPTQ(DAMPINGS)(w, *grid, gram, Int(4, 16))
+        GPTQ(DAMPINGS)(w, Grid.of(*MinMax()(w, Int(4, 16)), Int(4, 16), w.shape), gram)
     info = solved(GPTQ(), *problem(), Int(3, 16)).info
     assert np.isnan([info.held_out_error, info.held_out_energy]).all()
 
@@ -352,8 +354,8 @@ def test_an_option_that_makes_no_sense_is_refused(options):
 
 def test_without_a_gram_matrix_it_is_refused():
     w = jnp.asarray(problem()[0])
-    with pytest.raises(InputError, match="Gram"):
-        GPTQ()(w, *MinMax()(w, Int(4, 16)), None, Int(4, 16))
+    with pytest.raises(InputError, match=r"GPTQ\(.*needs gram, which comes from calibration text"):
+        rounded(GPTQ(), w, Int(4, 16))
 
 
 # --------------------------------------------------------------------------------- Gram matrices that break things
@@ -418,7 +420,7 @@ def test_a_gram_matrix_with_nan_falls_back_to_nearest_codes_and_shows_in_the_inf
 
 
 def run(w, scale, zero, gram, rounding=GPTQ()):  # noqa: B008
-    return rounding(w, scale, zero, gram, Int(4, 32), gram)
+    return rounded(rounding, w, Int(4, 32), gram, gram, grid=(scale, zero))
 
 
 @pytest.mark.parametrize("options", [{}, {"order": "pivot", "damping": DAMPINGS, "form": "inverse"}], ids=str)
@@ -460,7 +462,7 @@ def test_a_tall_matrix_is_solved_beside_two_copies_of_its_gram_matrix():
     rows, out = 2048, 32
     shapes = [jax.ShapeDtypeStruct((rows, out), jnp.float32), jax.ShapeDtypeStruct((rows // 32, out), jnp.float16)]
     shapes += [jax.ShapeDtypeStruct((rows // 32, out), jnp.uint8), jax.ShapeDtypeStruct((rows, rows), jnp.float32)]
-    solve = lambda w, scale, zero, gram: GPTQ()(w, scale, zero, gram, Int(4, 32))  # noqa: E731
+    solve = lambda w, scale, zero, gram: rounded(GPTQ(), w, Int(4, 32), gram, grid=(scale, zero))  # noqa: E731
     used = jax.jit(solve).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
     assert 4 * rows**2 < used < 2.5 * 4 * rows**2
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import libgguf
 import numpy as np
 import pytest
+from problems import rounded
 
 from jquant.errors import InputError
 from jquant.formats import GGUF, Int
@@ -176,8 +177,7 @@ def test_gptq_on_its_scales_loses_less_than_nearest():
 
     @jax.jit
     def errors(w, h):
-        grid = range(w, format, h)
-        return [rounding(w, *grid, h, format)[1].error for rounding in (GPTQ(), Nearest())]
+        return [rounded(rounding, w, format, h, range=range)[1].error for rounding in (GPTQ(), Nearest())]
 
     by_gptq, by_nearest = errors(w, h)
     assert by_gptq < 0.7 * by_nearest

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from problems import rounded
 
 from jquant.formats import Int
 from jquant.qtensor import dequantize
-from jquant.ranges import MinMax
 from jquant.rounding import GPTQ, Nearest, Refit, Stochastic
 from jquant.stats import Gram
 
@@ -27,7 +27,7 @@ def inputs(tokens: int, seed: int = 0) -> np.ndarray:
 
 
 def observed(x: np.ndarray, dtype: str = "float32") -> np.ndarray:
-    return np.asarray(Gram.init(ROWS).observe(jnp.asarray(x, dtype)).mean)
+    return np.asarray(Gram.init(ROWS).observe(jnp.asarray(x, dtype)).value)
 
 
 def gram_of(kind: str) -> np.ndarray:
@@ -59,7 +59,7 @@ def weight(seed: int = 0) -> np.ndarray:
 
 
 def solve(rounding, w, gram):
-    q, info = rounding(w, *MinMax()(w, FORMAT), gram, FORMAT, gram)
+    q, info = rounded(rounding, w, FORMAT, gram, gram)
     return dequantize(q), info, q
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from jquant.errors import InputError
 from jquant.formats import NF4, Codebook, Int, block_shape
+from jquant.parts import given
 from jquant.qtensor import dequantize, quantize
 from jquant.ranges import MinMax, Search
 
@@ -31,7 +32,7 @@ def gram(seed: int = 0) -> np.ndarray:
 
 @partial(jax.jit, static_argnames=("range", "format"))
 def choose(range, w, format, gram):
-    scale, zero = range(w, format, gram)
+    scale, zero = range(w, format, **given(range, {"gram": gram}))
     return scale, zero, dequantize(quantize(w, scale, zero, format))
 
 

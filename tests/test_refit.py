@@ -12,11 +12,11 @@ import oracle
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from problems import problem, shape_for
+from problems import problem, rounded, shape_for
 
 from jquant.errors import InputError
 from jquant.formats import FP8_E4M3, GGUF, MXFP4, NF4, NVFP4, Int, block_shape, expand, unpack
-from jquant.qtensor import dequantize, stored_grid
+from jquant.qtensor import Grid, dequantize, stored_grid
 from jquant.ranges import MinMax
 from jquant.rounding import GPTQ, Nearest, Refit
 
@@ -26,7 +26,7 @@ UNOPTIMISED = {"xla_backend_optimization_level": 0}
 @partial(jax.jit, static_argnames=("rounding", "format"), compiler_options=UNOPTIMISED)
 def solve(rounding, w, gram, format, stretch=1.0):
     """A rounding on the min-max grid of the weights times `stretch`."""
-    q, info = rounding(w, *MinMax()(stretch * w, format), gram, format)
+    q, info = rounded(rounding, w, format, gram, grid=MinMax()(stretch * w, format))
     codes = unpack(q.codes, format.bits, w.shape[0])
     return q, info, codes, dequantize(q), stored_grid(q)
 
@@ -109,9 +109,9 @@ class FarOff:
 
     needs = frozenset()
 
-    def __call__(self, w, scale, zero, gram, format, held_out=None):
-        q, info = Nearest()(w, scale, zero, gram, format, held_out)
-        return replace(q, scale=(4 * q.scale.astype(jnp.float32)).astype(q.scale.dtype)), info
+    def __call__(self, w, grid):
+        far = Grid.of((4 * grid.scale.astype(jnp.float32)).astype(grid.scale.dtype), None, grid.format, w.shape)
+        return replace(Nearest()(w, grid), grid=far)
 
 
 def test_a_power_of_two_moves_to_the_best_one():
@@ -184,8 +184,8 @@ def test_needs_are_those_of_its_start_and_the_gram_matrix():
     assert Refit(Nearest()).needs == {"gram"}
     assert Refit(GPTQ((0.01, 0.1))).needs == {"gram", "held_out"}
     w, *_ = problem((16, 8))
-    with pytest.raises(InputError, match="Gram"):
-        Refit(Nearest())(w, *MinMax()(w, Int(4, 16)), None, Int(4, 16))
+    with pytest.raises(InputError, match=r"needs gram.*calibration text"):
+        rounded(Refit(Nearest()), w, Int(4, 16))
     with pytest.raises(InputError, match="pass"):
         Refit(passes=0)
 
@@ -196,7 +196,7 @@ FORMAT = Int(4, 32, zero="float")
 
 
 def run(w, gram):
-    return Refit(Nearest())(w, *MinMax()(w, FORMAT), gram, FORMAT)
+    return rounded(Refit(Nearest()), w, FORMAT, gram)
 
 
 def test_the_program_does_not_grow_with_the_matrix_and_asks_for_the_highest_precision():

@@ -11,11 +11,12 @@ import pytest
 import torch
 from checkpoints import refused
 from flax import nnx
+from problems import rounded
 
 import jquant
-from jquant import AWQ, GPTQ, Int, LanguageModel, LossSearch, Method, MinMax, Nearest, Refit, Search, Tuning, method
+from jquant import AWQ, GPTQ, Int, LanguageModel, LossSearch, Method, Nearest, Refit, Search, Tuning, method
 from jquant.calibration.options import Options
-from jquant.calibration.windows import check_stats
+from jquant.calibration.windows import Key, check_stats
 from jquant.evaluation.generation import generate_ids
 from jquant.evaluation.outliers import observe
 from jquant.evaluation.perplexity import Scores, score, score_from_disk
@@ -128,7 +129,8 @@ def test_statistics_that_overflow_are_refused_on_a_mesh(overflowing):
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_one_number_that_is_not_finite_spoils_a_statistic(bad):
     gram = lambda value: Gram(jnp.eye(4).at[2, 2].set(value), None)  # noqa: E731
-    stats = lambda value: {"mlp_input": {("gram", "uniform"): gram(1.0), ("held_out", "norm"): gram(value)}}  # noqa: E731
+    keys = Key("gram", "uniform", Gram), Key("held_out", "norm", Gram)
+    stats = lambda value: {"mlp_input": dict(zip(keys, (gram(1.0), gram(value)), strict=True))}  # noqa: E731
     check_stats(stats(1.0), 7, "float16")
     with refused("layers.7", "'held_out' of mlp_input", "'norm'", "float16"):
         check_stats(stats(bad), 7, "float16")
@@ -148,11 +150,10 @@ def test_a_weight_rounded_plainly_for_want_of_a_factorisation_is_marked(rounding
     """The largest finite numbers: damping them overflows, and no factorisation is finite."""
     format, rng = Int(4, 16), np.random.default_rng(0)
     w = jnp.asarray(rng.normal(size=(32, 4)), jnp.float32)
-    grid = MinMax()(w, format)
     for size, expected in ((1.0, 0), (3e38, 1)):
-        q, info = jax.jit(rounding, static_argnums=4)(w, *grid, size * jnp.eye(32), format, jnp.eye(32))
+        q, info = jax.jit(rounded, static_argnums=(0, 2))(rounding, w, format, size * jnp.eye(32), jnp.eye(32))
         assert int(info.fallback) == expected
-    np.testing.assert_array_equal(q.codes, Nearest()(w, *grid, None, format)[0].codes)
+    np.testing.assert_array_equal(q.codes, rounded(Nearest(), w, format)[0].codes)
     report = {(3, "mlp.up.kernel"): info, (4, "mlp.up.kernel"): SolveInfo(0, 0, 0, 0, 0)}
     assert fallbacks(report) == ["layers.3.mlp.up.kernel"]
 
@@ -196,9 +197,9 @@ def test_no_format_is_refused_on_weights_of_usual_sizes(name):
     stack = jnp.stack(
         [0.003 * normal, 0.02 * normal, 0.5 * normal, *(np.full_like(normal, v) for v in (0.02, -0.02, 0))]
     )
-    rounded = jax.jit(jax.vmap(lambda w: Nearest()(w, *MinMax()(w, format), None, format)[0]))(stack)
+    nearest = jax.jit(jax.vmap(lambda w: rounded(Nearest(), w, format)[0]))(stack)
     for index, w in enumerate(stack):
-        check_scales({"w": jax.tree.map(lambda leaf: leaf[index], rounded)}, {"w": w})  # noqa: B023
+        check_scales({"w": jax.tree.map(lambda leaf: leaf[index], nearest)}, {"w": w})  # noqa: B023
 
 
 # ---- tuning ---------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ def eq4(alpha: float, channel_max: np.ndarray, *weights: np.ndarray) -> np.ndarr
 
 @partial(jax.jit, static_argnames="transform")
 def scale_of(transform, ws, channel_max):
-    return transform(ws, {"abs_max": channel_max}, [W8] * len(ws))
+    return transform(ws, [W8] * len(ws), abs_max=channel_max)
 
 
 def problem(rows: int = 48, outs=(20,), loud=(), seed: int = 0) -> tuple[np.ndarray, list[np.ndarray]]:

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from problems import shape_for
+from problems import rounded, shape_for
 
 from jquant.formats import Format, Int, unpack
 from jquant.methods import METHODS
-from jquant.qtensor import dequantize, settle
+from jquant.qtensor import Grid, dequantize
 from jquant.ranges import MinMax
 from jquant.rounding import Stochastic
 from jquant.rounding.neighbours import neighbours
@@ -28,16 +28,11 @@ UNOPTIMISED = {"xla_backend_optimization_level": 0}
 def round_between(w, format: Format, seed: int = 0, clip: float = 1.0):
     """Codes and values of a stochastic rounding, and of the neighbours; the grid spans `clip` of the weights' range."""
     scale, zero = MinMax()(clip * w, format)
-    _, grid = settle(scale, zero, format, w.shape)
-    codes = neighbours(w, grid, format)
-    q, _ = Stochastic(seed)(w, scale, zero, None, format)
-    return (
-        unpack(q.codes, format.bits, w.shape[0]),
-        dequantize(q),
-        codes,
-        [format.decode(c, *grid) for c in codes],
-        grid,
-    )
+    grid = Grid.of(scale, zero, format, w.shape)
+    codes = neighbours(w, grid)
+    q, _ = rounded(Stochastic(seed), w, format, grid=(scale, zero))
+    values = [grid.decode(c) for c in codes]
+    return unpack(q.codes, format.bits, w.shape[0]), dequantize(q), codes, values, grid.per_weight
 
 
 @cache
@@ -83,17 +78,17 @@ def test_the_neighbours_are_those_of_a_search_through_all_values_that_encode_can
 def test_a_weight_on_the_grid_is_both_of_its_neighbours():
     codes = jnp.arange(8, dtype=jnp.uint8)[:, None]
     for format in (Int(3, 8), Int(3, 8, symmetric=True, ties="up"), Int(3, 8, zero="float")):
-        grid = jnp.float16([[-0.25]]), None if format.symmetric else format.grid(jnp.zeros((1, 1)), jnp.ones((1, 1)))[1]
-        below, above = neighbours(format.decode(codes, *grid), grid, format)
+        zero = None if format.symmetric else format.grid(jnp.zeros((1, 1)), jnp.ones((1, 1)))[1]
+        grid = Grid.of(jnp.float16([[-0.25]]), zero, format, codes.shape)
+        below, above = neighbours(grid.decode(codes), grid)
         np.testing.assert_array_equal(below, codes)
         np.testing.assert_array_equal(above, codes)
 
 
 def test_a_grid_of_one_value_has_one_neighbour():
-    format = Int(3, 4, symmetric=True)
-    below, above = neighbours(jnp.array([[-1.0], [0.0], [2.0], [1e30]]), (jnp.zeros((1, 1)), None), format)
-    np.testing.assert_array_equal(format.decode(below, jnp.zeros((1, 1)), None), np.zeros((4, 1)))
-    np.testing.assert_array_equal(format.decode(above, jnp.zeros((1, 1)), None), np.zeros((4, 1)))
+    grid = Grid.of(jnp.zeros((1, 1)), None, Int(3, 4, symmetric=True), (4, 1))
+    for codes in neighbours(jnp.array([[-1.0], [0.0], [2.0], [1e30]]), grid):
+        np.testing.assert_array_equal(grid.decode(codes), np.zeros((4, 1)))
 
 
 # ------------------------------------------------------------------------------------------------------ statistics
@@ -162,7 +157,7 @@ GRID = Int(3, 16)
 
 
 def run(w):
-    return Stochastic()(w, *MinMax()(w, GRID), None, GRID)[0]
+    return rounded(Stochastic(), w, GRID)[0]
 
 
 def test_vmap_over_stacked_weights_is_a_loop_over_them_whatever_their_dtype():
@@ -185,7 +180,7 @@ def test_sharded_over_out_it_draws_without_communication_the_codes_of_one_device
 
 def test_the_program_grows_neither_with_the_matrix_nor_with_the_number_of_codes():
     def lines(format, *shape):
-        solve = lambda w: Stochastic()(w, *MinMax()(w, format), None, format)  # noqa: E731
+        solve = lambda w: rounded(Stochastic(), w, format)  # noqa: E731
         return len(jax.jit(solve).lower(jax.ShapeDtypeStruct(shape, jnp.float32)).as_text().splitlines())
 
     assert lines(Int(4, 32), 64, 16) == lines(Int(4, 32), 512, 128)

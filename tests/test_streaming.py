@@ -442,7 +442,7 @@ def test_what_every_method_gives_is_what_reading_asks_for(name):
     square, number, row = (jax.ShapeDtypeStruct(of, np.float32) for of in ((rows, rows), (), (rows,)))
     seen = {"gram": Gram(square, number), "held_out": Gram(square, number), "abs_max": AbsMax(row)}
     of_w = jax.ShapeDtypeStruct(shape, np.float32)
-    q, _ = jax.eval_shape(lambda w, seen: round_weight(w, seen, None, chosen=chosen), of_w, seen)
+    q, *_ = jax.eval_shape(lambda w, seen: round_weight(w, seen, chosen=chosen), of_w, seen)
     expected = checkpoint._expected("mlp.up.kernel", checkpoint._static(q), shape)
     assert jax.tree.structure(q) == jax.tree.structure(expected)
     assert [(a.shape, a.dtype) for a in jax.tree.leaves(q)] == [(a.shape, a.dtype) for a in jax.tree.leaves(expected)]

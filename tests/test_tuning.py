@@ -19,7 +19,8 @@ from jquant.learning.tuning import _values, product, tune, tune_block
 from jquant.methods import Method, Tuning, method
 from jquant.models.decoder import Decoder, blocks, rotary_table
 from jquant.pipeline.in_memory import quantize_decoder
-from jquant.qtensor import QTensor, bits_per_weight, dequantize
+from jquant.qtensor import QTensor, bits_per_weight, dequantize, quantize
+from jquant.ranges import MinMax
 
 TOKENS = np.random.default_rng(5).integers(0, checkpoints.VOCAB, (8, 32), np.int32)
 STEPS = 20
@@ -81,8 +82,7 @@ def test_the_text_as_target_lowers_perplexity_below_the_float_models_and_keeps_l
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_what_is_learned_starts_at_the_quantized_weight(format):
     w = jnp.asarray(np.random.default_rng(0).normal(size=(32, 8)), jnp.float32)
-    chosen = Method(format)
-    q, _ = chosen.rounding(w, *chosen.range(w, format), None, format)
+    q = quantize(w, *MinMax()(w, format), format)
     groups = q.scale.shape
     at_rest = {"log_scale": jnp.zeros(groups)}
     np.testing.assert_array_equal(_values(q, at_rest), dequantize(q))

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,27 +15,39 @@ from jaxtyping import Float, Int
 from jquant.calibration.options import DEFAULTS, Options
 from jquant.calibration.spill import Spill, Waiting
 from jquant.calibration.token_weights import token_gradients, token_weight, weighting
-from jquant.composition import Choices, needs_of
+from jquant.composition import Choices, Method, needs_of
 from jquant.errors import InputError
 from jquant.learning.objectives import all_finite
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Block, Decoder, rotary_table
-from jquant.models.families import family_of
+from jquant.models.families import Site, family_of
 from jquant.parallel.mesh import BOTH, Devices, exchange, gather_pieces, scatter
-from jquant.stats import AbsMax, AbsMean, Cross, Gram
+from jquant.stats import BUILT_IN, Gram
 
-# (kind, token weighting) -> statistic; the weighting is "uniform", "norm", a tap's name, or a path: its gradients.
-SiteStats = dict[tuple[str, str], Any]
+
+class Key(NamedTuple):
+    """By what a statistic of a site is found.
+
+    Attributes:
+      name: what parts call it (`Method.needs`).
+      by: what tokens count by: "uniform", "norm", a tap's name, or a weight's path, which stands for its gradients.
+      statistic: its class.
+    """
+
+    name: str
+    by: str
+    statistic: type
+
+
+SiteStats = dict[Key, Any]
 Stats = dict[str, SiteStats]  # by the site's tap
+UNWEIGHTED = ("abs_mean", "abs_max")  # statistics in which all tokens count alike, whatever Method.token_weights says
 
-KINDS = {
-    "gram": Gram,
-    "held_out": Gram,
-    "cross": Cross,
-    "abs_mean": AbsMean,
-    "abs_max": AbsMax,
-}
-WEIGHTED = ("gram", "held_out", "cross")  # the kinds in which tokens count by Method.token_weights
+
+def key_of(name: str, site: Site, path: str, chosen: Method) -> Key:
+    """The key under which a weight finds a statistic that its method needs."""
+    statistic = BUILT_IN.get(name) or chosen.statistics[name]
+    return Key(name, "uniform" if name in UNWEIGHTED else weighting(site, path, chosen), statistic)
 
 
 class Calibration:
@@ -96,7 +108,7 @@ class Calibration:
                 None if self.exact is None else (exact, self.exact[i]),
             )
             part = {
-                tap: {key: one for key, one in site.items() if (key[0] == "held_out") == held_out}
+                tap: {key: one for key, one in site.items() if (key.name == "held_out") == held_out}
                 for tap, site in stats.items()
             }
             after, seen = observe_batch(block, batch, part, self.devices, advance)
@@ -149,21 +161,20 @@ def check_calibration(needs: frozenset[str], tokens: np.ndarray | None, options:
 
 def no_stats(choices: Choices, config: DecoderConfig, held_out: bool) -> Stats:
     """Statistics without observations, of every kind and token weighting that the methods of a block ask for."""
-    wanted: dict[str, set[tuple[str, str]]] = {}
+    keys: dict[str, set[Key]] = {}
     for site in family_of(config).sites:
-        keys = wanted.setdefault(site.tap, set())
+        at_site = keys.setdefault(site.tap, set())
         for path, chosen in choices:
             if path in site.weights:
-                kinds = chosen.needs | ({"held_out"} if held_out and "gram" in chosen.needs else set())
-                for kind in kinds & KINDS.keys():
-                    keys.add((kind, weighting(site, path, chosen) if kind in WEIGHTED else "uniform"))
-    return _empty(wanted, config)
+                names = {*chosen.statistics, *(["held_out"] if held_out and "gram" in chosen.needs else [])}
+                at_site.update(key_of(name, site, path, chosen) for name in names)
+    return _empty(keys, config)
 
 
-def _empty(keys: Mapping[str, Iterable[tuple[str, str]]], config: DecoderConfig) -> Stats:
+def _empty(keys: Mapping[str, Iterable[Key]], config: DecoderConfig) -> Stats:
     widths = {"attention_output": config.heads * config.head_dim, "mlp_output": config.ffn}
     return {
-        tap: {key: KINDS[key[0]].init(widths.get(tap, config.hidden)) for key in sorted(site)}
+        tap: {key: key.statistic.init(widths.get(tap, config.hidden)) for key in sorted(site)}
         for tap, site in keys.items()
     }
 
@@ -238,11 +249,12 @@ def _observe(block: Block, batch: Batch, stats: Stats) -> tuple[Float[Array, "b 
     after, taps, _ = block(batch.x, batch.rotary)
     exact = {} if batch.exact is None else batch.exact[0](batch.exact[1], batch.rotary)[1]
 
-    def observed(tap: str, kind: str, by: str, one: Any) -> Any:
-        weight = token_weight(taps | dict(batch.gradients), tap, by)
-        return one.observe(taps[tap], exact[tap], weight) if kind == "cross" else one.observe(taps[tap], weight)
+    def observed(tap: str, key: Key, so_far: Any) -> Any:
+        weight = token_weight(taps | dict(batch.gradients), tap, key.by)
+        inputs = (taps[tap], exact[tap]) if key.name == "cross" else (taps[tap],)
+        return so_far.observe(*inputs, weight)
 
-    return after, {tap: {key: observed(tap, *key, one) for key, one in site.items()} for tap, site in stats.items()}
+    return after, {tap: {key: observed(tap, key, own) for key, own in site.items()} for tap, site in stats.items()}
 
 
 def merge(a: Stats, b: Stats) -> Stats:
@@ -260,24 +272,24 @@ def averaged(stats: Stats) -> Stats:
 
 @partial(jax.jit, donate_argnums=0)
 def _mean(total: Float[Array, "in in"], weight: Float[Array, ""]) -> Float[Array, "in in"]:
-    return Gram(total, weight).mean
+    return Gram(total, weight).value
 
 
 def check_stats(stats: Stats, layer: int, dtype: Any) -> None:
     """Raises InputError for a statistic of a layer's inputs that is not finite: no method can make use of it."""
     for tap, site in jax.device_get(_finite(stats)).items():
-        for (kind, by), finite in site.items():
+        for key, finite in site.items():
             if not finite:
                 raise InputError(
-                    f"layers.{layer}: the calibration statistic {kind!r} of {tap}, tokens weighted by {by!r}, is NaN "
-                    f"or infinite: probably activations or gradients that overflow {dtype}."
+                    f"layers.{layer}: the calibration statistic {key.name!r} of {tap}, tokens weighted by {key.by!r}, "
+                    f"is NaN or infinite: probably activations or gradients that overflow {dtype}."
                 )
 
 
 @jax.jit
-def _finite(stats: Stats) -> dict[str, dict[tuple[str, str], Array]]:
-    """Whether each statistic is finite; what is wrong with a token or a channel shows on a matrix's diagonal."""
-    thin = lambda leaf: jnp.diagonal(leaf) if leaf.ndim == 2 else leaf  # noqa: E731
+def _finite(stats: Stats) -> dict[str, dict[Key, Array]]:
+    """Whether each statistic is finite; what is wrong with a token or a channel shows on a square matrix's diagonal."""
+    thin = lambda leaf: jnp.diagonal(leaf) if leaf.ndim == 2 and len(set(leaf.shape)) == 1 else leaf  # noqa: E731
     return {tap: {key: all_finite(jax.tree.map(thin, one)) for key, one in site.items()} for tap, site in stats.items()}
 
 

@@ -1,7 +1,7 @@
 """One block transformed and rounded."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -9,56 +9,80 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from jquant.calibration.options import DEFAULTS, Options
-from jquant.calibration.token_weights import weighting
-from jquant.calibration.windows import WEIGHTED, SiteStats, Stats
+from jquant.calibration.windows import SiteStats, Stats, key_of
 from jquant.composition import Choices, Method
 from jquant.errors import InputError
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Block
 from jquant.models.families import Site, family_of, shared_channels
 from jquant.models.params import Params, flat_params, weight_name, with_params
-from jquant.qtensor import QTensor
-from jquant.rounding import SolveInfo
+from jquant.parts import given, needs_of_parts, shown
+from jquant.qtensor import Grid, QTensor
+from jquant.rounding import SolveInfo, round_to_grid
 from jquant.rounding.limits import check_scales
 
 
+@dataclass(frozen=True)
+class Evidence:
+    """What is known when a block is rounded.
+
+    Attributes:
+      stats: of its inputs (`Calibration.observe`).
+      clips: factors on the scales that a `LossSearch` learned, by weight.
+      observe: takes the statistics of the quantized block, for the next pass; None where there is one pass.
+    """
+
+    stats: Stats
+    clips: Mapping[str, Array] = field(default_factory=dict)
+    observe: Callable[[Block, Block, Choices], Stats] | None = None
+
+
 def quantize_block(
-    block: Block,
-    choices: Choices,
-    stats: Stats,
-    options: Options = DEFAULTS,
-    clips: Mapping[str, Array] | None = None,
-    observe: Callable[[Block, Block, Choices], Stats] | None = None,
+    block: Block, choices: Choices, evidence: Evidence, options: Options = DEFAULTS, layer: int = 0
 ) -> tuple[Block, dict[str, SolveInfo]]:
     """The block transformed and rounded, and what was done to its weights.
 
     Args:
       block: float.
       choices: the methods of its weights.
-      stats: what the methods look at (`Calibration.observe`).
+      evidence: what is known of its inputs.
       options: how often it is rounded, and the mesh over which the weights' columns are split.
-      clips: factors on the scales that a `LossSearch` learned, by weight.
-      observe: takes the statistics of the quantized block, for the next pass.
+      layer: its number, for errors.
+
+    Raises:
+      InputError: a weight was rounded to nothing useful (`_check_rounded`).
     """
     if not choices:
         return block, {}
     flat, infos, devices = flat_params(block), {}, options.devices
-    params = devices.columns(flat, dict(choices)) if devices else flat
+    params, stats = (devices.columns(flat, dict(choices)) if devices else flat), evidence.stats
     exact = block
     if any(chosen.transform is not None for _, chosen in choices):
         wide = {path: leaf.astype(jnp.float32) for path, leaf in params.items()}
         params, stats = _transform_block(wide, stats, choices, block.attention.config)
         exact = with_params(block, {path: leaf.astype(flat[path].dtype) for path, leaf in params.items()})
-    quantized = exact
+    quantized, name = exact, partial(weight_name, layer)
     for number in range(options.passes):
-        if number and observe and any(chosen.needs for _, chosen in choices):
-            whole = devices.place if devices else lambda tree: tree
-            stats = observe(whole(quantized), whole(exact), choices)
-        rounded, infos = round_block(params, stats, clips or {}, choices, block.attention.config)
-        quantized = with_params(exact, rounded)
+        if number and evidence.observe and any(chosen.needs for _, chosen in choices):
+            on_all = devices.place if devices else lambda tree: tree
+            stats = evidence.observe(on_all(quantized), on_all(exact), choices)
+        weights = {}
+        for path, chosen in choices:
+            # One after the other: what a wide matrix needs while it is solved is several times its statistics.
+            seen = seen_by(path, chosen, stats, block.attention.config)
+            if path in evidence.clips:
+                seen["clips"] = evidence.clips[path]
+            weights[path], info, fits = jax.block_until_ready(round_weight(params[path], seen, chosen=chosen))
+            if not fits:
+                raise InputError(
+                    f"{name(path)}: {shown(chosen.rounding)} chose codes outside of 0 to {2**chosen.format.bits - 1}."
+                )
+            infos[path] = jax.device_get(info)
+        quantized = with_params(exact, weights)
+    _check_rounded(quantized, flat, infos, choices, name)
     return quantized, infos
 
 
@@ -92,15 +116,17 @@ def _channel_scale(
         sums = jnp.zeros(width).at[channels].add(values)
         return (sums / jnp.zeros(width).at[channels].add(1))[channels]
 
-    given: dict[str, Any] = {}
-    for kind in transform.needs:
-        if kind in WEIGHTED:
-            given[kind] = [stats[kind, weighting(site, path, one)].mean for path, one in methods.items()]
-        elif kind == "abs_max":
-            given[kind] = jnp.zeros(width).at[channels].max(stats[kind, "uniform"].largest)[channels]
-        else:
-            given[kind] = shared(stats[kind, "uniform"].mean)
-    scale = transform([params[path] for path in methods], given, [one.format for one in methods.values()])
+    seen: dict[str, Any] = {}
+    for name in needs_of_parts(transform):
+        each = [stats[key_of(name, site, path, method)].value for path, method in methods.items()]
+        match name:
+            case "abs_max":
+                seen[name] = jnp.zeros(width).at[channels].max(each[0])[channels]
+            case "abs_mean":
+                seen[name] = shared(each[0])
+            case _:
+                seen[name] = each
+    scale = transform([params[path] for path in methods], [method.format for method in methods.values()], **seen)
     return jnp.exp(shared(jnp.log(scale)))
 
 
@@ -110,58 +136,42 @@ def _producers(site: Site, config: DecoderConfig, features: int) -> tuple[Array,
     return (jnp.arange(features), features) if shared is None else (jnp.asarray(shared), max(shared) + 1)
 
 
-def round_block(
-    params: Params, stats: Stats, clips: Mapping[str, Array], choices: Choices, config: DecoderConfig
-) -> tuple[Params, dict[str, SolveInfo]]:
-    """The weights that have a method, as QTensors, and what was done to each."""
-    rounded, infos = {}, {}
-    sites = {path: site for site in family_of(config).sites for path in site.weights}
-    for path, chosen in choices:
-        # One after the other: what a wide matrix needs while it is solved is several times its statistics.
-        seen = seen_by(path, chosen, sites[path], stats)
-        done = round_weight(params[path], seen, clips.get(path), chosen=chosen)
-        rounded[path], infos[path] = jax.block_until_ready(done)
-    return rounded, infos
-
-
-def seen_by(path: str, chosen: Method, site: Site, stats: Stats) -> dict[str, Any]:
-    """What a weight's method looks at, by kind."""
-    seen, by = stats.get(site.tap, {}), weighting(site, path, chosen)
-    kinds = chosen.needs | {"held_out"}
-    keys = {kind: (kind, by if kind in WEIGHTED else "uniform") for kind in sorted(kinds)}
-    return {kind: seen[key] for kind, key in keys.items() if key in seen}
+def seen_by(path: str, chosen: Method, stats: Stats, config: DecoderConfig) -> dict[str, Any]:
+    """The statistics that a weight's method looks at, and "held_out" where it was observed, by name."""
+    site = next(site for site in family_of(config).sites if path in site.weights)
+    keys = [key_of(name, site, path, chosen) for name in sorted({*chosen.statistics, "held_out"})]
+    observed = stats.get(site.tap, {})
+    return {key.name: observed[key] for key in keys if key in observed}
 
 
 @partial(jax.jit, static_argnames="chosen")
 def round_weight(
-    w: Float[Array, "in out"], seen: Mapping[str, Any], clip: Array | None, *, chosen: Method
-) -> tuple[QTensor | Array, SolveInfo]:
-    """One weight rounded by its method: one program for all weights of a shape.
+    w: Float[Array, "in out"], seen: Mapping[str, Any], *, chosen: Method
+) -> tuple[QTensor, SolveInfo, Bool[Array, ""]]:
+    """One weight rounded by its method, and whether its codes fit the format: one program for all weights of a shape.
 
     Args:
       w: the weight.
-      seen: the statistics of its inputs, by kind.
-      clip: factors on its scales that a `LossSearch` learned.
+      seen: statistics of its inputs by name, and "clips": factors on its scales that a `LossSearch` learned.
       chosen: its method.
     """
     w = w.astype(jnp.float32)
-    gram, held_out = (seen[kind].mean if kind in seen else None for kind in ("gram", "held_out"))
+    values = {name: found if name == "clips" else found.value for name, found in seen.items()}
     unsolved = jnp.bool_(False)
     if chosen.error_propagation:
-        assert gram is not None
-        moved = propagate_error(w, gram, seen["cross"].mean, chosen.error_propagation)
+        moved = propagate_error(w, values["gram"], values["cross"], chosen.error_propagation)
         unsolved = ~jnp.all(jnp.isfinite(moved))
         w = jnp.where(unsolved, w, moved)
-    grid = chosen.range(w, chosen.format, gram, clip)
-    q, info = chosen.rounding(w, *grid, gram, chosen.format, held_out)
+    grid = Grid.of(*chosen.range(w, chosen.format, **given(chosen.range, values)), chosen.format, w.shape)
+    q, info, fits = round_to_grid(w, grid, chosen.rounding, values)
     if chosen.error_propagation:
         info = replace(info, fallback=jnp.maximum(info.fallback, unsolved.astype(jnp.int32)))
     if chosen.activation is not None:
         q = replace(q, activation=chosen.activation)
         if chosen.activation.static:
-            ends = jnp.max(seen["abs_max"].largest, keepdims=True)[None]
+            ends = jnp.max(values["abs_max"], keepdims=True)[None]
             q = replace(q, input_scale=chosen.activation.format.grid(-ends, ends)[0])
-    return q, info
+    return q, info, fits
 
 
 def propagate_error(
@@ -178,7 +188,9 @@ def propagate_error(
     return w + strength * jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(damped), True), lag)
 
 
-def check_rounded(block: Block, quantized: Block, infos: Mapping[str, SolveInfo], choices: Choices, layer: int) -> None:
+def _check_rounded(
+    quantized: Block, floats: Params, infos: Mapping[str, SolveInfo], choices: Choices, name: Callable[[str], str]
+) -> None:
     """Refuses a block of which some weights were rounded to nothing useful, by their names.
 
     Raises:
@@ -187,8 +199,6 @@ def check_rounded(block: Block, quantized: Block, infos: Mapping[str, SolveInfo]
     """
     for path, chosen in choices:
         if "gram" in chosen.needs and not np.isfinite([infos[path].error, infos[path].energy]).all():
-            raise InputError(f"{weight_name(layer, path)}: the error of its outputs is NaN or infinite after rounding.")
-    before, after = flat_params(block), flat_params(quantized)
-    rounded = {path: after[path] for path, _ in choices if isinstance(after[path], QTensor)}
-    name = partial(weight_name, layer)
-    check_scales({name(path): q for path, q in rounded.items()}, {name(path): before[path] for path in rounded})
+            raise InputError(f"{name(path)}: the error of its outputs is NaN or infinite after rounding.")
+    params = flat_params(quantized)
+    check_scales({name(path): params[path] for path, _ in choices}, {name(path): floats[path] for path, _ in choices})

@@ -10,7 +10,6 @@ from functools import partial
 from itertools import islice
 from typing import Protocol, runtime_checkable
 
-import jax
 import numpy as np
 from jax import Array
 from jaxtyping import Int
@@ -22,7 +21,7 @@ from jquant.errors import InputError
 from jquant.learning.tuning import tune_block
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Block, Decoder
-from jquant.pipeline.blocks import check_rounded, quantize_block
+from jquant.pipeline.blocks import Evidence, quantize_block
 from jquant.pipeline.plan import Plan, joined
 from jquant.rounding import SolveInfo
 
@@ -148,11 +147,8 @@ def quantize_blocks(
         observe = partial(calibration.observe, layer=layer) if calibration and options.passes > 1 else None
         done = {}
         for name, plan in plans.items():
-            learned = (clips or {}).get(name, {}).get(layer, {})
-            quantized, infos = quantize_block(block, plan.layers[layer], stats, options, learned, observe)
-            infos = jax.device_get(infos)
-            check_rounded(block, quantized, infos, plan.layers[layer], layer)
-            done[name] = quantized, infos
+            evidence = Evidence(stats, (clips or {}).get(name, {}).get(layer, {}), observe)
+            done[name] = quantize_block(block, plan.layers[layer], evidence, options, layer)
         if calibration and any(needs[layer:]):
             calibration.advance_exact(block)
             for name, (quantized, infos) in done.items():

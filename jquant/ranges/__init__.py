@@ -1,8 +1,7 @@
 """How a group's scale and zero are chosen, before any code.
 
-A range is a frozen dataclass called as `range(w, format, gram, clips)`; it returns scales and zeros as `Format.grid`
-does (`[groups, columns]` each). `gram` is the Gram matrix of the weight's inputs, `clips` what the whole model's loss
-makes of its groups' ranges; None where nothing was seen, and a range says in `needs` what it can't do without.
+A range is a frozen dataclass called as `range(w, format)`; it returns scales and zeros as `Format.grid` does
+(`[groups, columns]` each). What it names in `needs` comes as keywords: `range(w, format, gram=…)`.
 """
 
 from jquant.ranges.base import Range

@@ -1,6 +1,6 @@
 """What every range offers."""
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax import Array
@@ -15,20 +15,20 @@ class Range(Protocol):
     """The contract of every range."""
 
     @property
-    def needs(self) -> frozenset[str]:
-        """What it must be given beside the weight: a subset of {"gram", "clips"}."""
+    def needs(self) -> frozenset[Any]:
+        """What it must be given beside weight and format: "gram", "clips", or statistics of one's own (`Statistic`)."""
         ...
 
     def __call__(
-        self,
-        w: Float[Array, "in out"],
-        format: Format,
-        gram: Float[Array, "in in"] | None = None,
-        clips: Float[Array, "groups columns"] | None = None,
+        self, w: Float[Array, "in out"], format: Format, /, *_: Any, **seen: Any
     ) -> tuple[Array | QTensor, Array | QTensor | None]:
         """Scale and zero of each block, `[groups, columns]`: as `Format.grid` gives them, or quantized already.
 
-        `clips` are factors on the min-max or other range, learned on the whole model's loss (`LossSearch`).
+        Args:
+          w: the weight.
+          format: what a code means.
+          seen: just what `needs` names, by name. "gram": mean x xᵀ over the calibration tokens, `[in, in]`. "clips":
+            factors on each block's range, `[groups, columns]`, learned on the whole model's loss (`LossSearch`).
         """
         ...
 

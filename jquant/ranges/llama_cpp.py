@@ -23,7 +23,7 @@ from jaxtyping import Float
 
 from jquant.errors import InputError
 from jquant.formats import GGUF, Format, block_shape
-from jquant.qtensor import QTensor, from_codes, settle
+from jquant.qtensor import Grid, QTensor, from_codes
 from jquant.stats import check_gram
 
 Members = Float[Array, "members groups out"]
@@ -57,11 +57,7 @@ class LlamaCpp:
         return frozenset({"gram"} if self.importance else ())
 
     def __call__(
-        self,
-        w: Float[Array, "in out"],
-        format: Format,
-        gram: Float[Array, "in in"] | None = None,
-        clips: Float[Array, "groups columns"] | None = None,
+        self, w: Float[Array, "in out"], format: Format, gram: Float[Array, "in in"] | None = None
     ) -> tuple[Array | QTensor, Array | QTensor | None]:
         """See `Range`. Scales that the format keeps in half precision come back before that rounding, as in ggml."""
         return self._search(w, format, gram)[:2]
@@ -69,12 +65,12 @@ class LlamaCpp:
     def quantize(self, w: Float[Array, "in out"], format: Format, gram: Float[Array, "in in"] | None = None) -> QTensor:
         """llama.cpp's quantizer: the same bytes, codes without meaning included."""
         scale, zero, own = self._search(w, format, gram)
-        stored, at = settle(scale, zero, format, w.shape)
-        codes = format.encode(w.astype(jnp.float32), *at)
+        grid = Grid.of(scale, zero, format, w.shape)
+        codes = grid.encode(w.astype(jnp.float32))
         if own is not None:
             own = _rows(own, w.shape[0]).astype(jnp.uint8)
-            codes = jnp.where(at[0] == 0, own, codes) if isinstance(scale, QTensor) else own
-        return from_codes(codes, *stored, format)
+            codes = jnp.where(grid.per_weight[0] == 0, own, codes) if isinstance(scale, QTensor) else own
+        return grid.pack(codes)
 
     def _search(self, w: Array, format: Any, gram: Array | None) -> tuple[Any, Any, Members | None]:
         """Scale and zero as `__call__` returns them, and the codes of the winning grid where llama.cpp uses them."""

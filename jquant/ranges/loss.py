@@ -55,15 +55,9 @@ class LossSearch:
         return frozenset({"clips"})
 
     def __call__(
-        self,
-        w: Float[Array, "in out"],
-        format: Format,
-        gram: Float[Array, "in in"] | None = None,
-        clips: Float[Array, "groups columns"] | None = None,
-    ) -> tuple[Array | QTensor, Array | QTensor | None]:
+        self, w: Float[Array, "in out"], format: Format, clips: Float[Array, "groups columns"]
+    ) -> tuple[Array, Array | None]:
         """See `Range`."""
-        if clips is None:
-            raise InputError("LossSearch needs calibration text.")
         return clipped(self.initial(w, format), clips)
 
     def initial(self, w: Float[Array, "in out"], format: Format) -> tuple[Array, Array | None]:

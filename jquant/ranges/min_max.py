@@ -17,13 +17,7 @@ class MinMax:
 
     needs = frozenset()
 
-    def __call__(
-        self,
-        w: Float[Array, "in out"],
-        format: Format,
-        gram: Float[Array, "in in"] | None = None,
-        clips: Float[Array, "groups columns"] | None = None,
-    ) -> tuple[Array, Array | None]:
+    def __call__(self, w: Float[Array, "in out"], format: Format) -> tuple[Array, Array | None]:
         """See `Range`."""
         return format.grid(*ends(split(w, format)[0]))
 
@@ -46,13 +40,7 @@ class Percentile:
         if not 50 < self.percent <= 100:
             raise InputError(f"Percentile takes a number above 50 and at most 100, not {self.percent}.")
 
-    def __call__(
-        self,
-        w: Float[Array, "in out"],
-        format: Format,
-        gram: Float[Array, "in in"] | None = None,
-        clips: Float[Array, "groups columns"] | None = None,
-    ) -> tuple[Array, Array | None]:
+    def __call__(self, w: Float[Array, "in out"], format: Format) -> tuple[Array, Array | None]:
         """See `Range`."""
         groups, real, _ = split(w, format)
         members = jnp.where(real == 1, groups, jnp.nan)

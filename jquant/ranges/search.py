@@ -51,15 +51,11 @@ class Search:
         return frozenset() if self.metric == "mse" else frozenset({"gram"})
 
     def __call__(
-        self,
-        w: Float[Array, "in out"],
-        format: Format,
-        gram: Float[Array, "in in"] | None = None,
-        clips: Float[Array, "groups columns"] | None = None,
+        self, w: Float[Array, "in out"], format: Format, gram: Float[Array, "in in"] | None = None
     ) -> tuple[Array, Array | None]:
         """See `Range`."""
         if gram is None and self.needs:
-            raise InputError(f"The range search by {self.metric} needs calibration text.")
+            raise InputError(f"The range search by {self.metric} needs a Gram matrix, so calibration text.")
         check_gram(gram, w)
         groups, real, block = split(w, format)
         low, high = ends(groups)

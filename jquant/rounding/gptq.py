@@ -23,9 +23,9 @@ from jaxtyping import Float, Int, UInt8
 
 from jquant.errors import InputError
 from jquant.formats import Format
-from jquant.qtensor import QTensor, Stored, from_codes, settle
-from jquant.rounding.info import SolveInfo, output_energy, solve_info
-from jquant.stats import check_gram
+from jquant.qtensor import Grid
+from jquant.rounding.base import Rounded
+from jquant.rounding.info import output_energy
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class GPTQ:
       form: "babai" factorises H once; "inverse" inverts it and factorises that too, as the paper does (Algorithm 1).
 
     Raises:
-      InputError: no Gram matrix; several dampings and no held-out one; an option that is not there.
+      InputError: several dampings and no held-out Gram matrix; an option that is not there.
     """
 
     damping: float | tuple[float, ...] = 0.01
@@ -75,46 +75,37 @@ class GPTQ:
     def __call__(
         self,
         w: Float[Array, "in out"],
-        scale: Stored,
-        zero: Stored,
-        gram: Float[Array, "in in"] | None,
-        format: Format,
+        grid: Grid,
+        gram: Float[Array, "in in"],
         held_out: Float[Array, "in in"] | None = None,
-    ) -> tuple[QTensor, SolveInfo]:
+    ) -> Rounded:
         """See `Rounding`. A row whose input never fired (Hᵢᵢ = 0) takes the code nearest to zero, as in the paper."""
-        if gram is None:
-            raise InputError("GPTQ needs the Gram matrix of the layer's inputs: give it calibration text.")
         if held_out is None and "held_out" in self.needs:
             raise InputError("GPTQ chooses among dampings by a second Gram matrix: give it held-out windows.")
-        check_gram(gram, w)
-        check_gram(held_out, w)
         w = w.astype(jnp.float32)
-        stored, at = settle(scale, zero, format, w.shape)
         dead = jnp.diagonal(gram) == 0
         target = jnp.where(dead[:, None], 0, w)
-        rows = jax.tree.map(lambda v: jnp.broadcast_to(v, w.shape), (target, *at))
+        rows = jax.tree.map(lambda v: jnp.broadcast_to(v, w.shape), (target, *grid.per_weight))
         diagonal = _enliven(jnp.diagonal(gram), dead)
 
-        def solve(damping: Array) -> tuple[Array, ...]:
+        def solve(damping: Array) -> Rounded:
             unit, order, used, fallback, attempts = self._factorize(gram, diagonal, damping)
-            codes = _sweep(jax.tree.map(lambda v: v[order], rows), unit, format, self.block, self.form == "inverse")
-            return jnp.zeros_like(codes).at[order].set(codes), used, fallback, attempts
+            ordered = jax.tree.map(lambda v: v[order], rows)
+            codes = _sweep(ordered, unit, grid.format, self.block, self.form == "inverse")
+            return Rounded(jnp.zeros_like(codes).at[order].set(codes), None, used, attempts, fallback)
 
-        def choose(best: tuple[Array, ...], damping: Array):
-            codes, *done = solve(damping)
-            new = (output_energy(w - format.decode(codes, *at), held_out), codes, *done)
-            better = (new[0] < best[0]) | (best[-1] == 0)  # anything is better than nothing tried yet
+        def choose(best: tuple[Array, Rounded], damping: Array):
+            rounded = solve(damping)
+            new = (output_energy(w - grid.decode(rounded.codes), held_out), rounded)
+            better = (new[0] < best[0]) | (best[1].attempts == 0)  # anything is better than nothing tried yet
             return jax.tree.map(lambda a, b: jnp.where(better, a, b), new, best), None
 
         dampings = jnp.array(self._dampings, jnp.float32)
         if len(dampings) == 1:
-            codes, used, fallback, attempts = solve(dampings[0])
-        else:
-            # A scan holds one candidate and the best: memory does not grow with their number.
-            best = (jnp.float32(jnp.nan), jnp.zeros(w.shape, jnp.uint8), dampings[0], jnp.int32(0), jnp.int32(0))
-            (_, codes, used, fallback, attempts), _ = jax.lax.scan(choose, best, dampings)
-        q = from_codes(codes, *stored, format)
-        return q, solve_info(w, q, gram, held_out, used, attempts, fallback)
+            return solve(dampings[0])
+        # A scan holds one candidate and the best: memory does not grow with their number.
+        blank = Rounded(jnp.zeros(w.shape, jnp.uint8), None, dampings[0], jnp.int32(0), jnp.int32(0))
+        return jax.lax.scan(choose, (jnp.float32(jnp.nan), blank), dampings)[0][1]
 
     def _factorize(
         self, gram: Float[Array, "n n"], diagonal: Float[Array, " n"], damping: Array

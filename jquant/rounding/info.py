@@ -1,15 +1,18 @@
-"""The contract of every rounding, and what it returns beside the codes."""
+"""A weight rounded, and what that does to the layer's outputs: computed here for every rounding."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
-from jquant.formats import Format
-from jquant.qtensor import QTensor, Stored, dequantize
+from jquant.parts import given
+from jquant.qtensor import Grid, QTensor, dequantize
+from jquant.rounding.base import Rounding
+from jquant.stats import check_gram
 
 ROWS = 2048  # of H Δ at a time
 
@@ -45,37 +48,6 @@ class SolveInfo:
     fallback: Any = field(default_factory=lambda: jnp.int32(0))
 
 
-@runtime_checkable
-class Rounding(Protocol):
-    """The contract of every rounding."""
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """What it must be given beside weight and grid: a subset of {"gram", "held_out"}."""
-        ...
-
-    def __call__(
-        self,
-        w: Float[Array, "in out"],
-        scale: Stored,
-        zero: Stored,
-        gram: Float[Array, "in in"] | None,
-        format: Format,
-        held_out: Float[Array, "in in"] | None = None,
-    ) -> tuple[QTensor, SolveInfo]:
-        """Codes of `w` on the grid, and what was done.
-
-        Args:
-          w: the weight.
-          scale: of each group, `[groups, columns]`, as a range chose it.
-          zero: of each group, or None.
-          gram: mean x xᵀ over the calibration windows.
-          format: what a code means.
-          held_out: mean x xᵀ over other windows.
-        """
-        ...
-
-
 def output_energy(delta: Float[Array, "in out"], gram: Float[Array, "in in"] | None) -> Float[Array, ""]:
     """trace(Δᵀ H Δ); NaN where no Gram matrix was observed.
 
@@ -95,24 +67,38 @@ def output_energy(delta: Float[Array, "in out"], gram: Float[Array, "in in"] | N
     return jnp.sum(jax.lax.scan(add, blank, parts)[0])
 
 
-def solve_info(
-    w: Float[Array, "in out"],
-    q: QTensor,
-    gram: Float[Array, "in in"] | None,
-    held_out: Float[Array, "in in"] | None,
-    damping: Array | float = 0.0,
-    attempts: Array | int = 0,
-    fallback: Array | int = 0,
-) -> SolveInfo:
-    """What a rounding of `w` to `q` did."""
+def round_to_grid(
+    w: Float[Array, "in out"], grid: Grid, rounding: Rounding, seen: Mapping[str, Any]
+) -> tuple[QTensor, SolveInfo, Bool[Array, ""]]:
+    """A weight rounded and packed, what that does to the layer's outputs, and whether all codes fit the format.
+
+    Args:
+      w: the weight.
+      grid: the values that codes stand for.
+      rounding: chooses the codes.
+      seen: values of statistics by name: what the rounding needs, and "gram" and "held_out", under which errors are
+        measured, where they are known.
+
+    Raises:
+      InputError: something that the rounding needs is missing, or is of another weight.
+    """
+    gram, held_out = (seen.get(name) for name in ("gram", "held_out"))
+    check_gram(gram, w)
+    check_gram(held_out, w)
+    w = w.astype(jnp.float32)
+    rounded = rounding(w, grid, **given(rounding, seen))
+    codes = rounded.codes.astype(jnp.int32)  # uint8 would turn 256 into 0
+    fits = jnp.all((codes >= 0) & (codes < 2**grid.format.bits))
+    q = (rounded.grid or grid).pack(rounded.codes.astype(jnp.uint8))
     delta = w - dequantize(q)
-    return SolveInfo(
+    info = SolveInfo(
         error=output_energy(delta, gram),
         energy=output_energy(w, gram),
-        damping=jnp.float32(damping),
-        attempts=jnp.int32(attempts),
+        damping=jnp.float32(rounded.damping),
+        attempts=jnp.int32(rounded.attempts),
         dead=jnp.int32(0) if gram is None else jnp.sum(jnp.diagonal(gram) == 0),
         held_out_error=output_energy(delta, held_out),
         held_out_energy=output_energy(w, held_out),
-        fallback=jnp.int32(fallback),
+        fallback=jnp.int32(rounded.fallback),
     )
+    return q, info, fits

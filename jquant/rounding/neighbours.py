@@ -5,32 +5,29 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, UInt8
 
-from jquant.formats import Format
+from jquant.qtensor import Grid
 
 
-def neighbours(
-    w: Float[Array, "*l in out"], grid: tuple[Array, Array | None], format: Format
-) -> tuple[UInt8[Array, "*l in out"], UInt8[Array, "*l in out"]]:
+def neighbours(w: Float[Array, "*l in out"], grid: Grid) -> tuple[UInt8[Array, "*l in out"], UInt8[Array, "*l in out"]]:
     """Codes of the largest value ≤ w and of the smallest value ≥ w; the end's code twice for weights beyond the grid.
 
-    Goes through all 2^bits codes by `format.decode`, so it works for every format, signed scales and descending codes
+    Goes through all 2^bits codes by `grid.decode`, so it works for every format, signed scales and descending codes
     included. The ends are what `encode` gives infinitely large weights; codes outside them (an FP8 NaN, the lowest code
     of a grid that is not of full range) are thereby left out.
 
     Args:
       w: the weights.
-      grid: scale and zero of every weight, broadcastable: what `qtensor.settle` gives.
-      format: what a code means.
+      grid: the values that codes stand for.
     """
     w, largest = w.astype(jnp.float32), float(jnp.finfo(jnp.float32).max)
-    ends = [format.encode(jnp.full_like(w, end), *grid) for end in (-largest, largest)]
-    low, high = (format.decode(end, *grid) for end in ends)
+    ends = [grid.format.encode(jnp.full_like(w, end), *grid.per_weight) for end in (-largest, largest)]
+    low, high = (grid.decode(end) for end in ends)
     w = jnp.clip(w, low, high)
 
     def consider(code: Array, best: tuple[Array, ...]) -> tuple[Array, ...]:
         below, above, low, high = best
         code = code.astype(jnp.uint8)
-        value = format.decode(code, *grid)
+        value = grid.decode(code)
         nearer_below, nearer_above = (value <= w) & (value > low), (value >= w) & (value < high)
         return (
             jnp.where(nearer_below, code, below),
@@ -39,5 +36,5 @@ def neighbours(
             jnp.where(nearer_above, value, high),
         )
 
-    below, above, _, _ = jax.lax.fori_loop(0, 2**format.bits, consider, (*ends, low, high))
+    below, above, _, _ = jax.lax.fori_loop(0, 2**grid.format.bits, consider, (*ends, low, high))
     return below, above

@@ -1,6 +1,7 @@
 """Scales, and float zeros, fitted anew to codes that stay."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +9,11 @@ from jax import Array
 from jaxtyping import Float
 
 from jquant.errors import InputError
-from jquant.formats import Format, block_shape, expand, unpack
-from jquant.parts import check_part
-from jquant.qtensor import QTensor, Stored, dequantize, is_integer, stored_grid
+from jquant.formats import block_shape, expand, unpack
+from jquant.parts import check_part, given
+from jquant.qtensor import Grid, QTensor, dequantize, is_integer, stored_grid
+from jquant.rounding.base import Rounded, Rounding
 from jquant.rounding.gptq import GPTQ
-from jquant.rounding.info import Rounding, SolveInfo, solve_info
-from jquant.stats import check_gram
 
 NOISE = 1e-6  # of the terms that make it up: below that a float32 sum may be nothing but rounding
 
@@ -40,7 +40,7 @@ class Refit:
       passes: over all groups.
 
     Raises:
-      InputError: no Gram matrix; fewer than 1 pass.
+      InputError: fewer than 1 pass.
     """
 
     start: Rounding = field(default_factory=GPTQ)
@@ -56,28 +56,18 @@ class Refit:
         """See `Rounding`."""
         return self.start.needs | {"gram"}
 
-    def __call__(
-        self,
-        w: Float[Array, "in out"],
-        scale: Stored,
-        zero: Stored,
-        gram: Float[Array, "in in"] | None,
-        format: Format,
-        held_out: Float[Array, "in in"] | None = None,
-    ) -> tuple[QTensor, SolveInfo]:
+    def __call__(self, w: Float[Array, "in out"], grid: Grid, gram: Float[Array, "in in"], **seen: Any) -> Rounded:
         """See `Rounding`; damping, attempts and fallback are those of `start`."""
-        if gram is None:
-            raise InputError("Refit needs the Gram matrix of the layer's inputs: give it calibration text.")
-        check_gram(gram, w)
-        q, info = self.start(w, scale, zero, gram, format, held_out)
-        if isinstance(format.scale, str):
-            q = _refit(w.astype(jnp.float32), q, gram, self.passes, format.scale)
-        return q, solve_info(w, q, gram, held_out, info.damping, info.attempts, info.fallback)
+        rounded = self.start(w, grid, **given(self.start, {"gram": gram, **seen}))
+        if not isinstance(grid.format.scale, str):
+            return rounded
+        q = _refit(w.astype(jnp.float32), (rounded.grid or grid).pack(rounded.codes), gram, self.passes)
+        return replace(rounded, grid=Grid.of(*stored_grid(q), q.format, q.shape))
 
 
-def _refit(w: Float[Array, "in out"], q: QTensor, gram: Float[Array, "in in"], passes: int, dtype: str) -> QTensor:
+def _refit(w: Float[Array, "in out"], q: QTensor, gram: Float[Array, "in in"], passes: int) -> QTensor:
     """The same codes under scales, and float zeros, that err less."""
-    (n, out), (rows, columns) = w.shape, block_shape(q.format, q.shape)
+    (n, out), (rows, columns), dtype = w.shape, block_shape(q.format, q.shape), str(q.format.scale)
     pad = -n % rows
     scale, zero = stored_grid(q)
     # A zero that is not free has the direction 0: it never moves and never counts.

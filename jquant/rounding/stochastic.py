@@ -7,11 +7,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, UInt32
 
-from jquant.formats import Format
-from jquant.qtensor import QTensor, Stored, from_codes, settle
-from jquant.rounding.info import SolveInfo, solve_info
+from jquant.qtensor import Grid
+from jquant.rounding.base import Rounded
 from jquant.rounding.neighbours import neighbours
-from jquant.stats import check_gram
 
 
 @dataclass(frozen=True)
@@ -19,7 +17,7 @@ class Stochastic:
     """Each weight takes one of the two grid values around it, the nearer the likelier, so that E[ŵ] = w.
 
     Weights beyond the grid take its end. (Croci et al. 2022, "Stochastic rounding: implementation, error analysis and
-    applications", mode 1.) The Gram matrices serve only to report the error.
+    applications", mode 1.)
 
     Attributes:
       seed: of the draws. Every column draws from a key of its own, folded from the seed, the column's index and a hash
@@ -31,25 +29,13 @@ class Stochastic:
 
     needs = frozenset()
 
-    def __call__(
-        self,
-        w: Float[Array, "in out"],
-        scale: Stored,
-        zero: Stored,
-        gram: Float[Array, "in in"] | None,
-        format: Format,
-        held_out: Float[Array, "in in"] | None = None,
-    ) -> tuple[QTensor, SolveInfo]:
+    def __call__(self, w: Float[Array, "in out"], grid: Grid) -> Rounded:
         """See `Rounding`."""
-        check_gram(gram, w)
-        check_gram(held_out, w)
-        stored, grid = settle(scale, zero, format, w.shape)
-        codes = neighbours(w, grid, format)
-        below, above = (format.decode(code, *grid) for code in codes)
-        gap = above - below
-        chance = jnp.where(gap > 0, (w.astype(jnp.float32) - below) / jnp.where(gap > 0, gap, 1), 0)
-        q = from_codes(jnp.where(_draws(w, self.seed) < chance, codes[1], codes[0]), *stored, format)
-        return q, solve_info(w, q, gram, held_out)
+        below, above = neighbours(w, grid)
+        low, high = grid.decode(below), grid.decode(above)
+        gap = high - low
+        chance = jnp.where(gap > 0, (w.astype(jnp.float32) - low) / jnp.where(gap > 0, gap, 1), 0)
+        return Rounded(jnp.where(_draws(w, self.seed) < chance, above, below))
 
 
 def _draws(w: Float[Array, "in out"], seed: int) -> Float[Array, "in out"]:

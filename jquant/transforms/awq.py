@@ -6,9 +6,8 @@ For a scale s per input channel, W is replaced by diag(s) W and the layer's inpu
 over all calibration tokens, from their Gram matrix: trace(Δᵀ H Δ) for Δ = diag(1/s) Q(diag(s) W) − W.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from jaxtyping import Float
 
 from jquant.errors import InputError
 from jquant.formats import Format
-from jquant.parts import check_part
+from jquant.parts import check_part, given
 from jquant.qtensor import dequantize, quantize
 from jquant.ranges import MinMax, Range
 from jquant.rounding.info import output_energy
@@ -44,17 +43,20 @@ class AWQ:
             raise InputError(f"AWQ takes at least 1 step, not {self.steps}.")
 
     def __call__(
-        self, weights: Sequence[Float[Array, "in _"]], stats: Mapping[str, Any], formats: Sequence[Format]
+        self,
+        weights: Sequence[Float[Array, "in _"]],
+        formats: Sequence[Format],
+        gram: Sequence[Float[Array, "in in"]],
+        abs_mean: Float[Array, " in"],
     ) -> Float[Array, " in"]:
         """The scale s by which input channels are multiplied (and their producer divided), `[in]`, positive.
 
         Args:
           weights: the matrices that read the input.
-          stats: "gram", a list of the Gram matrix `[in, in]` of each one's input (they may weight tokens differently);
-            "abs_mean", `[in]`: mean |x| of each input channel, already averaged over channels that must share a scale.
           formats: what each weight will be rounded to.
+          gram: the Gram matrix of each weight's input (they may weight tokens differently).
+          abs_mean: mean |x| of each input channel, already averaged over channels that must share a scale.
         """
-        grams, abs_mean = stats["gram"], stats["abs_mean"]
 
         def scale_at(alpha: Array) -> Array:
             s = jnp.maximum(abs_mean, 1e-5) ** alpha
@@ -62,10 +64,10 @@ class AWQ:
 
         def error_at(s: Array) -> Array:
             total = jnp.float32(0)
-            for w, gram, format in zip(weights, grams, formats, strict=True):
+            for w, h, format in zip(weights, gram, formats, strict=True):
                 scaled = w * s[:, None]
-                grid = self.range(scaled, format, gram / (s[:, None] * s))
-                total += output_energy(dequantize(quantize(scaled, *grid, format)) / s[:, None] - w, gram)
+                grid = self.range(scaled, format, **given(self.range, {"gram": h / (s[:, None] * s)}))
+                total += output_energy(dequantize(quantize(scaled, *grid, format)) / s[:, None] - w, h)
             return total
 
         def step(best, alpha):

@@ -1,6 +1,6 @@
 """What every transform that scales channels offers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from jax import Array
@@ -14,16 +14,20 @@ class Transform(Protocol):
     """Chooses the scale of a site's input channels; the pipeline folds its inverse into what produces them."""
 
     @property
-    def needs(self) -> frozenset[str]:
-        """The statistics it looks at: a subset of {"gram", "abs_mean", "abs_max"}."""
+    def needs(self) -> frozenset[Any]:
+        """The statistics it looks at: "gram", "abs_mean", "abs_max", or statistics of one's own (`Statistic`)."""
         ...
 
     def __call__(
-        self, weights: Sequence[Float[Array, "in _"]], stats: Mapping[str, Any], formats: Sequence[Format]
+        self, weights: Sequence[Float[Array, "in _"]], formats: Sequence[Format], /, *_: Any, **seen: Any
     ) -> Float[Array, " in"]:
         """The scale by which input channels are multiplied, positive.
 
-        `stats` holds "gram" as a list, one `[in, in]` a weight, the others as `[in]`, already averaged (or the largest
-        taken) over channels that must share a scale.
+        Args:
+          weights: the matrices that read the input.
+          formats: what each will be rounded to.
+          seen: just what `needs` names, by name. "gram", and statistics of one's own, are lists, one value a weight,
+            since weights may count tokens differently. "abs_mean" and "abs_max" are `[in]`, already averaged (or the
+            largest taken) over channels that must share a scale.
         """
         ...

@@ -4,9 +4,8 @@ For a scale s per input channel, W is replaced by diag(s) W and the layer's inpu
 absorbs exactly, as with AWQ. Eq. 4: sⱼ = max|Xⱼ|^α / max|Wⱼ|^(1 − α), both maxima of input channel j.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
@@ -37,16 +36,16 @@ class SmoothQuant:
             raise InputError(f"SmoothQuant's alpha lies between 0 and 1; {self.alpha} does not.")
 
     def __call__(
-        self, weights: Sequence[Float[Array, "in _"]], stats: Mapping[str, Any], formats: Sequence[Format]
+        self, weights: Sequence[Float[Array, "in _"]], formats: Sequence[Format], abs_max: Float[Array, " in"]
     ) -> Float[Array, " in"]:
         """The scale s by which input channels are multiplied (and their producer divided), `[in]`, positive.
 
         Args:
           weights: the matrices that read the input; max|Wⱼ| is over them all.
-          stats: "abs_max", `[in]`: max|x| of each input channel over the calibration tokens and over the channels
-            that must share a scale.
           formats: what each weight will be rounded to; Eq. 4 does not ask.
+          abs_max: max|x| of each input channel over the calibration tokens and over the channels that must share a
+            scale.
         """
         largest = jnp.max(jnp.stack([jnp.max(jnp.abs(w), -1) for w in weights]), 0)
-        inputs = jnp.maximum(stats["abs_max"], FLOOR)
+        inputs = jnp.maximum(abs_max, FLOOR)
         return inputs**self.alpha / jnp.maximum(largest, FLOOR) ** (1 - self.alpha)
