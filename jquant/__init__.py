@@ -17,7 +17,6 @@ from jquant.evaluation.perplexity import perplexity
 from jquant.formats import FP4, FP8_E4M3, FP8_E5M2, GGUF, MXFP4, NF3, NF4, NVFP4, Codebook, Float, Int, double_quantized
 from jquant.io.language_model import LanguageModel
 from jquant.io.load import load_model, open_model
-from jquant.kernels.matmul import matmul
 from jquant.learning.tuning import tune
 from jquant.methods import METHODS, Method, Tuning, method
 from jquant.models.folding import permute_mlp, rotate
@@ -68,7 +67,6 @@ __all__ = [
     "generate",
     "load_model",
     "load_text",
-    "matmul",
     "method",
     "open_model",
     "outliers",
