@@ -131,21 +131,20 @@ def yarn_divisors(
     head_dim: int,
     factor: float,
     original_context: float | int,
-    beta_fast: float = 32.0,
-    beta_slow: float = 1.0,
+    betas: tuple[float, float] = (32.0, 1.0),
     truncate: bool = True,
 ) -> tuple[float, ...]:
     """What YaRN divides each rotary frequency by (arXiv 2309.00071, Eq. 17 to 23).
 
-    Frequencies that turn more than `beta_fast` times in the original context are kept, those that turn fewer than
-    `beta_slow` times are slowed by `factor`, and in between the two are blended linearly in the pair's number. The ends
+    Frequencies that turn more than `betas[0]` times in the original context are kept, those that turn fewer than
+    `betas[1]` times are slowed by `factor`, and in between the two are blended linearly in the pair's number. The ends
     of that ramp are rounded to whole pairs with `truncate`, as transformers and llama.cpp do.
     """
 
     def pair(turns: float) -> float:
         return head_dim * math.log(original_context / (turns * 2 * math.pi)) / (2 * math.log(base))
 
-    low, high = pair(beta_fast), pair(beta_slow)
+    low, high = map(pair, betas)
     if truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
@@ -314,7 +313,7 @@ def _scaling(
         own, all_dim = (_number(rope, key, name, 0, 100) for key in ("mscale", "mscale_all_dim"))
         magnitude = yarn_magnitude(factor, own) / yarn_magnitude(factor, all_dim)
     magnitude = _number(rope, "attention_factor", name, *REAL["rope_magnitude"], default=magnitude)
-    return yarn_divisors(base, head_dim, factor, context, fast, slow, truncate), magnitude
+    return yarn_divisors(base, head_dim, factor, context, (fast, slow), truncate), magnitude
 
 
 def _refuse_variants(
