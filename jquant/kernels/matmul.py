@@ -49,8 +49,9 @@ class PackedMatrix:
 def matmul(x: Float[Array, "*b in"], w: PackedMatrix) -> Float[Array, "*b out"]:
     """x @ w in x's dtype.
 
-    The dequantized matrix never exists as a whole, past PANEL weights. A single row, as in decoding, fuses unpacking,
-    multiplying and summing into one loop over the packed bytes; more rows take the matrix panel by panel along `in`.
+    A matrix of more than PANEL weights is never dequantized as a whole. For a single row, as in decoding, unpacking,
+    multiplying and summing are one loop over the packed bytes. For more rows the matrix is taken panel by panel along
+    `in`.
     """
     if x.size == x.shape[-1]:
         return _matvec(x.reshape(-1), w).reshape(*x.shape[:-1], -1)

@@ -1,10 +1,10 @@
 """After rounding: scales (and codes) learned by gradients, block by block or through the whole model.
 
-A layer's output error, which roundings minimise, is a stand-in for what the model says of the text, and so is a block's
-(AutoRound, arXiv 2309.05516; EfficientQAT's first phase, arXiv 2407.11062 §3.2). Through the whole model the quantized
-decoder is a student whose next-token distribution shall be the float one's: EfficientQAT's end-to-end phase (§3.3),
-towards the float model's distribution in place of the text's next token. The text would teach the student the text as
-well: perplexity falls further than the distance to the float model does, and says less about the quantization.
+Roundings minimise the error of one layer's outputs. Here the error is that of a block's outputs (AutoRound, arXiv
+2309.05516; EfficientQAT's first phase, arXiv 2407.11062 §3.2), or of the whole model's predictions: EfficientQAT's
+end-to-end phase (§3.3), with the float model's next-token distribution as target in place of the text's next token. With
+the text as target the quantized model learns the text, too: its perplexity falls below what its distance to the float
+model explains.
 """
 
 from collections.abc import Callable, Mapping
@@ -76,8 +76,8 @@ def tune_block(
 ) -> Block:
     """The quantized block with scales, and codes if asked, learned to give the outputs.
 
-    The loss is the squared error of each token's output over its squared length, averaged: a next block sees its input
-    normalised, and one attention sink is a thousand times as long as the rest.
+    The loss is the mean over tokens of the output's squared error over its squared length. The next block normalises its
+    input, so relative errors count; and an attention sink is a thousand times as long as other tokens.
 
     Args:
       quantized: left untouched.
@@ -163,9 +163,9 @@ def _check(kernels: Mapping[tuple[Any, ...], QTensor]) -> None:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Student:
-    """A quantized kernel as a function of what is learned; a product decodes it and forgets the values at once.
+    """A kernel for `x @ kernel` that decodes a quantized one under what is learned, anew for each product.
 
-    Without anything learned, a float kernel.
+    Where nothing is learned (None), the kernel is a float one.
     """
 
     kernel: Any
@@ -184,7 +184,7 @@ class _Student:
 def product(x: Float[Array, "*b in"], w: Float[Array, "in out"]) -> Float[Array, "*b out"]:
     """x @ w with both rounded to bfloat16 and float32 sums, and so backwards: half the time where hardware has it.
 
-    What that loses, 2⁻⁹ of a factor, is little beside what even 4 bits do to a weight.
+    Rounding a factor to bfloat16 changes it by up to 2⁻⁹ of itself, 4 bits a weight by far more.
     """
     return _product_forward(x, w)[0]
 
