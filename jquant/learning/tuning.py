@@ -2,9 +2,9 @@
 
 Roundings minimise the error of one layer's outputs. Here the error is that of a block's outputs (AutoRound, arXiv
 2309.05516; EfficientQAT's first phase, arXiv 2407.11062 §3.2), or of the whole model's predictions: EfficientQAT's
-end-to-end phase (§3.3), with the float model's next-token distribution as target in place of the text's next token. With
-the text as target the quantized model learns the text, too: its perplexity falls below what its distance to the float
-model explains.
+end-to-end phase (§3.3), with the float model's next-token distribution as target in place of the text's next token.
+With the text as target the quantized model learns the text, too: its perplexity falls below what its distance to the
+float model explains.
 """
 
 from collections.abc import Callable, Mapping
@@ -76,8 +76,8 @@ def tune_block(
 ) -> Block:
     """The quantized block with scales, and codes if asked, learned to give the outputs.
 
-    The loss is the mean over tokens of the output's squared error over its squared length. The next block normalises its
-    input, so relative errors count; and an attention sink is a thousand times as long as other tokens.
+    The loss is the mean over tokens of the output's squared error over its squared length. The next block normalises
+    its input, so relative errors count; and an attention sink is a thousand times as long as other tokens.
 
     Args:
       quantized: left untouched.
