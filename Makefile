@@ -39,7 +39,7 @@ setup: .venv/$(ACCELERATOR)
 	touch $@
 
 .venv/%: pyproject.toml constraints.txt | .venv/python
-	$(PIP) --editable '.[$*]'
+	$(PIP) --editable '.[experiments,$*]'
 	touch $@
 
 clean:

@@ -26,7 +26,7 @@ from experiments.command_line import console, one_sentence, progress_bars, run
 from experiments.overrides import CONFIGS
 from experiments.settings import check
 from jquant import LanguageModel, load_text
-from jquant.evaluation.outliers import INPUTS, Outliers, check_options, observe
+from jquant.evaluation.outliers import INPUTS, Criteria, Outliers, observe
 from jquant.evaluation.perplexity import evaluation_windows
 from jquant.io.hub import cache_dir
 from jquant.io.load import load_from_config
@@ -46,17 +46,17 @@ def find_outliers(settings: dict[str, Any]) -> None:
     check(settings)
     folder = Path(settings["results"]) / str(settings["name"])
     kept = tables.read_rows(folder, "outliers.jsonl")
-    grid, wanted = {key: settings[key] for key in ("threshold", "bits", "group")}, settings["evaluation"]
+    criteria, wanted = Criteria(settings["threshold"], settings["bits"], settings["group"]), settings["evaluation"]
     with progress_bars(settings["model"]["name"]) as report:
         model = load_from_config(settings["model"], progress=report)
-        check_options(model.decoder, **grid)
+        criteria.check_widths(model.decoder.config)
         text = load_text(wanted["data"])
         tokens = evaluation_windows(model, text, wanted["context"], wanted["windows"], wanted["bos"])
         origin = describe(model, tokens, settings)
         rows = [row for row in kept if row.get("fingerprint") == origin["fingerprint"]]
         if not rows:
-            seen = observe(model.decoder, tokens, **grid, progress=report)
-            rows = [row | origin for row in rows_of(Outliers(*seen, tokens, **grid, bos=wanted["bos"]), model)]
+            seen = observe(model.decoder, tokens, criteria, progress=report)
+            rows = [row | origin for row in rows_of(Outliers(*seen, tokens, criteria, wanted["bos"]), model)]
             tables.add_rows(folder, rows, "outliers.jsonl")
     figures = paper_figures.outliers.draw(rows, folder)
     console.print(terminal_table(rows))

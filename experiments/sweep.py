@@ -40,7 +40,7 @@ from experiments.command_line import console, one_sentence
 from experiments.settings import check_table
 from experiments.tables import locked
 from jquant.errors import InputError
-from jquant.io.files import write_json
+from jquant.io.files import write_json, write_text
 
 ATTEMPTS = 3  # at a trial: in one process, or in several where it dies and its engine begins the trial again
 
@@ -177,7 +177,7 @@ def _attempt(
             failed = str(wrong)
             break
         except Exception as broken:
-            (folder / "traceback.txt").write_text(traceback.format_exc())
+            write_text(folder / "traceback.txt", traceback.format_exc())
             failed = f"{type(broken).__name__}: {(str(broken).splitlines() or [''])[0]}"
         else:
             write_json(state, told | {"rows": [row["fingerprint"] for row in rows]})

@@ -31,7 +31,6 @@ from jquant.formats import (
 )
 from jquant.io.language_model import LanguageModel
 from jquant.io.load import load_model, open_model
-from jquant.kernels.matmul import matmul
 from jquant.learning.tuning import tune
 from jquant.methods import METHODS, Method, Tuning, method
 from jquant.models.folding import permute_mlp, rotate
@@ -93,7 +92,6 @@ __all__ = [
     "generate",
     "load_model",
     "load_text",
-    "matmul",
     "method",
     "open_model",
     "outliers",

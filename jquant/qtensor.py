@@ -6,18 +6,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float, UInt8
 
 from jquant.activations import Activation
 from jquant.errors import InputError
 from jquant.formats import Codebook, Format, block_shape, expand, grouped, pack, unpack
+from jquant.kernels.matmul import PackedMatrix, matmul, quantized_matmul
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class QTensor:
-    """A quantized `[*l, in, out]` weight.
+    """A quantized `[*l, in, out]` weight; `x @ q` multiplies by one of `[in, out]` without ever dequantizing it whole.
 
     Attributes:
       codes: uint8 `[*l, bytes, out]`, packed along `in`: 8 codes take `format.bits` bytes (`formats.pack`).
@@ -49,6 +51,22 @@ class QTensor:
     def nbytes(self) -> int:
         """Bytes of codes, scales and zeros together."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+    __array_ufunc__ = None  # NumPy arrays, too, leave x @ q to the method below
+
+    def __rmatmul__(self, x: Float[Array | np.ndarray, "*b in"]) -> Float[Array, "*b out"]:
+        """x @ self in x's dtype.
+
+        Raises:
+          InputError: the shapes do not fit; layers are stacked.
+        """
+        x = jnp.asarray(x)
+        if len(self.shape) != 2 or x.shape[-1:] != self.shape[:1]:
+            raise InputError(f"Inputs of shape {x.shape} do not fit a weight of shape {self.shape}.")
+        packed = PackedMatrix(self.codes, *stored_grid(self), self.format, self.in_features)
+        if self.activation is None:
+            return matmul(x, packed)
+        return quantized_matmul(x, packed, self.activation, self.input_scale)
 
 
 Stored = Array | QTensor | None

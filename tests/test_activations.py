@@ -1,5 +1,6 @@
 """Quantized inputs: LLM.int8() against bitsandbytes on the CPU, W8A8 against float64 oracles."""
 
+import operator
 from dataclasses import replace
 
 import bitsandbytes
@@ -13,7 +14,6 @@ import torch
 from jquant.activations import PER_TOKEN_INT8, Activation, input_codes, outlier_features, quantize_inputs
 from jquant.errors import InputError
 from jquant.formats import FP8_E4M3, Int, block_shape, unpack
-from jquant.kernels.matmul import matmul
 from jquant.qtensor import QTensor, quantize
 from jquant.ranges import MinMax
 
@@ -21,7 +21,7 @@ F32 = np.float32
 SHAPES = [(1, 64, 16), (7, 96, 24), (33, 576, 40)]
 WEIGHTS = Int(8, "channel", symmetric=True, scale="float32")
 STATIC = Activation(Int(8, "tensor", symmetric=True, scale="float32"), static=True)
-multiply = jax.jit(matmul)
+multiply = jax.jit(operator.matmul)
 
 
 def halves(*shape: int, scale: float = 1.0, seed: int = 0) -> np.ndarray:
@@ -261,7 +261,7 @@ def test_a_threshold_that_is_not_positive_is_refused_by_its_value(threshold):
 
 def test_a_static_scale_without_calibration_is_refused():
     x = jnp.ones((2, 64))
-    for call in (lambda: quantize_inputs(x, STATIC), lambda: matmul(x, quantized(halves(64, 16), STATIC))):
+    for call in (lambda: quantize_inputs(x, STATIC), lambda: x @ quantized(halves(64, 16), STATIC)):
         with pytest.raises(InputError, match="calibration"):
             call()
 

@@ -21,8 +21,6 @@ from jquant import (
     Percentile,
     Search,
     Tuning,
-    dequantize,
-    matmul,
     method,
 )
 from jquant.formats import UInt
@@ -246,11 +244,17 @@ def test_scales_of_another_grid_are_refused():
         quantize(W, jnp.ones((1, 4)), None, Int(4, 8, symmetric=True))
 
 
-def test_inputs_of_another_width_are_refused():
+@pytest.mark.parametrize("xp", [np, jnp])
+def test_inputs_of_another_width_are_refused(xp):
     q = quantize(W, *MinMax()(W, Int(4, 8)), Int(4, 8))
-    for w in (q, dequantize(q)):
-        with pytest.raises(InputError, match=r"15 features.*\(16, 4\)"):
-            matmul(jnp.ones((2, 15)), w)
+    with pytest.raises(InputError, match=r"\(2, 15\).*\(16, 4\)"):
+        xp.ones((2, 15)) @ q
+
+
+def test_a_product_with_stacked_layers_is_refused():
+    stacked = quantize(W[None], jnp.ones((1, 2, 4)), None, Int(4, 8, symmetric=True))
+    with pytest.raises(InputError, match=r"\(1, 16, 4\)"):
+        jnp.ones((2, 16)) @ stacked
 
 
 def test_llama_cpps_search_names_the_types_it_knows():

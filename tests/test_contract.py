@@ -17,7 +17,6 @@ from problems import problem, rounded, shape_for
 
 from jquant.errors import InputError
 from jquant.formats import Format, block_shape
-from jquant.kernels.matmul import matmul
 from jquant.methods import METHODS, Method, method
 from jquant.parts import given
 from jquant.qtensor import Grid, QTensor, dequantize
@@ -185,7 +184,7 @@ def test_the_result_is_a_pytree_that_maps_scans_and_goes_through_jit(name):
     @partial(jax.jit, compiler_options=UNOPTIMISED)
     def scanned(q, x):
         stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), q)
-        return jax.lax.scan(lambda carry, layer: (carry, (dequantize(layer), matmul(x, layer))), 0, stacked)[1]
+        return jax.lax.scan(lambda carry, layer: (carry, (dequantize(layer), x @ layer)), 0, stacked)[1]
 
     each, products = scanned(q, x)
     np.testing.assert_allclose(each, jnp.stack([values] * 2), rtol=1e-6, atol=1e-9)

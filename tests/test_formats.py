@@ -16,7 +16,6 @@ from hypothesis.extra import numpy as hnp
 
 from jquant.errors import InputError
 from jquant.formats import NF4, NF4_LEVELS, Codebook, Int, block_shape, expand, pack, unpack
-from jquant.kernels.matmul import matmul
 from jquant.qtensor import QTensor, bits_per_weight, dequantize, from_codes, quantize
 from jquant.ranges import MinMax
 
@@ -333,7 +332,7 @@ def test_matmul_with_a_qtensor_is_the_product_with_the_dequantized_matrix(format
     w, x = normal(40, 6, seed=1), normal(*lead, 40, seed=2, scale=1.0)
     q = minmax(jnp.asarray(w), format)
     wanted = x.astype(np.float64) @ np.asarray(dequantize(q), np.float64)
-    got = np.asarray(matmul(jnp.asarray(x), q))
+    got = np.asarray(jnp.asarray(x) @ q)
     assert got.shape == (*lead, 6)
     np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
 
@@ -343,7 +342,7 @@ def test_matmul_keeps_the_dtype_of_its_input(lead):
     w, x = jnp.asarray(normal(40, 6)), jnp.asarray(normal(*lead, 40, scale=1.0), jnp.bfloat16)
     q = minmax(w, Int(4, 16))
     for weight in (q, dequantize(q).astype(jnp.bfloat16)):
-        got = matmul(x, weight)
+        got = x @ weight
         assert got.dtype == jnp.bfloat16
         wanted = np.asarray(x, np.float64) @ np.asarray(dequantize(q), np.float64)
         np.testing.assert_allclose(np.asarray(got, np.float64), wanted, atol=0.02 * np.abs(wanted).max())

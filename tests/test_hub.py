@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import pwd
 import re
 import signal
 import stat
@@ -277,7 +278,6 @@ def test_unwritable_cache(index, tmp_path, monkeypatch):
 
 
 def test_cache_dir(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("JQUANT_CACHE", "")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert hub.cache_dir() == tmp_path / "jquant"
@@ -286,6 +286,18 @@ def test_cache_dir(monkeypatch, tmp_path):
     assert hub.cache_dir() == tmp_path / ".cache" / "jquant"
     monkeypatch.setenv("JQUANT_CACHE", "~/mine")
     assert hub.cache_dir() == tmp_path / "mine"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JQUANT_CACHE", "here")
+    assert hub.cache_dir() == tmp_path / "here"
+
+
+@pytest.mark.parametrize("own", ["", "~/mine"])
+def test_a_user_without_a_home_folder_is_told_to_set_another(monkeypatch, own):
+    monkeypatch.setenv("JQUANT_CACHE", own)
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # KeyError: a number that no user has, as in containers
+    refused(hub.cache_dir, "no home folder", "JQUANT_CACHE")
 
 
 INTERRUPTED = """

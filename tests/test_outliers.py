@@ -19,7 +19,16 @@ from hypothesis import strategies as st
 
 import jquant
 from jquant.data import windows
-from jquant.evaluation.outliers import INPUTS, InputOutliers, Outliers, first_tokens, observe, outliers, wasted_levels
+from jquant.evaluation.outliers import (
+    INPUTS,
+    Criteria,
+    InputOutliers,
+    Outliers,
+    first_tokens,
+    observe,
+    outliers,
+    wasted_levels,
+)
 from jquant.io.load import LanguageModel, load_model
 
 ROOT = Path(__file__).parents[1]
@@ -73,8 +82,8 @@ def seen() -> dict[tuple[int, str], np.ndarray]:
 
 @pytest.fixture(scope="module")
 def found(model) -> Outliers:
-    inputs, received = observe(model.decoder, TOKENS, threshold=THRESHOLD, bits=BITS, group=GROUP, batch=4)
-    return Outliers(inputs, received, TOKENS, THRESHOLD, BITS, GROUP, False)
+    inputs, received = observe(model.decoder, TOKENS, Criteria(THRESHOLD, BITS, GROUP), batch=4)
+    return Outliers(inputs, received, TOKENS, Criteria(THRESHOLD, BITS, GROUP), False)
 
 
 def waste_by_counting(group: np.ndarray, bits: int) -> float:
@@ -151,7 +160,7 @@ def test_wasted_levels_equal_a_count_of_the_grids_levels(found, seen, name):
 
 
 def test_batches_of_any_size_find_the_same(model, found):
-    inputs, received = observe(model.decoder, TOKENS, threshold=THRESHOLD, bits=BITS, group=GROUP, batch=6)
+    inputs, received = observe(model.decoder, TOKENS, Criteria(THRESHOLD, BITS, GROUP), batch=6)
     np.testing.assert_allclose(received, found.attention_received, rtol=1e-4)
     for key, one in inputs.items():
         np.testing.assert_allclose(one.channel_max, found[key].channel_max, rtol=1e-4, err_msg=str(key))
@@ -203,7 +212,7 @@ def test_a_systematic_feature_takes_a_quarter_of_the_layers():
 
     def systematic(layers: int) -> list[int]:
         inputs = {(layer, "mlp_input"): one_input(loud if layer < 2 else quiet) for layer in range(layers)}
-        found = Outliers(inputs, np.ones((layers, 1, 10)), np.zeros((1, 10), int), 6.0, 4, 64, False)
+        found = Outliers(inputs, np.ones((layers, 1, 10)), np.zeros((1, 10), int), Criteria(), False)
         return found.systematic_features("mlp_input").tolist()
 
     assert systematic(layers=8) == [2]
@@ -322,7 +331,7 @@ def test_activations_that_are_nan_are_refused_by_layer_and_input(model):
     flat[paths[0]].set_value(flat[paths[0]].get_value().at[..., 0, 3].set(jnp.nan))
     nnx.update(broken, nnx.from_flat_state(list(flat.items())))
     with refused("mlp_output of layer 0", "NaN"):
-        observe(broken, TOKENS, group=32)
+        observe(broken, TOKENS, Criteria(group=32))
 
 
 # ---- the default model ----------------------------------------------------------------------------------------------

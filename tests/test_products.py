@@ -1,5 +1,6 @@
 """x @ w for quantized w: the product with the dequantized matrix, panel by panel, in little memory."""
 
+import operator
 from functools import cache, partial
 
 import jax
@@ -11,7 +12,6 @@ from problems import problem, shape_for
 from jquant.activations import Activation
 from jquant.formats import NF4, Codebook, Float, Format, Int, double_quantized
 from jquant.kernels import matmul as products
-from jquant.kernels.matmul import matmul
 from jquant.methods import METHODS
 from jquant.qtensor import QTensor, dequantize, quantize
 from jquant.ranges import MinMax
@@ -31,7 +31,7 @@ def minmax(w, format: Format) -> QTensor:
 
 def product(x, q):
     """A function of its own, so that jit traces anew after PANEL has changed."""
-    return jax.jit(lambda x, q: matmul(x, q)).lower(x, q)
+    return jax.jit(lambda x, q: x @ q).lower(x, q)
 
 
 @cache
@@ -87,9 +87,12 @@ def test_leading_axes_stay_and_bfloat16_stays_bfloat16(lead, monkeypatch):
     assert_product(inputs(*lead, 40, dtype="bfloat16"), Int(3, 16), rtol=0.02)
 
 
-def test_a_plain_matrix_is_multiplied_plainly():
-    w, x = inputs(7, 3), inputs(2, 7)
-    np.testing.assert_array_equal(matmul(x, w), x @ w)
+def test_numpy_arrays_leave_the_product_to_the_qtensor():
+    q, _ = quantized(Int(3, 16))
+    x = inputs(4, 40)
+    got = np.asarray(x) @ q
+    assert isinstance(got, jax.Array)
+    np.testing.assert_array_equal(got, x @ q)
 
 
 @pytest.mark.parametrize("format", [Int(4, 64), Int(4, 64, zero="float"), NF4(64), Int(8, "channel", True)], ids=str)
@@ -99,14 +102,14 @@ def test_a_product_of_many_rows_never_holds_the_dequantized_matrix(format):
     q = jax.eval_shape(partial(minmax.__wrapped__, format=format), jax.ShapeDtypeStruct((rows, out), jnp.float32))
     x = jax.ShapeDtypeStruct((16, rows), jnp.float32)
     memory = lambda f: jax.jit(f).lower(x, q).compile().memory_analysis().temp_size_in_bytes  # noqa: E731
-    assert memory(matmul) < rows * out * 4 / 3
+    assert memory(operator.matmul) < rows * out * 4 / 3
     assert memory(lambda x, q: x @ dequantize(q)) >= rows * out * 4  # what it would be
 
 
 def test_a_single_row_holds_no_float_matrix_at_all():
     q = jax.eval_shape(partial(minmax.__wrapped__, format=Int(4, 64)), jax.ShapeDtypeStruct((2048, 1024), jnp.float32))
     x = jax.ShapeDtypeStruct((2048,), jnp.float32)
-    assert jax.jit(matmul).lower(x, q).compile().memory_analysis().temp_size_in_bytes < 2048 * 1024 * 4 / 3
+    assert jax.jit(operator.matmul).lower(x, q).compile().memory_analysis().temp_size_in_bytes < 2048 * 1024 * 4 / 3
 
 
 def test_quantized_inputs_are_rounded_before_the_product():
@@ -115,5 +118,5 @@ def test_quantized_inputs_are_rounded_before_the_product():
     with_inputs = QTensor(q.codes, q.scale, q.zero, q.format, q.in_features, Activation())
     step = np.abs(np.asarray(x)).max(-1, keepdims=True) / 127
     rounded = np.round(np.asarray(x) / step) * step
-    np.testing.assert_allclose(matmul(x, with_inputs), rounded @ values, rtol=1e-4, atol=1e-5)
-    assert np.abs(np.asarray(matmul(x, with_inputs)) - np.asarray(matmul(x, q))).max() > 1e-4
+    np.testing.assert_allclose(x @ with_inputs, rounded @ values, rtol=1e-4, atol=1e-5)
+    assert np.abs(np.asarray(x @ with_inputs) - np.asarray(x @ q)).max() > 1e-4

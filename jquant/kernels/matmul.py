@@ -1,68 +1,78 @@
-"""x @ w for a quantized w, without ever holding the whole dequantized matrix."""
+"""x @ w for packed codes of w, without ever holding the whole dequantized matrix."""
 
 import math
-from dataclasses import replace
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jquant.activations import input_codes, outlier_features, quantize_inputs
-from jquant.errors import InputError
+from jquant.activations import Activation, input_codes, outlier_features, quantize_inputs
 from jquant.formats import Format, Int, block_shape, expand, grouped, unpack
-from jquant.qtensor import QTensor, dequantize, is_integer, stored_grid
 
 # Most weights that a product of several rows dequantizes at a time: 4 MB of float32, about a core's share of cache.
 PANEL = 1 << 20
 
 
-@runtime_checkable
-class Kernel(Protocol):
-    """What else may stand where a matrix `[in, out]` does: anything that x @ w knows how to multiply."""
+@dataclass(frozen=True)
+class PackedMatrix:
+    """A matrix `[in, out]` as kernels read it; a `QTensor` makes one of itself.
+
+    Attributes:
+      codes: uint8 `[bytes, out]`, packed along `in`.
+      scale: of each block, `[groups, columns]`, in its stored dtype.
+      zero: None, integer codes in uint8, or floats; of the scale's shape.
+      format: what the codes stand for.
+      in_features: rows before packing.
+    """
+
+    codes: Array
+    scale: Array
+    zero: Array | None
+    format: Format
+    in_features: int
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> tuple[int, int]:
         """`[in, out]`."""
-        ...
+        return self.in_features, self.codes.shape[-1]
 
-    def __rmatmul__(self, x: Array) -> Array:
-        """x @ self."""
-        ...
+    def dequantize(self, dtype: Any) -> Float[Array, "in out"]:
+        """All weights."""
+        block = block_shape(self.format, self.shape)
+        scale, zero = jax.tree.map(lambda v: expand(v, block, self.shape), (self.scale, self.zero))
+        return self.format.decode(unpack(self.codes, self.format.bits, self.in_features), scale, zero).astype(dtype)
 
 
-def matmul(x: Float[Array, "*b in"], w: Array | QTensor | Kernel) -> Float[Array, "*b out"]:
-    """x @ w in x's dtype, for a plain or a quantized matrix `[in, out]`.
+def matmul(x: Float[Array, "*b in"], w: PackedMatrix) -> Float[Array, "*b out"]:
+    """x @ w in x's dtype.
 
-    The dequantized matrix never exists as a whole, past PANEL weights. A single row, as in decoding, fuses unpacking,
-    multiplying and summing into one loop over the packed bytes; more rows take the matrix panel by panel along `in`.
+    A matrix of more than PANEL weights is never dequantized as a whole. For a single row, as in decoding, unpacking,
+    multiplying and summing are one loop over the packed bytes. For more rows the matrix is taken panel by panel along
+    `in`.
     """
-    if x.shape[-1] != w.shape[-2]:
-        raise InputError(f"Inputs with {x.shape[-1]} features do not fit a weight of shape {w.shape}.")
-    if not isinstance(w, QTensor):
-        return x @ w
-    if w.activation is not None:
-        return _quantized_inputs(x, w)
     if x.size == x.shape[-1]:
         return _matvec(x.reshape(-1), w).reshape(*x.shape[:-1], -1)
     return _panels(x, w)
 
 
-def _quantized_inputs(x: Float[Array, "*b in"], w: QTensor) -> Float[Array, "*b out"]:
-    """The product with inputs rounded to `w.activation`; features with outliers keep theirs, in 16 bits."""
-    assert w.activation is not None
-    flat, weight = x.reshape(-1, x.shape[-1]), replace(w, activation=None, input_scale=None)
-    if _one_integer_scale(w.format) and _one_integer_scale(w.activation.format):
-        y = _integer_product(flat, w)
+def quantized_matmul(
+    x: Float[Array, "*b in"], w: PackedMatrix, activation: Activation, input_scale: Array | None
+) -> Float[Array, "*b out"]:
+    """The product with inputs rounded as `activation` says; features with outliers keep theirs, in 16 bits."""
+    flat = x.reshape(-1, x.shape[-1])
+    if _one_integer_scale(w.format) and _one_integer_scale(activation.format):
+        y = _integer_product(flat, w, activation, input_scale)
     else:
-        y = matmul(quantize_inputs(flat, w.activation, w.input_scale), weight)
-    if w.activation.outliers is not None:
+        y = matmul(quantize_inputs(flat, activation, input_scale), w)
+    if activation.outliers is not None:
         half = x.dtype if x.dtype.itemsize == 2 else jnp.float16
-        outlying = outlier_features(flat, w.activation)
+        outlying = outlier_features(flat, activation)
         kept = jnp.where(outlying, flat, 0).astype(half).astype(jnp.float32)
         # Most inputs hold none.
-        y += jax.lax.cond(jnp.any(outlying), lambda: matmul(kept, weight), lambda: jnp.zeros_like(y))
+        y += jax.lax.cond(jnp.any(outlying), lambda: matmul(kept, w), lambda: jnp.zeros_like(y))
     return y.reshape(*x.shape[:-1], -1).astype(x.dtype)
 
 
@@ -71,36 +81,36 @@ def _one_integer_scale(format: Format) -> bool:
     return isinstance(format, Int) and format.symmetric and format.group in ("channel", "tensor")
 
 
-def _integer_product(x: Float[Array, "tokens in"], w: QTensor) -> Float[Array, "tokens out"]:
+def _integer_product(
+    x: Float[Array, "tokens in"], w: PackedMatrix, activation: Activation, input_scale: Array | None
+) -> Float[Array, "tokens out"]:
     """Σᵢ codes of x · codes of w in int8 × int8 → int32, exact up to 131,071 inputs, then scaled in float32."""
-    assert w.activation is not None
-    codes, (scale, _) = input_codes(x, w.activation, w.input_scale)
+    codes, (scale, _) = input_codes(x, activation, input_scale)
     signed = lambda codes, bits: (codes.astype(jnp.int32) - 2 ** (bits - 1)).astype(jnp.int8)  # noqa: E731
     sums = jax.lax.dot_general(
-        signed(codes, w.activation.format.bits),
+        signed(codes, activation.format.bits),
         signed(unpack(w.codes, w.format.bits, w.in_features), w.format.bits),
         (((1,), (0,)), ((), ())),
         preferred_element_type=jnp.int32,
     )
-    return sums.astype(jnp.float32) * scale.T.astype(jnp.float32) * stored_grid(w)[0].astype(jnp.float32)
+    return sums.astype(jnp.float32) * scale.T.astype(jnp.float32) * w.scale.astype(jnp.float32)
 
 
-def _panels(x: Float[Array, "*b in"], w: QTensor) -> Float[Array, "*b out"]:
+def _panels(x: Float[Array, "*b in"], w: PackedMatrix) -> Float[Array, "*b out"]:
     """Σ over panels of whole groups, of at most PANEL weights where groups allow it; the rows left over come first."""
     unit = 8 if w.scale.shape[-2] == 1 else math.lcm(block_shape(w.format, w.shape)[0], 8)  # codes pack by 8 rows
     size = unit * max(1, PANEL // (unit * w.shape[-1]))
     count = w.in_features // size
     if count < 2:
-        return x @ dequantize(w, x.dtype)
-    whole, block = count * size, block_shape(w.format, w.shape)
-    grid = stored_grid(w)
+        return x @ w.dequantize(x.dtype)
+    panelled, block = count * size, block_shape(w.format, w.shape)
 
     def rows(start: int, stop: int) -> tuple[Array, Any]:
         """Codes and grid of some rows, first and last ones of a group."""
         bytes_of = lambda n: -(-n // 8) * w.format.bits  # noqa: E731
         groups_of = lambda n: -(-n // block[0])  # noqa: E731
         cut = lambda v: v if v.shape[-2] == 1 else v[groups_of(start) : groups_of(stop)]  # noqa: E731
-        return w.codes[bytes_of(start) : bytes_of(stop)], jax.tree.map(cut, grid)
+        return w.codes[bytes_of(start) : bytes_of(stop)], jax.tree.map(cut, (w.scale, w.zero))
 
     def product(x: Array, codes: Array, grid: Any) -> Array:
         n = x.shape[-1]
@@ -111,17 +121,17 @@ def _panels(x: Float[Array, "*b in"], w: QTensor) -> Float[Array, "*b out"]:
     def add(total: Array, panel: tuple[Array, Array, Any]) -> tuple[Array, None]:
         return total + product(*panel), None
 
-    codes, at = rows(0, whole)
+    codes, at = rows(0, panelled)
     stack = lambda v: v.reshape(count, -1, v.shape[-1])  # noqa: E731
     at = jax.tree.map(lambda v: jnp.broadcast_to(v, (count, *v.shape)) if v.shape[0] == 1 else stack(v), at)
-    inputs = jnp.moveaxis(x[..., :whole].reshape(*x.shape[:-1], count, size), -2, 0)
+    inputs = jnp.moveaxis(x[..., :panelled].reshape(*x.shape[:-1], count, size), -2, 0)
     total = jnp.zeros((*x.shape[:-1], w.shape[-1]), jnp.float32)
-    if whole < w.in_features:
-        total = product(x[..., whole:], *rows(whole, w.in_features))
+    if panelled < w.in_features:
+        total = product(x[..., panelled:], *rows(panelled, w.in_features))
     return jax.lax.scan(add, total, (inputs, stack(codes), at))[0].astype(x.dtype)
 
 
-def _matvec(x: Float[Array, " in"], w: QTensor) -> Float[Array, " out"]:
+def _matvec(x: Float[Array, " in"], w: PackedMatrix) -> Float[Array, " out"]:
     """Σ_g scale_g Σ_{i in g} x_i level(code_i): values are linear in the scale, so each group is scaled once.
 
     A group is summed in pieces of at most 64 rows: XLA's CPU loop walks down a column, and the cache lines of 64 rows
@@ -132,11 +142,11 @@ def _matvec(x: Float[Array, " in"], w: QTensor) -> Float[Array, " out"]:
     pieces = lambda v: grouped(v, (rows, 1)).reshape(-1, piece, v.shape[-1])  # noqa: E731
     # One row per group, one column per output; then one row per piece.
     wide = lambda v: expand(v, (1, columns), (v.shape[-2], w.shape[-1])).repeat(rows // piece, -2)  # noqa: E731
-    scale, zero = jax.tree.map(wide, stored_grid(w))
+    scale, zero = jax.tree.map(wide, (w.scale, w.zero))
     codes = pieces(unpack(w.codes, w.format.bits, w.in_features))
-    inputs, one = pieces(x[:, None].astype(jnp.float32)), jnp.ones((1, 1, 1))
-    if zero is None or is_integer(zero):
-        levels = w.format.decode(codes, one, None if zero is None else zero[:, None])
+    inputs, unscaled = pieces(x[:, None].astype(jnp.float32)), jnp.ones((1, 1, 1))
+    if zero is None or zero.dtype == jnp.uint8:
+        levels = w.format.decode(codes, unscaled, None if zero is None else zero[:, None])
         return jnp.sum(jnp.sum(inputs * levels, -2) * scale.astype(jnp.float32), -2).astype(x.dtype)
-    sums = jnp.sum(inputs * w.format.decode(codes, one, None), -2) * scale.astype(jnp.float32)
+    sums = jnp.sum(inputs * w.format.decode(codes, unscaled, None), -2) * scale.astype(jnp.float32)
     return jnp.sum(sums + jnp.sum(inputs, -2) * zero.astype(jnp.float32), -2).astype(x.dtype)

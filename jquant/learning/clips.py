@@ -1,7 +1,7 @@
 """Ranges learned on the calibration cross-entropy, by gradients through the whole decoder."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -45,14 +45,12 @@ def learn_clips(
     if not parts:
         return {}
     search = _shared_search(parts)
-    graph, kernels, rest = nnx.split(decoder, _is_projection, ...)
-    stacks = flatten_mapping(nnx.to_pure_dict(kernels))
-    grids = [_grids(stacks[part.place][jnp.asarray(part.layers)], part.method) for part in parts]
-    logs = [jnp.zeros(scale.shape, jnp.float32) for scale, _ in grids]
-    state = optax.adam(search.rate).init(logs)
+    student = _student(decoder, parts)
+    logs = [jnp.zeros(scale.shape, jnp.float32) for scale, _ in student.grids]
+    moments = optax.adam(search.rate).init(logs)
     for number in range(search.steps):
         batch = np.take(tokens, range(number * search.windows, (number + 1) * search.windows), 0, mode="wrap")
-        logs, state = _step(graph, parts, search.rate, stacks, rest, grids, logs, state, batch)
+        logs, moments = _step(logs, moments, student, batch, search.rate)
         if not all_finite(logs):
             raise InputError(
                 f"LossSearch, step {number + 1} of {search.steps}: the gradient of the calibration loss is not finite; "
@@ -79,19 +77,51 @@ class _Part:
         return ("segments", 0, *self.path.split("."))
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Student:
+    """What stays the same from step to step: the float decoder in pieces, and the grids at factors of 1.
+
+    Attributes:
+      graph: the decoder's structure.
+      parts: what is learned.
+      stacks: the decoder's kernels, by their place.
+      rest: its other parameters.
+      grids: (scale, zero) of each part, stacked over its layers.
+    """
+
+    graph: Any = field(metadata={"static": True})
+    parts: tuple[_Part, ...] = field(metadata={"static": True})
+    stacks: Kernels
+    rest: Any
+    grids: list[Any]
+
+    def loss(self, kernels: Kernels, tokens: Int[Array, "b t"]) -> Array:
+        """Cross-entropy of the decoder with other kernels."""
+        decoder = nnx.merge(self.graph, nnx.State(unflatten_mapping(kernels)), self.rest)
+        return next_token_loss(decoder(tokens), tokens)
+
+
+def _student(decoder: Decoder, parts: tuple[_Part, ...]) -> _Student:
+    graph, kernels, rest = nnx.split(decoder, _is_projection, ...)
+    stacks = flatten_mapping(nnx.to_pure_dict(kernels))
+    grids = [_grids(stacks[part.place][jnp.asarray(part.layers)], part.method) for part in parts]
+    return _Student(graph, parts, stacks, rest, grids)
+
+
 def _parts(layers: Sequence[Choices]) -> tuple[_Part, ...]:
     found: dict[tuple[str, Method], tuple[int, ...]] = {}
     for layer, choices in enumerate(layers):
         for path, method in choices:
             if isinstance(method.range, LossSearch):
                 found[path, method] = (*found.get((path, method), ()), layer)
-    return tuple(_Part(*key, which) for key, which in found.items())
+    return tuple(_Part(*key, numbers) for key, numbers in found.items())
 
 
 def _shared_search(parts: Sequence[_Part]) -> LossSearch:
     """The range that says how to learn; what the parts start from may differ."""
     ranges = [part.method.range for part in parts if isinstance(part.method.range, LossSearch)]
-    if len({(one.steps, one.windows, one.rate) for one in ranges}) > 1:
+    if len({(search.steps, search.windows, search.rate) for search in ranges}) > 1:
         raise InputError("A plan's LossSearch ranges are learned together: give them the same steps, windows and rate.")
     return ranges[0]
 
@@ -103,41 +133,29 @@ def _grids(stack: Float[Array, "*l in out"], method: Method) -> tuple[Array, Arr
     return jax.lax.map(lambda w: initial(w.astype(jnp.float32), method.format), stack)
 
 
-@partial(jax.jit, static_argnames=("graph", "parts", "rate"), donate_argnames=("logs", "state"))
+@partial(jax.jit, static_argnames="rate", donate_argnames=("logs", "moments"))
 def _step(
-    graph: Any,
-    parts: tuple[_Part, ...],
-    rate: float,
-    stacks: Kernels,
-    rest: Any,
-    grids: list[Any],
-    logs: list[Array],
-    state: Any,
-    tokens: Int[Array, "b t"],
+    logs: list[Array], moments: Any, student: _Student, tokens: Int[Array, "b t"], rate: float
 ) -> tuple[list[Array], Any]:
     """One of Adam's steps on the logarithms of the factors."""
-    now = [clipped(grid, jnp.exp(log)) for grid, log in zip(grids, logs, strict=True)]
+    stacks = student.stacks
+    grids = [clipped(grid, jnp.exp(log)) for grid, log in zip(student.grids, logs, strict=True)]
     values, slopes = dict(stacks), []
-    for part, grid in zip(parts, now, strict=True):
+    for part, grid in zip(student.parts, grids, strict=True):
         at, format = jnp.asarray(part.layers), part.method.format
         new = _map(partial(rounded, format=format), stacks[part.place][at], grid)
         values[part.place] = values[part.place].at[at].set(new.astype(values[part.place].dtype))
-    gradients = jax.grad(lambda kernels: _cross_entropy(graph, kernels, rest, tokens))(values)
-    for part, grid in zip(parts, now, strict=True):
+    gradients = jax.grad(student.loss)(values, tokens)
+    for part, grid in zip(student.parts, grids, strict=True):
         at, slope = jnp.asarray(part.layers), partial(clip_gradient, format=part.method.format)
         slopes.append(_map(slope, stacks[part.place][at], grid, gradients[part.place][at]))
-    updates, state = optax.adam(rate).update(slopes, state)
-    return optax.apply_updates(logs, updates), state  # pyright: ignore[reportReturnType]
+    updates, moments = optax.adam(rate).update(slopes, moments)
+    return optax.apply_updates(logs, updates), moments  # pyright: ignore[reportReturnType]
 
 
 def _map(function: Callable[..., Array], *stacks: Any) -> Array:
     """Layer by layer, so that one layer's temporaries are alive at a time."""
     return jax.lax.map(lambda layer: function(*layer), stacks)
-
-
-def _cross_entropy(graph: Any, kernels: Kernels, rest: Any, tokens: Int[Array, "b t"]) -> Array:
-    decoder = nnx.merge(graph, nnx.State(unflatten_mapping(kernels)), rest)
-    return next_token_loss(decoder(tokens), tokens)
 
 
 def _is_projection(path: tuple[Any, ...], _: Any) -> bool:

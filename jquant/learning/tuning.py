@@ -1,14 +1,14 @@
 """After rounding: scales (and codes) learned by gradients, block by block or through the whole model.
 
-A layer's output error, which roundings minimise, is a stand-in for what the model says of the text, and so is a block's
-(AutoRound, arXiv 2309.05516; EfficientQAT's first phase, arXiv 2407.11062 §3.2). Through the whole model the quantized
-decoder is a student whose next-token distribution shall be the float one's: EfficientQAT's end-to-end phase (§3.3),
-towards the float model's distribution in place of the text's next token. The text would teach the student the text as
-well: perplexity falls further than the distance to the float model does, and says less about the quantization.
+Roundings minimise the error of one layer's outputs. Here the error is that of a block's outputs (AutoRound, arXiv
+2309.05516; EfficientQAT's first phase, arXiv 2407.11062 §3.2), or of the whole model's predictions: EfficientQAT's
+end-to-end phase (§3.3), with the float model's next-token distribution as target in place of the text's next token.
+With the text as target the quantized model learns the text, too: its perplexity falls below what its distance to the
+float model explains.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -25,14 +25,12 @@ from jquant.composition import Tuning
 from jquant.data import check_tokens
 from jquant.errors import InputError
 from jquant.formats import block_shape, expand, pack, unpack
-from jquant.learning.objectives import all_finite
+from jquant.learning.objectives import all_finite, map_rows
 from jquant.models.decoder import Block, Decoder
 from jquant.progress import Progress
 from jquant.qtensor import QTensor, stored_grid
 from jquant.rounding.limits import check_scales
 
-# Tokens whose logits are alive at a time.
-ROWS = 256
 Learned = dict[tuple[Any, ...], dict[str, Array]]  # by the kernel's path
 
 
@@ -61,13 +59,12 @@ def tune(
     if tuning.target == "block":
         raise InputError('Blocks are tuned one by one as they are rounded (Method.tuning): target is not "block" here.')
     check_tokens(tokens, decoder.config, "Calibration windows")
-    graph, rest, weights = _split(quantized)
+    parts = _split(quantized)
 
     def slopes(learned: Learned, which: Int[np.ndarray, " windows"]) -> tuple[Array, Learned]:
-        return _model_slopes(learned, graph, rest, weights, decoder, tokens[which], tuning.text)
+        return _model_slopes(learned, parts, decoder, tokens[which], tuning.text)
 
-    final = _learn(weights, slopes, len(tokens), tuning, progress)
-    return nnx.merge(graph, nnx.State(unflatten_mapping(rest | final)))
+    return parts.merge(_learn(parts.kernels, slopes, len(tokens), tuning, progress))
 
 
 def tune_block(
@@ -79,8 +76,8 @@ def tune_block(
 ) -> Block:
     """The quantized block with scales, and codes if asked, learned to give the outputs.
 
-    The loss is the squared error of each token's output over its squared length, averaged: a next block sees its input
-    normalised, and one attention sink is a thousand times as long as the rest.
+    The loss is the mean over tokens of the output's squared error over its squared length. The next block normalises
+    its input, so relative errors count; and an attention sink is a thousand times as long as other tokens.
 
     Args:
       quantized: left untouched.
@@ -93,55 +90,72 @@ def tune_block(
       InputError: nothing is quantized, or scales are quantized themselves; a step whose loss or parameters are not
         finite.
     """
-    graph, rest, weights = _split(quantized)
+    parts = _split(quantized)
 
     def slopes(learned: Learned, which: Int[np.ndarray, " windows"]) -> tuple[Array, Learned]:
-        return _block_slopes(learned, graph, rest, weights, inputs, outputs, rotary, which)
+        return _block_slopes(learned, parts, inputs[which], outputs[which], rotary)
 
-    final = _learn(weights, slopes, len(inputs), tuning, None)
-    return nnx.merge(graph, nnx.State(unflatten_mapping(rest | final)))
+    return parts.merge(_learn(parts.kernels, slopes, len(inputs), tuning, None))
 
 
-def _split(module: nnx.Module) -> tuple[Any, dict[tuple[Any, ...], Array], dict[tuple[Any, ...], QTensor]]:
-    """Structure, parameters that stay, and quantized kernels."""
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Parts:
+    """A module in parts: its structure, the kernels that are learned or have quantized counterparts, and the rest."""
+
+    graph: Any = field(metadata={"static": True})
+    kernels: Any  # path -> kernel
+    rest: Any  # path -> array
+
+    def merge(self, kernels: Mapping[tuple[Any, ...], Any]) -> Any:
+        """The module with other kernels."""
+        return nnx.merge(self.graph, nnx.State(unflatten_mapping({**self.rest, **kernels})))
+
+    def student(self, learned: Mapping[tuple[Any, ...], Any]) -> Any:
+        """The module, its kernels functions of what is learned, if anything, and multiplied by `product`."""
+        return self.merge({path: _Student(kernel, learned[path]) for path, kernel in self.kernels.items()})
+
+
+def _split(module: nnx.Module) -> _Parts:
+    """A quantized module in parts."""
     graph, state = nnx.split(module)
     params = flatten_mapping(nnx.to_pure_dict(state))
-    weights = {path: leaf for path, leaf in params.items() if isinstance(leaf, QTensor)}
-    _check(weights)
-    return graph, {path: leaf for path, leaf in params.items() if path not in weights}, weights
+    kernels = {path: leaf for path, leaf in params.items() if isinstance(leaf, QTensor)}
+    _check(kernels)
+    return _Parts(graph, kernels, {path: leaf for path, leaf in params.items() if path not in kernels})
 
 
 def _learn(
-    weights: Mapping[tuple[Any, ...], QTensor],
+    kernels: Mapping[tuple[Any, ...], QTensor],
     slopes: Callable[[Learned, Int[np.ndarray, " windows"]], tuple[Array, Learned]],
     windows: int,
     tuning: Tuning,
     progress: Progress | None,
 ) -> dict[tuple[Any, ...], QTensor]:
-    """The weights after Adam's steps down the slopes, each over the next few windows."""
-    learned = {path: _start(q, tuning) for path, q in weights.items()}
+    """The kernels after Adam's steps down the slopes, each over the next few windows."""
+    learned = {path: _start(q, tuning) for path, q in kernels.items()}
     moments = _optimizer(tuning).init(learned)
     for number in range(tuning.steps):
         which = np.arange(number * tuning.windows, (number + 1) * tuning.windows) % windows
         loss, slope = slopes(learned, which)
         learned, moments = _step(learned, slope, moments, tuning)
-        loss, sound = jax.device_get((loss, all_finite(learned)))  # waits: one step's activations are alive at a time
-        if not (np.isfinite(loss) and sound):
+        loss, finite = jax.device_get((loss, all_finite(learned)))  # waits: one step's activations are alive at a time
+        if not (np.isfinite(loss) and finite):
             raise InputError(
                 f"Tuning of the {tuning.target}, step {number + 1} of {tuning.steps}: the loss ({loss:.4g}) or what is "
                 f"learned is not finite; take a lower rate, or look for activations that overflow their dtype."
             )
         if progress:
             progress("tune", number + 1, tuning.steps, loss=float(loss))
-    tuned = {path: _finished(q, learned[path]) for path, q in weights.items()}
+    tuned = {path: _finished(q, learned[path]) for path, q in kernels.items()}
     check_scales({".".join(map(str, path)): q for path, q in tuned.items()})
     return tuned
 
 
-def _check(weights: Mapping[tuple[Any, ...], QTensor]) -> None:
-    if not weights:
+def _check(kernels: Mapping[tuple[Any, ...], QTensor]) -> None:
+    if not kernels:
         raise InputError("There is nothing to tune: the decoder holds no quantized weight.")
-    for path, q in weights.items():
+    for path, q in kernels.items():
         if not isinstance(q.format.scale, str):
             raise InputError(f"{'.'.join(map(str, path))}: scales that are quantized themselves can't be tuned.")
 
@@ -149,28 +163,28 @@ def _check(weights: Mapping[tuple[Any, ...], QTensor]) -> None:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Student:
-    """A quantized kernel as a function of what is learned; a product decodes it and forgets the values at once.
+    """A kernel for `x @ kernel` that decodes a quantized one under what is learned, anew for each product.
 
-    Without anything learned, a float kernel.
+    Where nothing is learned (None), the kernel is a float one.
     """
 
-    weight: Any
+    kernel: Any
     learned: Any
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.weight.shape
+        return self.kernel.shape
 
     def __rmatmul__(self, x: Array) -> Array:
         decoded = lambda x, q, learned: product(x, q if learned is None else _values(q, learned))  # noqa: E731
-        return jax.checkpoint(decoded)(x, self.weight, self.learned)
+        return jax.checkpoint(decoded)(x, self.kernel, self.learned)
 
 
 @jax.custom_vjp
 def product(x: Float[Array, "*b in"], w: Float[Array, "in out"]) -> Float[Array, "*b out"]:
     """x @ w with both rounded to bfloat16 and float32 sums, and so backwards: half the time where hardware has it.
 
-    What that loses, 2⁻⁹ of a factor, is little beside what even 4 bits do to a weight.
+    Rounding a factor to bfloat16 changes it by up to 2⁻⁹ of itself, 4 bits a weight by far more.
     """
     return _product_forward(x, w)[0]
 
@@ -253,7 +267,7 @@ def _optimizer(tuning: Tuning) -> optax.GradientTransformation:
         "shift": adam(tuning.rate),
         "behind": adam(tuning.code_rate),
     }
-    named = lambda learned: {path: {name: name for name in one} for path, one in learned.items()}  # noqa: E731
+    named = lambda learned: {path: dict(zip(values, values, strict=True)) for path, values in learned.items()}  # noqa: E731
     return optax.multi_transform(rates, named)
 
 
@@ -263,62 +277,40 @@ def _step(learned: Learned, slope: Learned, moments: Any, tuning: Tuning) -> tup
     return optax.apply_updates(learned, updates), moments  # pyright: ignore[reportReturnType]
 
 
-@partial(jax.jit, static_argnames="graph")
+@jax.jit
 def _block_slopes(
-    learned: Learned,
-    graph: Any,
-    rest: Mapping[tuple[Any, ...], Array],
-    weights: Mapping[tuple[Any, ...], QTensor],
-    inputs: Float[Array, "n t d"],
-    outputs: Float[Array, "n t d"],
-    rotary: Array,
-    which: Int[Array, " windows"],
+    learned: Learned, parts: _Parts, inputs: Float[Array, "b t d"], outputs: Float[Array, "b t d"], rotary: Array
 ) -> tuple[Array, Learned]:
-    wanted = outputs[which].astype(jnp.float32)
+    outputs = outputs.astype(jnp.float32)
 
     def loss(learned: Learned) -> Array:
-        got = _student(graph, rest, weights, learned)(inputs[which], rotary)[0].astype(jnp.float32)
-        return jnp.mean(jnp.sum((got - wanted) ** 2, -1) / jnp.maximum(jnp.sum(wanted**2, -1), 1e-12))
+        own = parts.student(learned)(inputs, rotary)[0].astype(jnp.float32)
+        return jnp.mean(jnp.sum((own - outputs) ** 2, -1) / jnp.maximum(jnp.sum(outputs**2, -1), 1e-12))
 
     return jax.value_and_grad(loss)(learned)
 
 
-@partial(jax.jit, static_argnames=("graph", "text"))
+@partial(jax.jit, static_argnames="text")
 def _model_slopes(
-    learned: Learned,
-    graph: Any,
-    rest: Mapping[tuple[Any, ...], Array],
-    weights: Mapping[tuple[Any, ...], QTensor],
-    teacher: Decoder,
-    tokens: Int[Array, "b t"],
-    text: float,
+    learned: Learned, parts: _Parts, teacher: Decoder, tokens: Int[Array, "b t"], text: float
 ) -> tuple[Array, Learned]:
-    structure, state = nnx.split(teacher)
-    params = flatten_mapping(nnx.to_pure_dict(state))
-    kernels = {path: leaf for path, leaf in params.items() if path[0] == "segments" and path[-1] == "kernel"}
-    exact = None
-    if text < 1:
-        exact = _student(structure, params, kernels, dict.fromkeys(kernels)).hidden(tokens)
+    exact = _exact_hidden(teacher, tokens) if text < 1 else None
     # Embedding and head are not quantized: student and teacher share them.
     head = teacher.embedding.get_value().T if teacher.head is None else teacher.head.kernel.get_value()
 
     def loss(learned: Learned) -> Array:
-        return _loss(
-            _student(graph, rest, weights, learned).hidden(tokens), exact, head.astype(jnp.bfloat16), tokens, text
-        )
+        return _loss(parts.student(learned).hidden(tokens), exact, head.astype(jnp.bfloat16), tokens, text)
 
     return jax.value_and_grad(loss)(learned)
 
 
-def _student(
-    graph: Any,
-    rest: Mapping[tuple[Any, ...], Array],
-    weights: Mapping[tuple[Any, ...], Any],
-    learned: Mapping[tuple[Any, ...], Any],
-) -> Any:
-    """The decoder or block, its kernels functions of what is learned, if anything, and multiplied by `product`."""
-    students = {path: _Student(q, learned[path]) for path, q in weights.items()}
-    return nnx.merge(graph, nnx.State(unflatten_mapping({**rest, **students})))
+def _exact_hidden(teacher: Decoder, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+    """The float model's last states, its products in bfloat16 as the student's are."""
+    graph, state = nnx.split(teacher)
+    params = flatten_mapping(nnx.to_pure_dict(state))
+    kernels = {path: leaf for path, leaf in params.items() if path[0] == "segments" and path[-1] == "kernel"}
+    rest = {path: leaf for path, leaf in params.items() if path not in kernels}
+    return _Parts(graph, kernels, rest).student(dict.fromkeys(kernels)).hidden(tokens)
 
 
 def _loss(
@@ -328,21 +320,17 @@ def _loss(
     tokens: Int[Array, "b t"],
     text: float,
 ) -> Float[Array, ""]:
-    """Mean KL divergence from the teacher, a share of it cross-entropy instead, ROWS tokens' logits at a time."""
-    count = tokens.shape[0] * (tokens.shape[1] - 1)
-    flat = lambda a: a[:, :-1].reshape(count, -1)  # noqa: E731
-    columns = [flat(hidden), flat(hidden if exact is None else exact), tokens[:, 1:].reshape(count), jnp.ones(count)]
-    fill = -count % ROWS
-    chunks = [jnp.pad(a, [(0, fill)] + [(0, 0)] * (a.ndim - 1)).reshape(-1, ROWS, *a.shape[1:]) for a in columns]
+    """Mean KL divergence from the teacher, a share of it cross-entropy instead."""
 
     @jax.checkpoint
-    def add(total: Array, chunk: Any) -> tuple[Array, None]:
-        states, others, targets, real = chunk
+    def rows(states: Array, others: Array, targets: Array) -> Array:
         log_q = jax.nn.log_softmax(product(states, head).astype(jnp.float32))
-        each = -text * jnp.take_along_axis(log_q, targets[:, None], -1)[:, 0]
+        # Not optax's cross-entropy, which would normalise the logits a second time.
+        loss = -text * jnp.take_along_axis(log_q, targets[:, None], -1)[:, 0]
         if text < 1:
             log_p = jax.nn.log_softmax(product(others, head).astype(jnp.float32))
-            each += (1 - text) * jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1)
-        return total + jnp.sum(each * real), None
+            loss += (1 - text) * optax.losses.kl_divergence_with_log_targets(log_q, log_p)
+        return loss
 
-    return jax.lax.scan(add, jnp.float32(0), tuple(chunks))[0] / count
+    others = hidden if exact is None else exact
+    return jnp.mean(map_rows(rows, hidden[:, :-1], others[:, :-1], tokens[:, 1:]))

@@ -60,8 +60,8 @@ class DecoderConfig:
     family: str = "llama"
 
     def __post_init__(self) -> None:
-        for one in fields(self):
-            _check(one.name, getattr(self, one.name), one.name)
+        for field in fields(self):
+            _check(field.name, getattr(self, field.name), field.name)
         if self.heads % self.kv_heads:
             raise InputError(f"{self.heads} attention heads cannot share {self.kv_heads} key/value heads evenly.")
         if self.head_dim % 2:
@@ -78,27 +78,27 @@ def _check(field: str, value: Any, name: str) -> Any:
     if field in MOST:
         if type(value) is int and 1 <= value <= MOST[field]:
             return value
-        wanted = f"a whole number from 1 to {MOST[field]}"
+        expected = f"a whole number from 1 to {MOST[field]}"
     elif field in REAL:
         least, most = REAL[field]
         if type(value) in (int, float) and least <= value <= most:
             return float(value)
-        wanted = f"a number from {least:g} to {most:g}"
+        expected = f"a number from {least:g} to {most:g}"
     elif field == "tied":
         if type(value) is bool:
             return value
-        wanted = "true or false"
+        expected = "true or false"
     elif field == "family":
         if isinstance(value, str) and value.isidentifier():
             return value
-        wanted = "the name of a family"
+        expected = "the name of a family"
     else:
         if value is None or (
-            isinstance(value, tuple) and all(type(one) is float and 1e-6 <= one <= 1e6 for one in value)
+            isinstance(value, tuple) and all(type(divisor) is float and 1e-6 <= divisor <= 1e6 for divisor in value)
         ):
             return value
-        wanted = "positive numbers"
-    raise InputError(f"{name} takes {wanted}, not {reprlib.repr(value)}.")
+        expected = "positive numbers"
+    raise InputError(f"{name} takes {expected}, not {reprlib.repr(value)}.")
 
 
 # ---- rotary positions -----------------------------------------------------------------------------------------------
@@ -131,21 +131,20 @@ def yarn_divisors(
     head_dim: int,
     factor: float,
     original_context: float | int,
-    beta_fast: float = 32.0,
-    beta_slow: float = 1.0,
+    betas: tuple[float, float] = (32.0, 1.0),
     truncate: bool = True,
 ) -> tuple[float, ...]:
     """What YaRN divides each rotary frequency by (arXiv 2309.00071, Eq. 17 to 23).
 
-    Frequencies that turn more than `beta_fast` times in the original context are kept, those that turn fewer than
-    `beta_slow` times are slowed by `factor`, and in between the two are blended linearly in the pair's number. The ends
+    Frequencies that turn more than `betas[0]` times in the original context are kept, those that turn fewer than
+    `betas[1]` times are slowed by `factor`, and in between the two are blended linearly in the pair's number. The ends
     of that ramp are rounded to whole pairs with `truncate`, as transformers and llama.cpp do.
     """
 
     def pair(turns: float) -> float:
         return head_dim * math.log(original_context / (turns * 2 * math.pi)) / (2 * math.log(base))
 
-    low, high = pair(beta_fast), pair(beta_slow)
+    low, high = map(pair, betas)
     if truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
@@ -245,26 +244,26 @@ def config_from_hf(raw: Mapping[str, Any], source: str) -> DecoderConfig:
     known = {*_HF, *_HF_FIXED, *_HF_IDLE, "rope_parameters", "rope_scaling", "original_max_position_embeddings"}
     _warn(raw.keys() - known, source)
     # Null is what transformers writes for a field that is not set.
-    told = {
+    found = {
         field: _check(field, raw[key], f"{source}: {key}") for key, field in _HF.items() if raw.get(key) is not None
     }
     for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-        if _HF[key] not in told:
+        if _HF[key] not in found:
             raise InputError(f"{source} lacks {key!r}.")
-    if "norm_eps" not in told:
+    if "norm_eps" not in found:
         raise InputError(f"{source} lacks 'rms_norm_eps'.")
-    if "head_dim" not in told and told["hidden"] % told["heads"]:
-        raise InputError(f"{source}: hidden_size {told['hidden']} is no multiple of {told['heads']} attention heads.")
+    if "head_dim" not in found and found["hidden"] % found["heads"]:
+        raise InputError(f"{source}: hidden_size {found['hidden']} is no multiple of {found['heads']} attention heads.")
     settled = {
-        "kv_heads": told["heads"],
-        "head_dim": told["hidden"] // told["heads"],
+        "kv_heads": found["heads"],
+        "head_dim": found["hidden"] // found["heads"],
         "tied": False,
         "context_length": 2048,
-    } | told
+    } | found
     return DecoderConfig(**settled | _hf_rope(raw, settled, source))
 
 
-def _hf_rope(raw: Mapping[str, Any], told: Mapping[str, Any], source: str) -> dict[str, Any]:
+def _hf_rope(raw: Mapping[str, Any], found: Mapping[str, Any], source: str) -> dict[str, Any]:
     """The three rope fields; a top-level rope_theta counts where rope_parameters has none, as in transformers."""
     given = {key: raw[key] for key in ("rope_parameters", "rope_scaling") if raw.get(key) is not None}
     for key, value in given.items():
@@ -273,19 +272,19 @@ def _hf_rope(raw: Mapping[str, Any], told: Mapping[str, Any], source: str) -> di
     if len(given) > 1 and raw["rope_parameters"] != raw["rope_scaling"]:
         raise InputError(f"{source}: rope_parameters and rope_scaling differ; leave one out.")
     # transformers 5 writes rope_parameters; before it there were rope_theta and rope_scaling.
-    rope = {key: value for one in given.values() for key, value in one.items() if value is not None}
+    rope = {key: value for part in given.values() for key, value in part.items() if value is not None}
     name = f"{source}: {next(iter(given), 'rope_parameters')}"
     kind = rope.get("rope_type", rope.get("type", "default"))
     if not isinstance(kind, str) or kind not in _ROPE_KINDS:
         raise InputError(f"{name}: rope_type {reprlib.repr(kind)} is not supported; jquant knows {_list(_ROPE_KINDS)}.")
-    base = _check("rope_base", rope.get("rope_theta", told.get("rope_base", 10000.0)), f"{name}: rope_theta")
+    base = _check("rope_base", rope.get("rope_theta", found.get("rope_base", 10000.0)), f"{name}: rope_theta")
     _refuse_variants(rope, {"partial_rotary_factor": (1.0,)}, name)
     idle = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"}
     if surplus := rope.keys() - idle - _ROPE_KINDS[kind]:
         raise InputError(f"{name}: rope_type {kind!r} does not take {_list(sorted(surplus))}.")
     context = raw.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
-    rope["original_max_position_embeddings"] = context or told["context_length"]
-    divisors, magnitude = _scaling(kind, rope, base, told["head_dim"], name)
+    rope["original_max_position_embeddings"] = context or found["context_length"]
+    divisors, magnitude = _scaling(kind, rope, base, found["head_dim"], name)
     return {"rope_base": base, "rope_divisors": divisors, "rope_magnitude": magnitude}
 
 
@@ -314,7 +313,7 @@ def _scaling(
         own, all_dim = (_number(rope, key, name, 0, 100) for key in ("mscale", "mscale_all_dim"))
         magnitude = yarn_magnitude(factor, own) / yarn_magnitude(factor, all_dim)
     magnitude = _number(rope, "attention_factor", name, *REAL["rope_magnitude"], default=magnitude)
-    return yarn_divisors(base, head_dim, factor, context, fast, slow, truncate), magnitude
+    return yarn_divisors(base, head_dim, factor, context, (fast, slow), truncate), magnitude
 
 
 def _refuse_variants(
@@ -331,8 +330,8 @@ def _refuse_variants(
 
 def _warn(unknown: Iterable[str], source: str) -> None:
     if names := sorted(unknown):
-        told = ", ".join(name[:40] for name in names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-        log.warning("%s has keys that jquant does not know and leaves out: %s", source, told)
+        some = ", ".join(name[:40] for name in names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+        log.warning("%s has keys that jquant does not know and leaves out: %s", source, some)
 
 
 def _list(values: Iterable[Any]) -> str:
@@ -414,15 +413,15 @@ def config_from_gguf(
     """
     _refuse_variants(header, _GGUF_FIXED, source, required=("general.architecture",))
     _warn((key for key in header if key.startswith("llama.") and key not in _GGUF_READ), source)
-    told = {field: _check(field, header[key], f"{source}: {key}") for key, field in _GGUF.items() if key in header}
-    if "vocab_size" not in told and isinstance(header.get("tokenizer.ggml.tokens"), list):
-        told["vocab_size"] = len(header["tokenizer.ggml.tokens"])
+    found = {field: _check(field, header[key], f"{source}: {key}") for key, field in _GGUF.items() if key in header}
+    if "vocab_size" not in found and isinstance(header.get("tokenizer.ggml.tokens"), list):
+        found["vocab_size"] = len(header["tokenizer.ggml.tokens"])
     for key, field in _GGUF.items():
-        if field not in told and field not in ("kv_heads", "head_dim", "rope_base"):
+        if field not in found and field not in ("kv_heads", "head_dim", "rope_base"):
             raise InputError(f"{source} lacks the GGUF key {key!r}.")
-    if "head_dim" not in told and told["hidden"] % told["heads"]:
-        raise InputError(f"{source}: {told['hidden']} channels are no multiple of {told['heads']} attention heads.")
-    settled = {"kv_heads": told["heads"], "head_dim": told["hidden"] // told["heads"], "rope_base": 10000.0} | told
+    if "head_dim" not in found and found["hidden"] % found["heads"]:
+        raise InputError(f"{source}: {found['hidden']} channels are no multiple of {found['heads']} attention heads.")
+    settled = {"kv_heads": found["heads"], "head_dim": found["hidden"] // found["heads"], "rope_base": 10000.0} | found
     width = settled["head_dim"]
     for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
         value = header.get(key, width)
@@ -440,7 +439,7 @@ def config_from_gguf(
 
 
 def _gguf_rope(
-    header: Mapping[str, Any], told: Mapping[str, Any], source: str
+    header: Mapping[str, Any], found: Mapping[str, Any], source: str
 ) -> tuple[tuple[float, ...] | None, float]:
     """Divisors and magnitude; llama.cpp takes a factor without a type for linear scaling, and 0 for none."""
     rope = {ours: header[key] for key, ours in _GGUF_ROPE.items() if header.get(key) not in (None, 0)}
@@ -451,5 +450,5 @@ def _gguf_rope(
         raise InputError(
             f"{source}: llama.rope.scaling.type {reprlib.repr(kind)} is not supported; jquant knows none, linear, yarn."
         )
-    rope.setdefault("original_max_position_embeddings", told["context_length"])
-    return _scaling(kind, rope, told["rope_base"], told["head_dim"], f"{source}: llama.rope.scaling")
+    rope.setdefault("original_max_position_embeddings", found["context_length"])
+    return _scaling(kind, rope, found["rope_base"], found["head_dim"], f"{source}: llama.rope.scaling")

@@ -1,9 +1,8 @@
 """One Flax NNX decoder for the Llama family.
 
 Layers are stacked on axis 0 and run under `lax.scan`, so compile time does not grow with depth; where their formats
-differ they form consecutive segments, each stacked and scanned. A kernel is an array `[in, out]` or a `QTensor`; the
-modules cannot tell. `Block` also returns its taps: the distinct inputs that its
-projections read, which is all that calibration needs. Under jit, taps nobody uses cost nothing.
+differ they form consecutive segments, each stacked and scanned. `Block` also returns its taps: the distinct inputs that
+its projections read, which is all that calibration needs. Under jit, taps nobody uses cost nothing.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,6 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
-from jquant.kernels.matmul import matmul
 from jquant.models.config import DecoderConfig
 from jquant.transforms import hadamard
 
@@ -30,14 +28,14 @@ MAX_CHUNKS, MIN_CHUNK = 16, 128
 
 
 class Linear(nnx.Module):
-    """y = x @ kernel, kernel `[in, out]`, plain or quantized."""
+    """y = x @ kernel, kernel `[in, out]`: an array, a `QTensor`, or anything that has a shape and takes x @ kernel."""
 
     def __init__(self, in_features: int, out_features: int, rngs: nnx.Rngs):
         self.kernel = nnx.Param(0.02 * rngs.params.normal((in_features, out_features)))
 
     def __call__(self, x: Float[Array, "*b in"]) -> Float[Array, "*b out"]:
         """Applies the kernel in x's dtype."""
-        return matmul(x, self.kernel.get_value())
+        return x @ self.kernel.get_value()
 
 
 class RMSNorm(nnx.Module):

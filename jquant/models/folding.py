@@ -93,7 +93,7 @@ def rotations(
 ) -> dict[str, Rotation]:
     """What `rotate` turns, by name: the "stream", each "head", and the MLP's "inner" channels; its arguments."""
     widths = {"stream": (residual, config.hidden), "head": (heads, config.head_dim), "inner": (mlp, config.ffn)}
-    return {name: Rotation(width, seed, kind) for name, (wanted, width) in widths.items() if wanted}
+    return {name: Rotation(width, seed, kind) for name, (turned, width) in widths.items() if turned}
 
 
 def rotate_outside(decoder: Decoder, turns: Mapping[str, Rotation]) -> Decoder:

@@ -5,8 +5,14 @@ from typing import Any, TypeVar
 from flax import nnx
 from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 
+from jquant.qtensor import QTensor
+
 Params = dict[str, Any]  # name -> Array, QTensor or shape
 Module = TypeVar("Module", bound=nnx.Module)
+
+
+class Packed(nnx.Variable[QTensor]):
+    """A quantized kernel. It is no `nnx.Param`: optimizers and gradients that ask for those leave it out."""
 
 
 def flat_params(module: Any) -> Params:
@@ -22,8 +28,12 @@ def to_state(params: Params) -> Any:
 
 
 def with_params(module: Module, params: Params) -> Module:
-    """A copy of a module in which some parameters, or all, are others; the rest is shared with it."""
-    return nnx.merge(nnx.graphdef(module), to_state(flat_params(module) | params))
+    """A copy of a module in which some parameters, or all, are others; the rest is shared with it.
+
+    A QTensor becomes a `Packed` variable, anything else an `nnx.Param`.
+    """
+    variables = {name: Packed(leaf) if isinstance(leaf, QTensor) else nnx.Param(leaf) for name, leaf in params.items()}
+    return nnx.merge(nnx.graphdef(module), to_state(flat_params(module) | variables))
 
 
 def weight_name(layer: int, path: str) -> str:

@@ -1,14 +1,14 @@
 """Where arrays lie on a mesh of devices.
 
-Two axes. Weights are rounded with their output columns split over `model`: every column is fitted by itself, against a
-Gram matrix that all devices hold. Calibration windows are split over both axes: forward passes need nothing from each
-other, and blocks that windows go through are whole on every device, one at a time.
+The mesh has two axes. A weight is rounded with its output columns split over `model`: each column is fitted by itself,
+against a Gram matrix that every device holds. Calibration windows are split over both axes: every device has the whole
+block and sends its own windows through it.
 
-The statistics of all windows are one sum, of which every device keeps a piece (`scatter`). It adds what the devices'
-windows bring to its piece in the windows' order, as one device would: in float32 another order is another sum, and in a
-model that is quantized block by block a last place that differs in the first block is a percent of other codes in the
-fourth. A step moves each Gram matrix once, an all-reduce would twice; and no device holds more than a piece until the
-block's last step (`gather_pieces`).
+The statistics are a sum over all windows. Each device keeps one piece of that sum (`scatter`), and adds the windows'
+contributions to it in the order of the windows, as a single device would. The order matters: float32 sums depend on it,
+and a difference in the last place in the first block changes about a percent of the codes in the fourth. A step moves
+each Gram matrix once; an all-reduce would move it twice. No device holds a whole sum before the block's last step
+(`gather_pieces`).
 """
 
 from collections.abc import Callable, Mapping

@@ -122,10 +122,10 @@ class _Parser:
         alignment = metadata.get("general.alignment", _ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
             raise ValueError(f"general.alignment is {alignment!r}, no power of two from 8")
-        told = [self.tensor() for _ in range(self.room_for(count, 24, "tensors"))]
+        entries = [self.tensor() for _ in range(self.room_for(count, 24, "tensors"))]
         begin, expected = -(-self.at // alignment) * alignment, 0
         found: dict[str, Tensor] = {}
-        for name, shape, kind, offset in told:
+        for name, shape, kind, offset in entries:
             if name in found:
                 raise ValueError(f"the tensor {name[:80]!r} is there twice")
             if offset != expected:
