@@ -48,7 +48,6 @@ from jquant.io.hub import cache_dir
 from jquant.io.load import ModelFile, QuantizedFile, open_from_config
 from jquant.methods import Method, Rules
 from jquant.models.decoder import Decoder
-from jquant.pipeline.driver import fallbacks
 from jquant.pipeline.in_memory import quantize_decoders
 from jquant.pipeline.plan import Plan, make_plan
 from jquant.pipeline.to_disk import quantize_to_folder
@@ -237,7 +236,7 @@ def quantize_all(
         quantized = {name: (written.decoder, written.report)}
     else:
         quantized = quantize_decoders(model.decoder, chosen, calibration, options)
-    done |= {name: (decoder, fallbacks(infos)) for name, (decoder, infos) in quantized.items()}
+    done |= {name: (decoder, infos.fallbacks) for name, (decoder, infos) in quantized.items()}
     return done, time.perf_counter() - begin
 
 

@@ -9,15 +9,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from filelock import FileLock, Timeout
 from rich import box
 from rich.table import Table
 
-from experiments.compositions import OPEN, leaves_open, takes_bits
+from experiments.compositions import leaves_open, takes_bits
 from jquant.errors import InputError
+from jquant.evaluation.intervals import Change
+from jquant.evaluation.intervals import paired_change as change_of
 from jquant.io.files import check_plain, write_text
-from paper_figures.rows import FLOAT, Row, by_text, is_float, mean_and_half
+from jquant.methods import OPEN
+from paper_figures.rows import FLOAT, Row, by_text, is_float
 
 LOCK = ".lock"  # beside a results file, and never removed: another process may be waiting for it
 
@@ -29,12 +31,12 @@ _ORIGIN: dict[str, Any] = {
     "protocol": _PROTOCOL | {"bos": bool, "scored_tokens": int, "evaluation_sha256": str, "calibration_sha256": (str,)},
     "config": {
         "model": {"published?": (dict,)},
-        "calibration": {"data": str, "samples": int, "context": int, "inputs?": str},
-        "bits": int,
-        "group": int | str,
-        "symmetric": bool,
+        "calibration?": {"data": str, "samples": int, "context": int, "inputs?": str},
+        "bits?": int,
+        "group?": int | str,
+        "symmetric?": bool,
     },
-    "seed": int,
+    "seed?": int,
     "device": str,
     "fingerprint?": str,
     "fallbacks?": [str],
@@ -83,7 +85,7 @@ def label(row: Row) -> str:
     """What the row is called in a table: the method, with its width where the settings chose it."""
     name = row["method"]
     if row.get("stored"):  # a model that was quantized before it came here
-        return "stored"
+        return "stored" if name == FLOAT else name
     if name == FLOAT:
         return {"float32": "FP32", "bfloat16": "BF16", "float16": "FP16"}.get(row["protocol"]["dtype"], "float")
     return f"{name.upper()}-{row['config']['bits']}" if takes_bits(name) else name.upper()
@@ -112,15 +114,8 @@ def published(row: Row) -> str:
     return f"{figure:.2f}" if isinstance(figure, int | float) else ""
 
 
-def paired_change(row: Row, base: Row) -> tuple[float, float, float]:
-    """Change of perplexity against another row on the same windows, percent, with its 95 % interval.
-
-    Both rows score the same tokens, so most of what makes windows differ cancels in the windows' differences of mean
-    negative log likelihood. Their mean's interval is Student's, with n − 1 degrees of freedom, windows taken as
-    independent; exp turns it into one of the perplexities' ratio.
-
-    Returns:
-      Change, lower and upper end; the ends are NaN where there is one window only.
+def paired_change(row: Row, base: Row) -> Change:
+    """Change of perplexity against another row on the same windows (`jquant.evaluation.intervals`).
 
     Raises:
       InputError: the rows were not evaluated on the same tokens; a row that does not tell its windows' likelihoods, as
@@ -132,10 +127,7 @@ def paired_change(row: Row, base: Row) -> tuple[float, float, float]:
     texts = {one["protocol"]["evaluation_sha256"] for one in (row, base)}
     if len(texts) > 1 or len(row["window_nll"]) != len(base["window_nll"]):
         raise InputError(f"The rows {row['method']} and {base['method']} were evaluated on different windows.")
-    differences = np.subtract(row["window_nll"], base["window_nll"])
-    mean, half = mean_and_half(differences)
-    change, low, high = (float(100 * np.expm1(mean + shift)) for shift in (0, -half, half))
-    return change, low, high
+    return change_of(row["window_nll"], base["window_nll"])
 
 
 def base_of(row: Row, rows: Sequence[Row], baseline: str) -> Row | None:
@@ -363,10 +355,12 @@ def _protocol(row: Row) -> str:
 
 
 def _calibration(row: Row) -> str:
-    told = row["config"]["calibration"]
-    inputs = ", float inputs" if told.get("inputs") == "float" else ""
-    text = f"Calibration: {told['data']}, {told['samples']} × {told['context']} tokens{inputs}, seed {row['seed']}"
-    return text if calibrated(row) else ""
+    if not calibrated(row):
+        return ""
+    sampling = row["config"]["calibration"]
+    inputs = ", float inputs" if sampling.get("inputs") == "float" else ""
+    size = f"{sampling['samples']} × {sampling['context']} tokens"
+    return f"Calibration: {sampling['data']}, {size}{inputs}, seed {row['seed']}"
 
 
 def _groups(row: Row) -> str:
@@ -403,8 +397,5 @@ def _change_fields(row: Row, rows: Sequence[Row], baseline: str | None) -> dict[
 
 
 def _change(fields: dict[str, float | None]) -> str:
-    change, low, high = fields.values()
-    if change is None or low is None or high is None:
-        return ""
-    # No interval: one window, or the baseline itself.
-    return f"{change:+.2f}" + (f" [{low:+.2f}, {high:+.2f}]" if low < high else "")
+    figures = [value for value in fields.values() if value is not None]
+    return str(Change(*figures)) if figures else ""

@@ -1,5 +1,6 @@
 """What every part of a method must be: an instance that its axis can use, and a value that never changes."""
 
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from jquant.errors import InputError
@@ -42,6 +43,18 @@ def shown(value: Any) -> str:
     """The start of a value's repr, on one line."""
     whole = " ".join(repr(value).split())
     return whole if len(whole) <= 80 else f"{whole[:79]}…"
+
+
+def brief(part: Any) -> str:
+    """A part in few words: what it has other than by default; of a long tuple how many there are."""
+    if isinstance(part, tuple) and len(part) > 4:
+        return f"<{len(part)} values>"
+    if not is_dataclass(part) or isinstance(part, type):
+        return shown(part)
+    values = {field.name: getattr(part, field.name) for field in fields(part) if field.repr}
+    usual = {field.name: field.default for field in fields(part)}
+    given = ", ".join(f"{name}={brief(value)}" for name, value in values.items() if value != usual[name])
+    return f"{type(part).__name__}({given})"
 
 
 def _is_value(part: Any) -> bool:

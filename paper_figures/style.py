@@ -108,7 +108,7 @@ TEXTS = {
 def stem_and_width(row: Row) -> tuple[str, str]:
     """A method's name without its width, and the width; "gptq-3" and "gptq" with bits=3 are the same."""
     found = re.fullmatch(r"(.+)-(\d+)", row["method"])
-    return (found[1], found[2]) if found else (row["method"], str(row["config"]["bits"]))
+    return (found[1], found[2]) if found else (row["method"], str(row.get("config", {}).get("bits", "")))
 
 
 def name(row: Row) -> str:

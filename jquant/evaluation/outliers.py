@@ -31,7 +31,7 @@ from jquant.evaluation.perplexity import evaluation_windows
 from jquant.io.language_model import LanguageModel
 from jquant.models.decoder import TAPS, Block, Decoder, blocks, rotary_table
 from jquant.models.families import family_of
-from jquant.progress import Progress
+from jquant.progress import Progress, showing
 from jquant.qtensor import QTensor, dequantize
 
 # What is looked at in each block: the residual stream that enters it, and the distinct inputs of its projections.
@@ -235,7 +235,7 @@ def outliers(
     bits: int = 4,
     group: int = 64,
     bos: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
 ) -> Outliers:
     """Looks for outliers at every input of every layer while a text runs through the model.
 
@@ -248,7 +248,8 @@ def outliers(
       bits: of the symmetric grid whose wasted levels are counted, 2 to 8.
       group: neighbours along `in` that share that grid, 2 or more.
       bos: begin every window with the tokenizer's BOS.
-      progress: called with ("observe", layers done, layers in all).
+      progress: whether it is shown how far the work is; or a function, called with ("observe", layers done, layers in
+        all).
 
     Raises:
       InputError: the text is shorter than that many windows; a threshold, a width or a group out of range; a group
@@ -256,7 +257,9 @@ def outliers(
     """
     check_options(model.decoder, threshold, bits, group)
     tokens = evaluation_windows(model, text, context, windows, bos)
-    found, received = observe(model.decoder, tokens, threshold=threshold, bits=bits, group=group, progress=progress)
+    grid = {"threshold": threshold, "bits": bits, "group": group}
+    with showing(progress) as tell:
+        found, received = observe(model.decoder, tokens, **grid, progress=tell)
     return Outliers(found, received, tokens, threshold, bits, group, bos)
 
 

@@ -1,4 +1,4 @@
-"""Quantized checkpoints: a folder with one item a block, each there whole or not at all.
+"""Checkpoints: a folder with one item a block, each there whole or not at all.
 
     manifest.json      what the checkpoint holds and was made from
     tokenizer.json
@@ -66,7 +66,10 @@ class TokenizerFacts(TypedDict):
 
 
 class Manifest(TypedDict):
-    """manifest.json; `files` has [size, SHA-256] by name, `run` what decides the codes."""
+    """manifest.json; `files` has [size, SHA-256] by name, `run` what decides the codes of a run that can go on.
+
+    A model that was saved from memory is no run: None.
+    """
 
     version: int
     name: str
@@ -74,7 +77,7 @@ class Manifest(TypedDict):
     config: dict[str, Any]
     tokenizer: TokenizerFacts
     files: dict[str, list[Any]]
-    run: dict[str, Any]
+    run: dict[str, Any] | None
 
 
 class Item(TypedDict):
@@ -163,6 +166,15 @@ def read_item(folder: Path, shapes: Mapping[str, tuple[int, ...]], place: Place 
     except Exception as broken:
         raise damaged(folder, f"its arrays can't be read: {_first_line(broken)}", folder) from None
     return {name: _leaf(tuple(name.split(".")), flat, leaf) for name, leaf in leaves.items()}
+
+
+def check_storable(params: Params, prefix: str = "") -> None:
+    """Raises InputError, which names the weight, for a parameter that `read_item` could not read again."""
+    for name, leaf in params.items():
+        try:
+            _expected(name, _static(leaf), leaf.shape)
+        except InputError as wrong:
+            raise InputError(f"{prefix}{name}: {wrong}.") from None
 
 
 def check_item(folder: Path) -> Item:
