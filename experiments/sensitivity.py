@@ -68,7 +68,7 @@ def analyse(settings: dict[str, Any]) -> None:
     for name, chosen in methods.items():
         assert isinstance(chosen, Method)
         plan = make_plan(model.decoder, chosen)
-        origin = describe(name, chosen, model, evaluation, calibration, settings, "experiments.sensitivity")
+        origin = describe(name, chosen, model, (evaluation, calibration), settings, "experiments.sensitivity")
         row = next((row for row in earlier if row.get("fingerprint") == origin["fingerprint"]), None)
         if row is None:
             with progress_bars(name) as report:

@@ -11,9 +11,10 @@ from jquant.activations import Activation
 from jquant.calibration.options import Options
 from jquant.data import load_text
 from jquant.errors import InputError
+from jquant.evaluation.compare import Comparison, compare
 from jquant.evaluation.generation import generate
 from jquant.evaluation.outliers import outliers
-from jquant.evaluation.perplexity import perplexity
+from jquant.evaluation.perplexity import Perplexity, perplexity
 from jquant.formats import FP4, FP8_E4M3, FP8_E5M2, GGUF, MXFP4, NF3, NF4, NVFP4, Codebook, Float, Int, double_quantized
 from jquant.io.language_model import LanguageModel
 from jquant.io.load import load_model, open_model
@@ -25,6 +26,7 @@ from jquant.pipeline.in_memory import quantize, quantize_decoder, quantize_decod
 from jquant.pipeline.to_disk import quantize_to_folder
 from jquant.qtensor import QTensor, bits_per_weight, dequantize
 from jquant.ranges import LlamaCpp, LossSearch, MinMax, Percentile, Search
+from jquant.report import Report
 from jquant.rounding import GPTQ, Nearest, Refit, Stochastic
 from jquant.transforms import AWQ, Hadamard, SmoothQuant
 
@@ -44,6 +46,7 @@ __all__ = [
     "NVFP4",
     "Activation",
     "Codebook",
+    "Comparison",
     "Float",
     "Hadamard",
     "InputError",
@@ -56,13 +59,16 @@ __all__ = [
     "Nearest",
     "Options",
     "Percentile",
+    "Perplexity",
     "QTensor",
     "Refit",
+    "Report",
     "Search",
     "SmoothQuant",
     "Stochastic",
     "Tuning",
     "bits_per_weight",
+    "compare",
     "dequantize",
     "double_quantized",
     "generate",

@@ -137,8 +137,9 @@ def method(name: str, bits: int | None = None, group: Group | None = None, symme
     if own := given.keys() - leaves_open(name):
         raise _has_own(name, min(own), given)
     row, width = split_width(name, METHODS, _takes_bits)
-    usual = {setting: value for setting, (value, _) in OPEN.items()}
-    return METHODS[row](*(usual | given | ({} if width is None else {"bits": width})).values())
+    settings = {setting: usual for setting, (usual, _) in OPEN.items()} | given
+    chosen: dict[str, Any] = settings if width is None else settings | {"bits": width}
+    return METHODS[row](*chosen.values())
 
 
 def leaves_open(name: str) -> set[str]:
@@ -181,7 +182,7 @@ def completed(name: str, bits: int, group: Group, symmetric: bool) -> Method:
     Raises:
       InputError: no such method; a value that it does not take.
     """
-    settings = _given(bits, group, symmetric)
+    settings: dict[str, Any] = {"bits": bits, "group": group, "symmetric": symmetric}
     return method(name, **{setting: settings[setting] for setting in leaves_open(name)})
 
 

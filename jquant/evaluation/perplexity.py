@@ -22,6 +22,7 @@ from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Decoder, rotary_table
 from jquant.parallel.mesh import Devices
 from jquant.parallel.processes import gather
+from jquant.pipeline.driver import Source
 from jquant.progress import Progress, showing
 
 # Rows of logits alive at once: 256 × 49,152 float32 are 50 MB, and the product still runs at full rate.
@@ -201,7 +202,7 @@ def score(
 
 
 def score_from_disk(
-    source: ModelFile | QuantizedFile,
+    source: Source,
     tokens: Int[np.ndarray, "n context"],
     *,
     reference: Reference | None = None,
@@ -214,7 +215,7 @@ def score_from_disk(
     What is alive: a block and the next one as it is read, every window's residual stream, embedding and head.
 
     Args:
-      source: the model's files.
+      source: the model's files (`open_model`).
       tokens: windows.
       reference: what to compare with; its decoder's blocks are not used, so that `source.outside()` does.
       batch: windows per forward pass, and device.

@@ -121,6 +121,11 @@ class ModelFile:
         return self.checkpoint.config
 
     @property
+    def computed_in(self) -> str:
+        """The dtype of activations."""
+        return self.dtype
+
+    @property
     def stored_as(self) -> str:
         """How the file holds the weights, e.g. "gguf Q4_1"."""
         return self.checkpoint.description
@@ -230,6 +235,12 @@ class QuantizedFile:
     def stored_as(self) -> str:
         """How the float model's file held the weights."""
         return self.manifest["stored_as"]
+
+    @cached_property
+    def computed_in(self) -> str:
+        """The dtype of activations. Errors as of `outside`."""
+        item = checkpoint.read_item_json(self.folder / checkpoint.OUTSIDE / "embedding")
+        return self.dtype or str(item["weights"].get("embedding"))
 
     @property
     def quantized(self) -> bool:

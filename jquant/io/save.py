@@ -133,7 +133,7 @@ def _items(decoder: Decoder, report: Mapping) -> Iterator[tuple[Path, Params, Fa
     for layer, block in enumerate(blocks(decoder)):
         params = flat_params(block)
         check_storable(params, f"layers.{layer}.")
-        rebuilt = nnx.eval_shape(partial(Block, decoder.config, nnx.Rngs(0)))
+        rebuilt = nnx.eval_shape(lambda: Block(decoder.config, nnx.Rngs(0)))
         rebuilt.mlp.rotation = block.mlp.rotation
         if nnx.graphdef(with_params(rebuilt, params)) != nnx.graphdef(block):
             raise InputError(f"layers.{layer} is built otherwise than its configuration says: it can't be saved.")
