@@ -15,8 +15,8 @@ from rich.table import Table
 
 from experiments.compositions import leaves_open, takes_bits
 from jquant.errors import InputError
+from jquant.evaluation import intervals
 from jquant.evaluation.intervals import Change
-from jquant.evaluation.intervals import paired_change as change_of
 from jquant.io.files import check_plain, write_text
 from jquant.methods import OPEN
 from paper_figures.rows import FLOAT, Row, by_text, is_float
@@ -93,6 +93,8 @@ def label(row: Row) -> str:
 
 def chosen(row: Row) -> dict[str, Any]:
     """Of bits, group and symmetric, what the row's method took from the settings, or its name's width."""
+    if row.get("stored"):  # a folder's name, whatever it is
+        return {}
     name, config = row["method"], row["config"]
     stem, _, width = name.rpartition("-")
     try:
@@ -127,7 +129,7 @@ def paired_change(row: Row, base: Row) -> Change:
     texts = {one["protocol"]["evaluation_sha256"] for one in (row, base)}
     if len(texts) > 1 or len(row["window_nll"]) != len(base["window_nll"]):
         raise InputError(f"The rows {row['method']} and {base['method']} were evaluated on different windows.")
-    return change_of(row["window_nll"], base["window_nll"])
+    return intervals.paired_change(row["window_nll"], base["window_nll"])
 
 
 def base_of(row: Row, rows: Sequence[Row], baseline: str) -> Row | None:

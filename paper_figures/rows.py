@@ -15,7 +15,7 @@ Row = dict[str, Any]
 Ends = tuple[float, float]  # of an interval
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: str | Path) -> list[Row]:
     """The rows of a file of JSON lines.
 
     Raises:
@@ -23,7 +23,7 @@ def read_rows(path: Path) -> list[Row]:
     """
     try:
         # Not splitlines(), which cuts at characters that may stand in a text.
-        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line]
+        lines = [line for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
         rows = [json.loads(line, parse_constant=_refuse) for line in lines]
     except (OSError, ValueError, RecursionError) as wrong:
         raise ValueError(f"{path} can't be read ({wrong}).") from None

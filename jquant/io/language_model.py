@@ -16,6 +16,8 @@ from jquant.parts import brief
 from jquant.qtensor import QTensor
 from jquant.report import Report
 
+KINDS = 6  # formats that a model's repr names
+
 
 @dataclass(frozen=True)
 class LanguageModel:
@@ -51,12 +53,12 @@ class LanguageModel:
             for name, leaf in flat_params(segment).items():
                 if name.endswith("kernel"):
                     kinds[brief(leaf.format) if isinstance(leaf, QTensor) else str(leaf.dtype)] += leaf.shape[0]
+        named = [f"{count} of {kind}" for kind, count in kinds.most_common(KINDS)]
+        more = [f"{len(kinds) - KINDS} more formats"] if len(kinds) > KINDS else []
         lines = [
             f"LanguageModel {self.name}: {config.layers} layers, {config.hidden} wide, {config.vocab_size} tokens; "
             f"its weights were stored as {self.stored_as}",
-            f"projections: {', '.join(f'{count} of {kind}' for kind, count in kinds.most_common(4))}"
-            f"{f' and {len(kinds) - 4} other kinds' if len(kinds) > 4 else ''}; "
-            f"{size.bits_per_weight:.3f} bits/weight",
+            f"projections: {', '.join(named + more)}; {size.bits_per_weight:.3f} bits/weight",
             f"{size.megabytes:.1f} MB with embedding, head and norms in {self.decoder.embedding.get_value().dtype}",
         ]
         lines += [repr(self.report)] if self.report else []
