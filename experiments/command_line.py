@@ -81,7 +81,7 @@ def _join(hosts: Any) -> None:
     if hosts != "auto" and not (isinstance(hosts, dict) and hosts.keys() == {"coordinator", "count", "index"}):
         raise InputError(f"hosts takes auto or {{coordinator:'host:port',count:2,index:0}}, not {hosts!r}.")
     join(**{} if hosts == "auto" else hosts)
-    console.quiet = jax.process_index() > 0  # what all of them do is told once
+    console.quiet = jax.process_index() > 0  # what all of them do is printed once
 
 
 def reset_peak_rss() -> None:

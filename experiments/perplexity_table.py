@@ -129,13 +129,13 @@ def prepare_tokens(
     Raises:
       InputError: a text is missing, empty, too short, or the one occurs in the other.
     """
-    wanted, sampling = settings["evaluation"], settings["calibration"]
-    text = load_text(wanted["data"])
-    evaluation = evaluation_windows(model, text, wanted["context"], wanted["windows"], wanted["bos"])
+    asked, sampling = settings["evaluation"], settings["calibration"]
+    text = load_text(asked["data"])
+    evaluation = evaluation_windows(model, text, asked["context"], asked["windows"], asked["bos"])
     if not any(chosen and needs_calibration(chosen) for chosen in methods):
         return evaluation, None
     ids = model.tokenizer.encode(load_text(sampling["data"]))
-    check_disjoint(evaluation[:, 1:] if wanted["bos"] else evaluation, ids, f"evaluation.data={wanted['data']}")
+    check_disjoint(evaluation[:, 1:] if asked["bos"] else evaluation, ids, f"evaluation.data={asked['data']}")
     count = sampling["samples"] + sampling.get("held_out", 0)
     return evaluation, sample_windows(ids, sampling["context"], count, settings["seed"])
 

@@ -265,12 +265,12 @@ def _flat(row: Row) -> dict[str, Any]:
     """A row's figures and texts, its method's choices, its calibration where it had one, and its protocol."""
     plain = {key: value for key, value in row.items() if isinstance(value, str | int | float | None)}
     calibration = row["config"]["calibration"] if calibrated(row) else {}
-    told = {key: calibration.get(key) for key in ("data", "samples", "context", "inputs")}
+    sampling = {key: calibration.get(key) for key in ("data", "samples", "context", "inputs")}
     return {
         **plain,
         **dict.fromkeys(OPEN),
         **chosen(row),
-        **{f"calibration_{key}": value for key, value in told.items()},
+        **{f"calibration_{key}": value for key, value in sampling.items()},
         "fallbacks": "; ".join(row.get("fallbacks") or ()),
         **row["protocol"],
     }
@@ -319,10 +319,10 @@ def caption(rows: Sequence[Row], baseline: str | None = None) -> str:
     dtypes = " or ".join(dict.fromkeys(row["protocol"]["dtype"] for row in rows))
     notes = dict.fromkeys((row["config"]["model"].get("published") or {}).get("note") for row in rows)
     sentences = [
-        *_told(rows, _protocol, rows),
-        *_told(rows, _calibration, quantized),
-        *_told(rows, _groups, quantized),
-        *_told(rows, _fallbacks, []),
+        *_sentences(rows, _protocol, rows),
+        *_sentences(rows, _calibration, quantized),
+        *_sentences(rows, _groups, quantized),
+        *_sentences(rows, _fallbacks, []),
         "KL and top-1 agreement are to the float model." if any(row.get("kl", 0) is not None for row in rows) else "",
         f"bits/weight counts codes, scales and zeros of the projections; MB is all weights, embedding, head and norms "
         f"in {dtypes}; peak MB is resident memory.",
@@ -334,7 +334,7 @@ def caption(rows: Sequence[Row], baseline: str | None = None) -> str:
     return " ".join(filter(None, sentences))
 
 
-def _told(rows: Sequence[Row], say: Callable[[Row], str], every: Sequence[Row]) -> list[str]:
+def _sentences(rows: Sequence[Row], say: Callable[[Row], str], every: Sequence[Row]) -> list[str]:
     """What the rows say of themselves, each sentence once, with the names of those that say it unless all do."""
     said: dict[str, list[str]] = {}
     for row in rows:
@@ -348,11 +348,12 @@ def _told(rows: Sequence[Row], say: Callable[[Row], str], every: Sequence[Row]) 
 
 
 def _protocol(row: Row) -> str:
-    told = row["protocol"]
+    protocol = row["protocol"]
+    stored = row.get("stored") or protocol["weights_stored_as"]
     return (
-        f"{told['model']} (weights stored as {row.get('stored') or told['weights_stored_as']}, computed in "
-        f"{told['dtype']}) on {told['data']}: {told['windows']} windows of {told['context']} tokens, not overlapping, "
-        f"{'with' if told['bos'] else 'no'} BOS, {told['scored_tokens']} scored tokens"
+        f"{protocol['model']} (weights stored as {stored}, computed in {protocol['dtype']}) on {protocol['data']}: "
+        f"{protocol['windows']} windows of {protocol['context']} tokens, not overlapping, "
+        f"{'with' if protocol['bos'] else 'no'} BOS, {protocol['scored_tokens']} scored tokens"
     )
 
 
@@ -366,10 +367,14 @@ def _calibration(row: Row) -> str:
 
 
 def _groups(row: Row) -> str:
-    told = chosen(row)
-    group = f"groups of {told['group']}" if isinstance(told.get("group"), int) else f"one scale a {told.get('group')}"
-    sign = "symmetric" if told.get("symmetric") else "asymmetric"
-    return ", ".join([group] * ("group" in told) + [sign] * ("symmetric" in told)).capitalize()
+    options = chosen(row)
+    group = (
+        f"groups of {options['group']}"
+        if isinstance(options.get("group"), int)
+        else f"one scale a {options.get('group')}"
+    )
+    sign = "symmetric" if options.get("symmetric") else "asymmetric"
+    return ", ".join([group] * ("group" in options) + [sign] * ("symmetric" in options)).capitalize()
 
 
 def _fallbacks(row: Row) -> str:

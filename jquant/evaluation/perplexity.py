@@ -227,24 +227,26 @@ def score_from_disk(
       InputError: what `score` finds.
     """
     check_windows(tokens, source.config, batch)
-    step, windows, whole = (batch * devices.count, devices.windows, devices.place) if devices else (batch, _same, _same)
+    step, windows, everywhere = (
+        (batch * devices.count, devices.windows, devices.place) if devices else (batch, _same, _same)
+    )
     filled = partial(_filled, count=devices.count if devices else 1)
-    outside = whole(source.outside())
+    outside = everywhere(source.outside())
     rotary = rotary_table(source.config, jnp.arange(tokens.shape[1]))
     starts = range(0, len(filled(tokens)), step)
     batches = [windows(filled(tokens)[begin : begin + step]) for begin in starts]
-    streams = [embed(outside, one) for one in batches]
-    for layer, block in enumerate(map(whole, source.blocks()), 1):
+    streams = [embed(outside, batch_tokens) for batch_tokens in batches]
+    for layer, block in enumerate(map(everywhere, source.blocks()), 1):
         streams = [jax.block_until_ready(forward(block, x, rotary, devices)) for x in streams]
         if progress:
             progress("evaluate", layer, source.config.layers)
     if reference:
-        reference = Reference(whole(reference.decoder), filled(reference.hidden))
+        reference = Reference(everywhere(reference.decoder), filled(reference.hidden))
     results = []
-    for begin, x, one in zip(starts, streams, batches, strict=True):
+    for begin, x, batch_tokens in zip(starts, streams, batches, strict=True):
         hidden = outside.norm(x)
         other = None if reference is None else windows(jnp.asarray(reference.hidden[begin : begin + step]))
-        results.append(gather((*_figures(outside, hidden, one, reference, other), hidden)))
+        results.append(gather((*_figures(outside, hidden, batch_tokens, reference, other), hidden)))
     scores = _joined(results, len(tokens))
     check_finite(0, scores.nll, scores.kl)
     return scores

@@ -87,17 +87,17 @@ class ModelFile:
     def _check_tensors(self) -> None:
         """Every tensor of the file is used, and every tensor that the decoder needs is there with its shape."""
         there, where = self.checkpoint.shapes, self.checkpoint.files[0]
-        wanted: dict[str, tuple[int, ...]] = {}
+        needed: dict[str, tuple[int, ...]] = {}
         for param, shape in _shapes(self.config).items():
             for layer in range(self.config.layers) if _stacked(param) else [...]:
                 name, transposed = self._name_of(param, layer)
                 own = shape[1:] if _stacked(param) else shape
-                wanted[name] = own[::-1] if transposed else own
+                needed[name] = own[::-1] if transposed else own
                 if name not in there:
                     raise InputError(f"{where.parent if where.suffix == '.json' else where} lacks the tensor {name}.")
-                if there[name] != wanted[name]:
-                    raise InputError(f"{name} has shape {there[name]}; the model's header asks for {wanted[name]}.")
-        if unused := [name for name in there if name not in wanted and not self._idle(name)]:
+                if there[name] != needed[name]:
+                    raise InputError(f"{name} has shape {there[name]}; the model's header asks for {needed[name]}.")
+        if unused := [name for name in there if name not in needed and not self._idle(name)]:
             more = f" and {len(unused) - 1} more tensors" if unused[1:] else ""
             raise InputError(
                 f"{where}: {unused[0]}{more} would not be used: a Llama decoder of {self.config.layers} layers, "
@@ -263,9 +263,9 @@ class QuantizedFile:
         Raises:
           InputError: the manifest has one that no decoder has.
         """
-        told: Any = {key: tuple(of) if isinstance(of, list) else of for key, of in self.manifest["config"].items()}
+        values: Any = {key: tuple(of) if isinstance(of, list) else of for key, of in self.manifest["config"].items()}
         try:
-            return DecoderConfig(**told)
+            return DecoderConfig(**values)
         except (InputError, TypeError) as wrong:
             raise checkpoint.damaged(self.folder / checkpoint.MANIFEST, f"config: {wrong}") from None
 

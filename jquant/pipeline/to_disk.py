@@ -115,8 +115,8 @@ def quantize_stream(
         # Not before all that may be wrong with the call was found.
         on_first(partial(_begin, folder, source, run, turned.outside(), tokens if plan.needs else None))
         with showing(options.progress) as tell:
-            told = replace(options, progress=tell)
-            yield from quantize_into({"": _Folder(folder)}, turned, {"": plan}, calibration, told)
+            resolved = replace(options, progress=tell)
+            yield from quantize_into({"": _Folder(folder)}, turned, {"": plan}, calibration, resolved)
         if spill:
             on_first(partial(shutil.rmtree, spill.folder, ignore_errors=True))
 
@@ -204,8 +204,8 @@ def _check_run(folder: Path, run: dict[str, Any]) -> None:
         if earlier is None:
             raise InputError(f"{folder} holds a saved model, not a run that could go on: give this one another folder.")
         if differing := sorted(key for key in run if run[key] != earlier.get(key)):
-            told = "; ".join(f"{key}: {_changes(key, earlier.get(key), run[key])}" for key in differing)
-            raise InputError(f"{folder} holds another run ({told}): give this one another folder.")
+            changes = "; ".join(f"{key}: {_changes(key, earlier.get(key), run[key])}" for key in differing)
+            raise InputError(f"{folder} holds another run ({changes}): give this one another folder.")
 
 
 @contextmanager
