@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import jquant
-from experiments import evaluate, tables
+from experiments import evaluate, perplexity_table, tables
 from jquant import load_model, open_model
 from jquant.data import windows
 from jquant.evaluation.perplexity import Reference, score, score_from_disk
@@ -104,3 +104,21 @@ def test_windows_that_do_not_divide_over_the_devices_are_filled_up_and_do_not_co
         assert one.shape == other.shape
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
     assert len(jax.devices()) >= 4
+
+
+def test_the_table_of_a_sharded_model_has_kl_and_keeps_its_rows(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    given = [f"model.path={place / 'float'}", f"evaluation.data={place / 'text.txt'}", "evaluation.context=64"]
+    given += ["evaluation.windows=5", "generation.tokens=0", f"results={tmp_path}", "name=r", "methods=[fp32,rtn-3]"]
+    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+        config = compose("perplexity_table", ["model=local", "group=32", "mesh.data=2", "mesh.model=2", *given])
+    asked: Any = OmegaConf.to_container(config, resolve=True)
+    rows = perplexity_table.table_rows(asked)
+    expected = jquant.compare(
+        load_model(place / "float"), {"q": load_model(place / "rtn-3")}, TEXT, context=64, windows=5
+    )
+    for row, wanted in zip(rows, expected.rows(), strict=True):
+        for figure in ("perplexity", "kl", "perplexity_change_percent", "bits_per_weight", "weight_mb"):
+            assert row[figure] == pytest.approx(wanted[figure], rel=1e-4, abs=1e-6), figure
+    monkeypatch.setattr(perplexity_table, "measure", lambda *_: pytest.fail("computed"))
+    assert perplexity_table.table_rows(asked) == rows

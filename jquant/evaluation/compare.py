@@ -153,35 +153,41 @@ def compare(
       InputError: what `perplexity` finds; a model with another tokenizer; a name of two models.
     """
     tokens = evaluation_windows(model, text, context, windows, bos)
-    base_name = model.name
     for name, other in others.items():
-        if not isinstance(other, LanguageModel):
-            raise InputError(f"compare takes models by their names, {{'GPTQ': q}}; {name!r} is {shown(other)}.")
-        if name in (base_name, FLOAT):
-            raise InputError(f"{name!r} is what the model is called that the others are compared with: choose another.")
+        _check_name(name, other, model)
         same = other.tokenizer is model.tokenizer
         if not same and not np.array_equal(evaluation_windows(other, text, context, windows, bos), tokens):
-            raise InputError(f"{name} reads the text as other tokens than {base_name}: they can't be compared.")
-    for each in (model, *others.values()):
-        if not allow_overlap:
-            check_overlap(each, tokens, bos)
+            raise InputError(f"{name} reads the text as other tokens than {model.name}: they can't be compared.")
+    for each in () if allow_overlap else (model, *others.values()):
+        check_overlap(each, tokens, bos)
     with showing(progress) as tell:
         base = score(model.decoder, tokens, progress=tell)
         reference = Reference(model.decoder, base.hidden)
-        found = {base_name: compared(base, base, size_of(model.decoder), bos)}
+        found = {model.name: compared(base, base, size_of(model.decoder), bos)}
         for name, other in others.items():
             scores = score(other.decoder, tokens, reference=reference, progress=tell)
             found[name] = compared(scores, base, size_of(other.decoder), bos)
-    protocol = {
+    return Comparison(found, _protocol(model, tokens, bos))
+
+
+def _check_name(name: Any, other: Any, model: LanguageModel) -> None:
+    """Raises InputError for what is no model, or has a name that would not tell it from the base."""
+    if not isinstance(other, LanguageModel):
+        raise InputError(f"compare takes models by their names, {{'GPTQ': q}}; {name!r} is {shown(other)}.")
+    if name in (model.name, FLOAT):
+        raise InputError(f"{name!r} is what the model is called that the others are compared with: choose another.")
+
+
+def _protocol(model: LanguageModel, tokens: np.ndarray, bos: bool) -> dict[str, Any]:
+    return {
         "model": model.name,
         "weights_stored_as": model.stored_as,
         "dtype": str(model.decoder.embedding.get_value().dtype),
         "data": "text",
         "windows": len(tokens),
-        "context": context,
-        "stride": context,
+        "context": tokens.shape[1],
+        "stride": tokens.shape[1],
         "bos": bos,
-        "scored_tokens": base.nll.size,
+        "scored_tokens": tokens[:, 1:].size,
         "evaluation_sha256": array_digest(tokens),
     }
-    return Comparison(found, protocol)
