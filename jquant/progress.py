@@ -41,14 +41,13 @@ def showing(progress: Progress | bool, title: str = "", console: Console | None 
       title: of what is computed, before the stage's name.
       console: where it is shown; by default standard error.
     """
-    if not isinstance(progress, bool):
+    if callable(progress):
         yield progress
     elif not progress or jax.process_index() > 0:
         yield _nothing
     else:
         console = console or Console(stderr=True)
-        bars = console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
-        if bars:
+        if console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None):
             with _bars(title, console) as tell:
                 yield tell
         else:
