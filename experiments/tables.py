@@ -88,7 +88,8 @@ def label(row: Row) -> str:
         return "stored" if name == FLOAT else name
     if name == FLOAT:
         return {"float32": "FP32", "bfloat16": "BF16", "float16": "FP16"}.get(row["protocol"]["dtype"], "float")
-    return f"{name.upper()}-{row['config']['bits']}" if takes_bits(name) else name.upper()
+    bits = row["config"].get("bits")
+    return f"{name.upper()}-{bits}" if bits is not None and takes_bits(name) else name.upper()
 
 
 def chosen(row: Row) -> dict[str, Any]:
@@ -99,7 +100,9 @@ def chosen(row: Row) -> dict[str, Any]:
     stem, _, width = name.rpartition("-")
     try:
         given = {"bits": int(width)} if width.isdecimal() and takes_bits(stem) else {}
-        return given | {setting: config[setting] for setting in OPEN if leaves_open(name, setting)}
+        return given | {
+            setting: config[setting] for setting in OPEN if setting in config and leaves_open(name, setting)
+        }
     except InputError:  # no method: the float model, or a file that is gone
         return {}
 
@@ -264,7 +267,7 @@ def write_table(
 def _flat(row: Row) -> dict[str, Any]:
     """A row's figures and texts, its method's choices, its calibration where it had one, and its protocol."""
     plain = {key: value for key, value in row.items() if isinstance(value, str | int | float | None)}
-    calibration = row["config"]["calibration"] if calibrated(row) else {}
+    calibration = row["config"].get("calibration", {}) if calibrated(row) else {}
     sampling = {key: calibration.get(key) for key in ("data", "samples", "context", "inputs")}
     return {
         **plain,
@@ -358,12 +361,12 @@ def _protocol(row: Row) -> str:
 
 
 def _calibration(row: Row) -> str:
-    if not calibrated(row):
+    sampling = row["config"].get("calibration")
+    if not sampling or not calibrated(row):
         return ""
-    sampling = row["config"]["calibration"]
     inputs = ", float inputs" if sampling.get("inputs") == "float" else ""
     size = f"{sampling['samples']} × {sampling['context']} tokens"
-    return f"Calibration: {sampling['data']}, {size}{inputs}, seed {row['seed']}"
+    return f"Calibration: {sampling['data']}, {size}{inputs}, seed {row.get('seed')}"
 
 
 def _groups(row: Row) -> str:
