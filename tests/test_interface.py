@@ -2,7 +2,6 @@
 
 import inspect
 import io
-import shutil
 import typing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -165,46 +164,47 @@ def test_a_decoder_that_its_configuration_does_not_describe_is_refused(model, tm
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("killed", [False, True])
-def test_a_save_that_stops_leaves_no_folder_that_loads(rounded, tmp_path, monkeypatch, killed):
-    """Stopped before each of its writes and at the end; a killed process does not tidy up."""
-    calls, stop = 0, 0
+@pytest.fixture
+def stopping(monkeypatch):
+    """Stops a save before its n-th write, 1 for the first; tells how many there were."""
+    writes = {"done": 0, "stop": 0}
 
-    def stopping(write):
+    def stopped(write):
         def counted(*arguments):
-            nonlocal calls
-            calls += 1
-            if calls == stop:
+            writes["done"] += 1
+            if writes["done"] == writes["stop"]:
                 raise KeyboardInterrupt
             return write(*arguments)
 
         return counted
 
-    for owner, name in (
-        (save, "write_item"),
-        (save, "write_bytes"),
-        (save, "write_sealed"),
-        (save.os, "rename"),
-    ):
-        monkeypatch.setattr(owner, name, stopping(getattr(owner, name)))
-    if killed:
-        monkeypatch.setattr(save, "shutil", type("Dead", (), {"rmtree": staticmethod(lambda *_, **__: None)}))
+    for owner, name in ((save, "write_item"), (save, "write_bytes"), (save, "write_sealed"), (save.os, "rename")):
+        monkeypatch.setattr(owner, name, stopped(getattr(owner, name)))
+    return writes
+
+
+def test_a_killed_save_leaves_no_folder_that_loads(rounded, tmp_path, monkeypatch, stopping):
+    """Killed before each of its writes, so that nothing is tidied up."""
+    monkeypatch.setattr(save, "shutil", type("Dead", (), {"rmtree": staticmethod(lambda *_, **__: None)}))
     rounded.save(tmp_path / "whole")
-    total, whole = calls, load_model(tmp_path / "whole")
-    assert total > 6
+    total = stopping["done"]
+    assert total > 10
     for stop in range(1, total + 1):
-        calls = 0
+        stopping |= {"done": 0, "stop": stop}
         with pytest.raises(KeyboardInterrupt):
             rounded.save(tmp_path / f"{stop}" / "q")
-        assert not (tmp_path / f"{stop}" / "q").exists()
-        [*left] = (tmp_path / f"{stop}").iterdir()
-        assert len(left) == killed
-        if killed and stop < total:
-            with pytest.raises((jquant.InputError, OSError)):
-                load_model(left[0])
-        if killed:
-            shutil.rmtree(left[0])
-    assert len(whole.report) == 14
+        [left] = (tmp_path / f"{stop}").iterdir()
+        assert left.name.startswith(".q.")
+        if stop < total:  # the last one is the name itself
+            with pytest.raises(jquant.InputError):
+                load_model(left)
+
+
+def test_an_interrupted_save_leaves_nothing(rounded, tmp_path, stopping):
+    stopping["stop"] = 3
+    with pytest.raises(KeyboardInterrupt):
+        rounded.save(tmp_path / "q")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_saved_model_is_no_run_that_goes_on_and_a_run_no_place_to_save_to(folder, rounded, model, tmp_path):
