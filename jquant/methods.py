@@ -169,7 +169,7 @@ def _takes_bits(row: str) -> bool:
 
 
 def split_width(name: str, known: Container[str], takes_bits: Callable[[str], bool]) -> tuple[str, int | None]:
-    """ "gptq-3" as "gptq" and 3, if gptq leaves its width open; other names as they are, and None."""
+    """Splits "gptq-3" into "gptq" and 3, if gptq leaves its width open; other names stay whole, with None."""
     row, _, width = name.rpartition("-")
     if name not in known and width.isdecimal() and takes_bits(row):
         return row, int(width)

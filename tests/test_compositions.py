@@ -175,6 +175,9 @@ def test_a_file_that_refers_to_the_settings_serves_every_width(written):
 def test_a_plan_of_rows_that_leave_the_width_open_does_too(written):
     written("rules:\n- {weights: 'mlp', method: rtn}\n- {weights: '', method: q8_0}\n")
     assert find("mine-3") == [("mlp", method("rtn", 3)), ("", method("q8_0"))]
+    written("rules:\n- {weights: 'mlp', method: rtn-2}\n- {weights: '', method: rtn}\n")
+    assert find("mine", group=32) == [("mlp", method("rtn-2", group=32)), ("", method("rtn", group=32))]
+    assert find("mine-3")[1] == ("", method("rtn-3"))
 
 
 def test_only_rows_that_leave_the_width_open_take_bits():
