@@ -40,6 +40,7 @@ from jquant.evaluation.compare import FLOAT
 from jquant.evaluation.perplexity import Reference, Scores, score
 from jquant.io import save
 from jquant.methods import leaves_open
+from jquant.models.decoder import blocks, with_blocks
 from jquant.progress import showing
 from paper_figures import perplexity_bits, style
 
@@ -159,7 +160,14 @@ def test_a_format_of_ones_own_is_refused_by_the_weights_name(model, tmp_path):
 def test_a_decoder_that_its_configuration_does_not_describe_is_refused(model, tmp_path):
     decoder = nnx.clone(model.decoder)
     decoder.segments[0].mlp_norm.eps = 1e-3
-    with refused("layers.0 is built otherwise than its configuration says"):
+    with refused("layers.0 is built otherwise than the model's configuration says"):
+        replace(model, decoder=decoder).save(tmp_path / "q")
+    decoder = nnx.clone(model.decoder)
+    decoder.norm.eps = 1e-3
+    with refused("The decoder is built otherwise"):
+        replace(model, decoder=decoder).save(tmp_path / "q")
+    with refused("has 1 layers, its configuration 2"):
+        decoder = with_blocks(model.decoder, list(blocks(model.decoder))[:1])
         replace(model, decoder=decoder).save(tmp_path / "q")
     assert not list(tmp_path.iterdir())
 

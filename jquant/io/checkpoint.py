@@ -119,7 +119,7 @@ def write_item(folder: Path, params: Params, facts: Mapping[str, Any]) -> None:
     except (OSError, ValueError) as failed:  # tensorstore reports a full disk as a ValueError
         shutil.rmtree(beside, ignore_errors=True)
         reason = getattr(failed, "strerror", None) or str(failed).splitlines()[0]
-        raise InputError(f"{folder} can't be written ({reason}); what is finished is kept.") from None
+        raise InputError(f"{folder} can't be written ({reason}).") from None
 
 
 def read_item(folder: Path, shapes: Mapping[str, tuple[int, ...]], place: Place | None = None) -> Params:

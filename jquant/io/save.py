@@ -127,18 +127,31 @@ def _items(decoder: Decoder, report: Mapping) -> Iterator[tuple[Path, Params, Fa
     Raises:
       InputError: a part that a checkpoint can't hold.
     """
-    for name, params, facts in outside_items(decoder):
+    outside = nnx.merge(*nnx.split(decoder))
+    outside.segments = nnx.List([])
+    rebuilt = nnx.eval_shape(lambda: Decoder(decoder.config, nnx.Rngs(0)))
+    rebuilt.segments, rebuilt.norm.rotation = nnx.List([]), decoder.norm.rotation
+    _check_described(outside, rebuilt, "The decoder")
+    for name, params, facts in outside_items(outside):
         check_storable(params)
         yield Path(OUTSIDE, name), params, facts
+    layer = -1
     for layer, block in enumerate(blocks(decoder)):
-        params = flat_params(block)
-        check_storable(params, f"layers.{layer}.")
+        check_storable(flat_params(block), f"layers.{layer}.")
         rebuilt = nnx.eval_shape(lambda: Block(decoder.config, nnx.Rngs(0)))
         rebuilt.mlp.rotation = block.mlp.rotation
-        if nnx.graphdef(with_params(rebuilt, params)) != nnx.graphdef(block):
-            raise InputError(f"layers.{layer} is built otherwise than its configuration says: it can't be saved.")
+        _check_described(block, rebuilt, f"layers.{layer}")
         infos = {path: info for (number, path), info in report.items() if number == layer}
-        yield block_folder(Path(), layer), params, block_facts(block, infos)
+        yield block_folder(Path(), layer), flat_params(block), block_facts(block, infos)
+    if layer + 1 != decoder.config.layers:
+        raise InputError(f"The decoder has {layer + 1} layers, its configuration {decoder.config.layers}.")
+
+
+def _check_described(module: Any, rebuilt: Any, name: str) -> None:
+    """Raises InputError for a module that its configuration does not give again, which `rebuilt` is made of."""
+    shapes, params = ({path: leaf.shape for path, leaf in flat_params(one).items()} for one in (rebuilt, module))
+    if shapes != params or nnx.graphdef(with_params(rebuilt, flat_params(module))) != nnx.graphdef(module):
+        raise InputError(f"{name} is built otherwise than the model's configuration says: it can't be saved.")
 
 
 def _begin(folder: Path, beside: Path) -> None:

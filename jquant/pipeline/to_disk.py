@@ -278,7 +278,10 @@ def _write(folder: Path, manifest: Manifest, place: Path, params: Params, facts:
     """Writes an item, unless the folder is no longer this run's."""
     if read_manifest(folder) != manifest:
         raise InputError(f"{folder / MANIFEST} was replaced while this run was writing: it writes nothing more.")
-    write_item(place, params, facts)
+    try:
+        write_item(place, params, facts)
+    except InputError as failed:
+        raise InputError(f"{str(failed).removesuffix('.')}; what is finished is kept.") from None
 
 
 class Described(TypedDict):
