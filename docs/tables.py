@@ -27,8 +27,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from scipy.special import stdtrit
+from jquant.evaluation.intervals import paired_change
 
 Row = dict[str, Any]
 
@@ -131,19 +130,13 @@ def inside(line: Row, place: str) -> list[Row]:
 
 
 def change(row: Row, rows: list[Row]) -> str:
-    """The change of the perplexity against the baseline, percent, with its 95 % interval, paired by window.
-
-    As `experiments.tables.paired_change`, which a test compares it with. Importing that would import jax.
-    """
+    """The change of the perplexity against the baseline, percent, with its 95 % interval, paired by window."""
     same = ("width", "text")
     base = [other for other in rows if other["name"] == BASELINE and all(other[key] == row[key] for key in same)]
     if not base or base[0] is row or not row.get("window_nll") or row["composition"] == "None":
         return ""
-    difference = np.subtract(row["window_nll"], base[0]["window_nll"])
-    n, mean = len(difference), difference.mean()
-    half = stdtrit(n - 1, 0.975) * difference.std(ddof=1) / n**0.5
-    middle, low, high = (float(100 * np.expm1(mean + shift)) for shift in (0, -half, half))
-    return f"{middle:+,.1f} [{low:+,.1f}, {high:+,.1f}]"
+    percent, low, high = paired_change(row["window_nll"], base[0]["window_nll"])
+    return f"{percent:+,.1f} [{low:+,.1f}, {high:+,.1f}]"
 
 
 if __name__ == "__main__":

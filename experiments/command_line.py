@@ -1,11 +1,10 @@
 """What every experiment's command line does alike: one sentence for a user's error, progress bars, measurements."""
 
-import math
 import os
 import resource
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,13 @@ import jax
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from experiments.overrides import check_command
 from jquant.errors import InputError
 from jquant.parallel.mesh import Devices
 from jquant.parallel.processes import join
 from jquant.progress import Progress as Report
+from jquant.progress import showing
 
 console = Console()
 
@@ -56,34 +55,9 @@ def _sentence(error: BaseException) -> str:
     return " ".join(lines[:6]) if lines else type(error).__name__
 
 
-@contextmanager
-def progress_bars(row: str) -> Iterator[Report]:
-    """A bar per stage of one row: what, how many of how many, the stage's figures so far, time left."""
-    columns = (
-        TextColumn("{task.description:<24}", markup=False),
-        BarColumn(bar_width=16),  # the line fits a terminal of 80 columns
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[unit]}{task.fields[figures]}, left"),
-        TimeRemainingColumn(compact=True),
-    )
-    units = {
-        "load": "tensors",
-        "observe": "layers",
-        "quantize": "layers",
-        "tune": "steps",
-        "evaluate": "windows",
-        "generate": "tokens",
-    }
-    with Progress(*columns, console=console, transient=True, disable=console.quiet or not console.is_terminal) as bars:
-        tasks = {}
-
-        def report(stage: str, done: int, total: int, /, **figures: float) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(f"{row}: {stage}", unit=units.get(stage, ""), figures="", total=total)
-            told = "".join(f", {name} {value:.3g}" for name, value in figures.items() if not math.isnan(value))
-            bars.update(tasks[stage], completed=done, total=total, figures=told)
-
-        yield report
+def progress_bars(row: str) -> AbstractContextManager[Report]:
+    """What shows how far a row is (`jquant.progress`), beside what else is printed."""
+    return showing(not console.quiet, row, console)
 
 
 def devices_of(settings: dict[str, Any]) -> Devices | None:
@@ -107,7 +81,7 @@ def _join(hosts: Any) -> None:
     if hosts != "auto" and not (isinstance(hosts, dict) and hosts.keys() == {"coordinator", "count", "index"}):
         raise InputError(f"hosts takes auto or {{coordinator:'host:port',count:2,index:0}}, not {hosts!r}.")
     join(**{} if hosts == "auto" else hosts)
-    console.quiet = jax.process_index() > 0  # what all of them do is told once
+    console.quiet = jax.process_index() > 0  # what all of them do is printed once
 
 
 def reset_peak_rss() -> None:

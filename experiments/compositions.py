@@ -9,6 +9,7 @@ serves every width.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from yaml import YAMLError
 
 import jquant
 from experiments.own_parts import is_import_path, own_method, own_part
-from jquant import METHODS, Activation, Hadamard, InputError, Method, method
+from jquant import METHODS, Activation, Hadamard, InputError, Method
 from jquant.io.hub import load_config
-from jquant.methods import Rules, unknown
+from jquant.methods import Rules, completed, split_width, takes, unknown
 
 FOLDER = Path(__file__).parents[1] / "configs" / "compositions"
 # What a file may name: what methods are made of. Nothing else of jquant, whose functions read files and run models.
@@ -32,8 +33,6 @@ PARTS = (
 )
 # Arguments of parts that are parts.
 AXES = ("format", "range", "rounding", "transform", "rotation", "activation")
-# Settings that a method may leave open, with two values of each.
-OPEN: dict[str, tuple[Any, Any]] = {"bits": (4, 3), "group": (64, 32), "symmetric": (False, True)}
 
 
 def find_method(name: str, bits: int, group: Any, symmetric: bool) -> "Method | Rules":
@@ -45,16 +44,14 @@ def find_method(name: str, bits: int, group: Any, symmetric: bool) -> "Method | 
       InputError: no such name; a file that composes something else than jquant's parts, or refers to something else
         than the settings.
     """
-    row, _, width = name.rpartition("-")
-    if name not in _known() and width.isdecimal() and takes_bits(row):
-        name, bits = row, int(width)
+    name, width = split_width(name, _known(), takes_bits)
+    settings = {"bits": bits if width is None else width, "group": group, "symmetric": symmetric}
     if name in METHODS:
-        return method(name, bits, group, symmetric)
+        return completed(name, **settings)
     if is_import_path(name):
-        return own_method(name, bits, group, symmetric)
+        return own_method(name, **settings)
     if name not in _known():
         raise unknown(name, _known())
-    settings = {"bits": bits, "group": group, "symmetric": symmetric}
     config = _read(name, settings)
     if "rules" in config:
         return _plan(config, name, settings)
@@ -75,12 +72,7 @@ def leaves_open(name: str, setting: str) -> bool:
     Raises:
       InputError: as of `find_method`.
     """
-    usual = {key: one for key, (one, _) in OPEN.items()}
-    found = find_method(name, **usual)
-    try:
-        return found != find_method(name, **usual | {setting: OPEN[setting][1]})
-    except InputError:  # the method takes the value, though not this one
-        return True
+    return takes(partial(find_method, name), setting)
 
 
 def needs_of(plan: "Method | Rules | None") -> frozenset[str]:
@@ -135,7 +127,7 @@ def _plan(config: dict[str, Any], name: str, settings: dict[str, Any]) -> Rules:
         raise InputError(f"{file}: activation takes {{_target_: jquant.Activation}}, not {config['activation']}.")
 
     def complete(row: str | None) -> Method | None:
-        chosen = None if row is None else method(row, **settings)
+        chosen = None if row is None else completed(row, **settings)
         return chosen and (replace(chosen, activation=activation) if activation else chosen)
 
     return [(rule["weights"], complete(rule.get("method"))) for rule in rules]

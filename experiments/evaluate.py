@@ -1,25 +1,44 @@
-"""Perplexity of a model on disk, float or quantized, a block at a time.
+"""Perplexity of a model on disk, float or quantized, a block at a time; and how far it is from the float one.
 
     python -m experiments.evaluate model=local model.path=quantized/smollm2_135m-gptq-4
+    python -m experiments.evaluate model=local model.path=quantized/my-llama-gptq-4 reference=/models/my-llama
 
-All settings: configs/evaluate.yaml. The last line is JSON: the figures, and the protocol.
+All settings: configs/evaluate.yaml. The last line is JSON: the figures, and the protocol. The row is kept in
+results/<name>/table.jsonl with the reference's; table.md there has all rows. From the same settings, files, code,
+packages and machine it is not computed again.
 """
 
 import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import hydra
 import jax
+import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
+from experiments import provenance, tables
 from experiments.command_line import console, devices_of, one_sentence, peak_rss_mb, progress_bars, run
 from experiments.overrides import CONFIGS
+from experiments.perplexity_table import evaluated, is_quantized, stored
 from experiments.settings import check
-from jquant import load_text
+from experiments.tables import FLOAT
+from jquant import InputError, load_text
 from jquant.data import check_unseen
-from jquant.evaluation.perplexity import evaluation_windows, score_from_disk
+from jquant.evaluation.compare import compared
+from jquant.evaluation.perplexity import Reference, Scores, evaluation_windows, score_from_disk
 from jquant.io.hub import cache_dir
-from jquant.io.load import QuantizedFile, open_from_config
+from jquant.io.load import ModelFile, QuantizedFile, open_from_config, open_model
+from jquant.models.config import DecoderConfig
+from jquant.models.decoder import Block, Decoder
+from jquant.models.size import Size, size_of
+from jquant.parallel.processes import as_first, on_first
+from jquant.progress import Progress
+
+Row = dict[str, Any]
+SHOWN = ("perplexity", "perplexity_stderr", "perplexity_change_percent", "kl", "top1_agreement", "bits_per_weight")
 
 
 @hydra.main(version_base=None, config_path=str(CONFIGS), config_name="evaluate")
@@ -30,36 +49,148 @@ def main(config: DictConfig) -> None:
 
 
 def evaluate(settings: dict[str, Any]) -> None:
-    """Prints the perplexity and how it was measured.
+    """Prints the model's figures and how they were measured, and keeps them as a row.
 
     Raises:
       InputError: a setting can't be meant, a file can't be read, or the model's predictions are not finite.
     """
     check(settings)
-    wanted, devices = settings["evaluation"], devices_of(settings)
+    devices_of(settings)  # joins the other processes before anything is computed
     source = open_from_config(settings["model"])
-    tokens = evaluation_windows(source, load_text(wanted["data"]), wanted["context"], wanted["windows"], wanted["bos"])
-    if isinstance(source, QuantizedFile) and source.calibrated_on is not None:
-        text = tokens[:, 1:] if wanted["bos"] else tokens
-        check_unseen(text, source.calibrated_on, f"evaluation.data={wanted['data']}", "choose another text")
-    with progress_bars(source.name) as report:
-        scores = score_from_disk(source, tokens, devices=devices, progress=report)
-    stderr = scores.stderr if scores.nll.size > 1 else None  # one token has none
-    told = {
-        "model": str(settings["model"].get("path") or source.name),
-        "perplexity": scores.perplexity,
-        "perplexity_stderr": stderr,
-        "data": wanted["data"],
-        "windows": len(tokens),
-        "context": tokens.shape[1],
-        "bos": wanted["bos"],
-        "scored_tokens": scores.nll.size,
-        "peak_rss_mb": peak_rss_mb(),
-    }
-    spread = "" if stderr is None else f" ±{stderr:.3f}"
-    console.print(f"{told['model']}: perplexity {scores.perplexity:.3f}{spread}", highlight=False)
+    reference = open_reference(settings, source)
+    tokens = windows(source, settings)
+    if reference and not np.array_equal(windows(reference, settings), tokens):
+        raise InputError(f"reference={settings['reference']} reads the text as other tokens than the model.")
+    folder = Path(settings["results"]) / str(settings["name"])
+    origin = describe(source, tokens, settings)
+    kept = [row for row in tables.read_rows(folder) if row.get("fingerprint") == origin["fingerprint"]]
+    if as_first(bool(kept)):
+        row = kept[0] if kept else {}
+        console.print("The row was kept from an earlier run.")
+    else:
+        with progress_bars(source.name) as report:
+            rows = measure(source, reference, tokens, settings, report)
+        row = rows[-1]
+        on_first(partial(keep, folder, rows))
     if jax.process_index() == 0:
-        print(json.dumps(told, allow_nan=False))
+        tell(row)
+
+
+def open_reference(settings: dict[str, Any], source: ModelFile | QuantizedFile) -> ModelFile | QuantizedFile | None:
+    """The float model to compare with, computed in the model's dtype.
+
+    Raises:
+      InputError: it is quantized, or can't be opened.
+    """
+    if settings["reference"] is None:
+        return None
+    reference = open_model(settings["reference"], dtype=source.computed_in)
+    if is_quantized(reference):
+        raise InputError(f"reference={settings['reference']} is quantized: give the float model.")
+    return reference
+
+
+def windows(source: ModelFile | QuantizedFile, settings: dict[str, Any]) -> np.ndarray:
+    """The evaluation windows.
+
+    Raises:
+      InputError: a text is missing or too short, or the model was calibrated on it.
+    """
+    asked = settings["evaluation"]
+    tokens = evaluation_windows(source, load_text(asked["data"]), asked["context"], asked["windows"], asked["bos"])
+    if isinstance(source, QuantizedFile) and source.calibrated_on is not None:
+        text = tokens[:, 1:] if asked["bos"] else tokens
+        check_unseen(text, source.calibrated_on, f"evaluation.data={asked['data']}", "choose another text")
+    return tokens
+
+
+def measure(
+    source: ModelFile | QuantizedFile,
+    reference: ModelFile | QuantizedFile | None,
+    tokens: np.ndarray,
+    settings: dict[str, Any],
+    report: Progress,
+) -> list[Row]:
+    """The reference's row, if there is one, and the model's."""
+    devices, bos, rows = devices_of(settings), settings["evaluation"]["bos"], []
+    base: Scores | None = None
+    against = None
+    if reference:
+        weighed = Weighed(reference)
+        base = score_from_disk(weighed, tokens, devices=devices, progress=report)
+        against = Reference(reference.outside(), base.hidden)
+        own = settings | {"model": {"name": reference.name, "path": settings["reference"]}, "reference": None}
+        figures = compared(base, base, weighed.size, bos).row()
+        rows.append({"method": FLOAT, **figures, **_costs(), **describe(reference, tokens, own)})
+    weighed = Weighed(source)
+    scores = score_from_disk(weighed, tokens, reference=against, devices=devices, progress=report)
+    figures = compared(scores, base, weighed.size, bos).row()
+    name = Path(settings["model"].get("path") or source.name).name
+    if is_quantized(source):
+        figures |= {"stored": stored(source, figures)}
+    elif not reference:
+        name = FLOAT
+    return [*rows, {"method": name, **figures, **_costs(), **describe(source, tokens, settings)}]
+
+
+class Weighed:
+    """A model's files, which add up the size of what is read of them (`score_from_disk`)."""
+
+    def __init__(self, source: ModelFile | QuantizedFile):
+        self._source, self.size = source, Size()
+
+    @property
+    def config(self) -> DecoderConfig:
+        """The decoder's shape."""
+        return self._source.config
+
+    def outside(self) -> Decoder:
+        """The decoder without its blocks."""
+        decoder = self._source.outside()
+        self.size += size_of(decoder)
+        return decoder
+
+    def blocks(self, first: int = 0) -> Iterator[Block]:
+        """Blocks from layer `first` on."""
+        for block in self._source.blocks(first):
+            self.size += size_of(block)
+            yield block
+
+
+def _costs() -> Row:
+    """What a row of the table has and this one has not, and the memory."""
+    return {"quantize_seconds": 0.0, "tokens_per_second": None, "peak_rss_mb": peak_rss_mb()}
+
+
+def describe(source: ModelFile | QuantizedFile, tokens: np.ndarray, settings: dict[str, Any]) -> Row:
+    """Everything that a row's figures depend on, and a fingerprint of it."""
+    config = {key: value for key, value in settings.items() if key not in ("name", "results", "hosts")}
+    protocol = {
+        **evaluated(settings, tokens),
+        "weights_stored_as": source.stored_as,
+        "dtype": source.computed_in,
+        "calibration_sha256": None,
+        "files": source.fingerprint(),
+    }
+    origin = {"composition": "as stored", "protocol": protocol, "config": config}
+    return provenance.identified(origin, None, "experiments.evaluate")
+
+
+def keep(folder: Path, rows: list[Row]) -> None:
+    """Adds rows to those of the folder, and writes the table of all."""
+    tables.add_rows(folder, rows)
+    tables.write_table(folder, tables.read_rows(folder))
+
+
+def tell(row: Row) -> None:
+    """Prints a row in a line, and as JSON."""
+    facts = {"model": row["protocol"]["model"], **{key: row[key] for key in SHOWN}}
+    facts |= {key: row["protocol"][key] for key in ("data", "windows", "context", "bos", "scored_tokens")}
+    facts |= {"weight_mb": row["weight_mb"], "peak_rss_mb": row["peak_rss_mb"]}
+    spread = "" if row["perplexity_stderr"] is None else f" ±{row['perplexity_stderr']:.3f}"
+    kl = "" if row["kl"] is None else f", KL {row['kl']:.4f}"
+    console.print(f"{facts['model']}: perplexity {row['perplexity']:.3f}{spread}{kl}", highlight=False)
+    print(json.dumps(facts, allow_nan=False))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import hydra
 import jax
@@ -40,15 +40,16 @@ from experiments.command_line import (
 from experiments.compositions import needs_calibration, rotation_of
 from experiments.settings import check_table
 from experiments.sweep import in_sweep, run_trial
-from jquant import InputError, LanguageModel, Options, bits_per_weight, load_text
+from jquant import InputError, LanguageModel, Options, load_text
 from jquant.data import check_disjoint, sample_windows
+from jquant.evaluation.compare import compared
 from jquant.evaluation.generation import generate_ids
 from jquant.evaluation.perplexity import Reference, Scores, evaluation_windows, score
 from jquant.io.hub import cache_dir
 from jquant.io.load import ModelFile, QuantizedFile, open_from_config
 from jquant.methods import Method, Rules
 from jquant.models.decoder import Decoder
-from jquant.pipeline.driver import fallbacks
+from jquant.models.size import size_of
 from jquant.pipeline.in_memory import quantize_decoders
 from jquant.pipeline.plan import Plan, make_plan
 from jquant.pipeline.to_disk import quantize_to_folder
@@ -101,11 +102,16 @@ def table_rows(settings: dict[str, Any]) -> list[dict[str, Any]]:
 
 def refuse_quantized(source: ModelFile | QuantizedFile) -> None:
     """Raises InputError for a model that methods can't be applied to, before it is loaded."""
-    if isinstance(source, QuantizedFile):
+    if is_quantized(source):
         raise InputError(
             f"{source.folder} is quantized already: quantize the float model, or look at this one as it is by "
             f"experiments.evaluate or the table's methods=[fp32]."
         )
+
+
+def is_quantized(source: ModelFile | QuantizedFile) -> TypeGuard[QuantizedFile]:
+    """Whether a model came quantized; float ones can have been saved by jquant, too."""
+    return isinstance(source, QuantizedFile) and source.quantized
 
 
 def one_text_each(settings: dict[str, Any]) -> list[dict[str, Any]]:
@@ -123,13 +129,13 @@ def prepare_tokens(
     Raises:
       InputError: a text is missing, empty, too short, or the one occurs in the other.
     """
-    wanted, sampling = settings["evaluation"], settings["calibration"]
-    text = load_text(wanted["data"])
-    evaluation = evaluation_windows(model, text, wanted["context"], wanted["windows"], wanted["bos"])
+    asked, sampling = settings["evaluation"], settings["calibration"]
+    text = load_text(asked["data"])
+    evaluation = evaluation_windows(model, text, asked["context"], asked["windows"], asked["bos"])
     if not any(chosen and needs_calibration(chosen) for chosen in methods):
         return evaluation, None
     ids = model.tokenizer.encode(load_text(sampling["data"]))
-    check_disjoint(evaluation[:, 1:] if wanted["bos"] else evaluation, ids, f"evaluation.data={wanted['data']}")
+    check_disjoint(evaluation[:, 1:] if asked["bos"] else evaluation, ids, f"evaluation.data={asked['data']}")
     count = sampling["samples"] + sampling.get("held_out", 0)
     return evaluation, sample_windows(ids, sampling["context"], count, settings["seed"])
 
@@ -157,7 +163,7 @@ def compute_rows(
     tokens = [prepare_tokens(model, settings, methods.values()) for settings in texts]
     earlier: dict[Any, Any] = {row.get("fingerprint", n): row for n, row in enumerate(tables.read_rows(folder))}
     origins = {
-        name: [describe(name, one, model, *both, its) for its, both in zip(texts, tokens, strict=True)]
+        name: [describe(name, one, model, windows, its) for its, windows in zip(texts, tokens, strict=True)]
         for name, one in methods.items()
     }
     for origin in chain.from_iterable(origins.values()):
@@ -187,7 +193,7 @@ def compute_rows(
                         references[index] = Reference(model.decoder, scores.hidden), scores
                     speed = speed or tokens_per_second(model, decoder, settings["generation"], report)
                     figures = measure(model, decoder, evaluation, *references[index], report)
-                figures |= as_stored(source, figures) if isinstance(source, QuantizedFile) else {}
+                figures |= as_stored(source, figures) if is_quantized(source) else {}
                 row = {"method": name, **figures, "tokens_per_second": speed, "peak_rss_mb": peak_rss_mb()}
                 row |= {"quantize_seconds": seconds, "quantized_together": len(together), "fallbacks": fell_back}
                 earlier[origin["fingerprint"]] = row = row | origin
@@ -233,19 +239,22 @@ def quantize_all(
     [name, *others] = chosen
     if settings["checkpoints"] and not others and chosen[name].streams:
         folder = Path(settings["checkpoints"]) / name
-        written = quantize_to_folder(source, folder, chosen[name], calibration, options).load()
+        written = quantize_to_folder(source, folder, chosen[name], calibration, options).load(report)
         quantized = {name: (written.decoder, written.report)}
     else:
         quantized = quantize_decoders(model.decoder, chosen, calibration, options)
-    done |= {name: (decoder, fallbacks(infos)) for name, (decoder, infos) in quantized.items()}
+    done |= {name: (decoder, infos.fallbacks) for name, (decoder, infos) in quantized.items()}
     return done, time.perf_counter() - begin
 
 
 def as_stored(source: QuantizedFile, figures: dict[str, Any]) -> dict[str, Any]:
     """What a row says of a model that came quantized: there is no float one that it could be compared with."""
-    comparisons = dict.fromkeys(("perplexity_change_percent", "kl", "top1_agreement"))
-    bits = f"{figures['bits_per_weight']:.3f} bits a weight"
-    return {**comparisons, "stored": f"packed codes of {bits}, quantized from {source.manifest['stored_as']}"}
+    return {**dict.fromkeys(("perplexity_change_percent", "kl", "top1_agreement")), "stored": stored(source, figures)}
+
+
+def stored(source: QuantizedFile, figures: dict[str, Any]) -> str:
+    """How a model that came quantized holds its weights."""
+    return f"packed codes of {figures['bits_per_weight']:.3f} bits a weight, quantized from {source.stored_as}"
 
 
 def measure(
@@ -260,17 +269,7 @@ def measure(
     scores = float_scores
     if decoder is not model.decoder:
         scores = score(decoder, evaluation, reference=reference, progress=report)
-    projections = nnx.state(decoder.segments, lambda path, _: path[-1] == "kernel")
-    return {
-        "perplexity": scores.perplexity,
-        "perplexity_stderr": scores.stderr if scores.nll.size > 1 else None,  # one token has none
-        "perplexity_change_percent": 100 * (scores.perplexity / float_scores.perplexity - 1),
-        "kl": 0.0 if scores.kl is None else float(scores.kl.mean(dtype=np.float64)),
-        "top1_agreement": 1.0 if scores.agrees is None else float(scores.agrees.mean()),
-        "bits_per_weight": bits_per_weight(projections),
-        "weight_mb": sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(decoder))) / 1e6,
-        "window_nll": scores.window_nll.tolist(),
-    }
+    return compared(scores, float_scores, size_of(decoder), bos=False).row()
 
 
 def tokens_per_second(
@@ -293,31 +292,41 @@ def describe(
     name: str,
     chosen: Method | Rules | None,
     model: LanguageModel,
-    evaluation: np.ndarray,
-    calibration: np.ndarray | None,
+    tokens: tuple[np.ndarray, np.ndarray | None],
     settings: dict[str, Any],
     script: str = "experiments.perplexity_table",
 ) -> dict[str, Any]:
-    """Everything a row's figures, which `script` measures, depend on, and a fingerprint of it."""
+    """Everything a row's figures, which `script` measures, depend on, and a fingerprint of it.
+
+    `tokens` are the windows of evaluation and calibration (`prepare_tokens`).
+    """
+    evaluation, calibration = tokens
     uses = calibration if chosen is not None and needs_calibration(chosen) else None
     config = {key: value for key, value in settings.items() if key not in WHERE}
     config["evaluation"] = config["evaluation"] | {"windows": len(evaluation)}
     protocol = {
-        "model": str(config["model"].get("path") or config["model"]["name"]),
+        **evaluated(settings, evaluation),
         "weights_stored_as": model.stored_as,
         "dtype": str(model.decoder.embedding.get_value().dtype),
-        "data": str(settings["evaluation"]["data"]),
-        "windows": len(evaluation),
-        "context": evaluation.shape[1],
-        "stride": evaluation.shape[1],
-        "bos": settings["evaluation"]["bos"],
-        "scored_tokens": evaluation[:, 1:].size,
-        "evaluation_sha256": provenance.digest(evaluation),
         "calibration_sha256": None if uses is None else provenance.digest(uses),
         "weights_sha256": provenance.digest(*jax.tree.leaves(nnx.state(model.decoder))),
     }
     origin = {"composition": repr(chosen), "protocol": protocol, "config": config, "seed": settings["seed"]}
     return provenance.identified(origin, {name: chosen}, script)
+
+
+def evaluated(settings: dict[str, Any], tokens: np.ndarray) -> dict[str, Any]:
+    """What a row's protocol says of the model's name and of the windows that were scored."""
+    return {
+        "model": str(settings["model"].get("path") or settings["model"]["name"]),
+        "data": str(settings["evaluation"]["data"]),
+        "windows": len(tokens),
+        "context": tokens.shape[1],
+        "stride": tokens.shape[1],
+        "bos": settings["evaluation"]["bos"],
+        "scored_tokens": tokens[:, 1:].size,
+        "evaluation_sha256": provenance.digest(tokens),
+    }
 
 
 if __name__ == "__main__":

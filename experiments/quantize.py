@@ -22,8 +22,8 @@ from jquant import Options, load_text
 from jquant.data import sample_windows
 from jquant.io.hub import cache_dir
 from jquant.io.load import QuantizedFile, open_from_config
-from jquant.pipeline.driver import fallbacks, relative_error
 from jquant.pipeline.to_disk import quantize_to_folder
+from jquant.report import relative_error
 
 
 @hydra.main(version_base=None, config_path=str(CONFIGS), config_name="quantize")
@@ -62,7 +62,7 @@ def quantize(settings: dict[str, Any]) -> QuantizedFile:
         highlight=False,
         soft_wrap=True,
     )
-    if fell_back := fallbacks(report):
+    if fell_back := report.fallbacks:
         console.print(
             f"Rounded plainly, for want of a finite solution: {len(fell_back)} weights, {', '.join(fell_back)}.",
             highlight=False,

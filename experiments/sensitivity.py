@@ -36,7 +36,6 @@ from jquant.io.hub import cache_dir
 from jquant.io.load import open_from_config
 from jquant.models.decoder import Decoder, blocks
 from jquant.models.families import LLAMA
-from jquant.pipeline.driver import fallbacks
 from jquant.pipeline.in_memory import quantize_decoder
 from jquant.pipeline.plan import Plan, make_plan
 from paper_figures import sensitivity as figure
@@ -69,7 +68,7 @@ def analyse(settings: dict[str, Any]) -> None:
     for name, chosen in methods.items():
         assert isinstance(chosen, Method)
         plan = make_plan(model.decoder, chosen)
-        origin = describe(name, chosen, model, evaluation, calibration, settings, "experiments.sensitivity")
+        origin = describe(name, chosen, model, (evaluation, calibration), settings, "experiments.sensitivity")
         row = next((row for row in earlier if row.get("fingerprint") == origin["fingerprint"]), None)
         if row is None:
             with progress_bars(name) as report:
@@ -102,7 +101,7 @@ def measure(
     wanted = {"projection": len(evaluation), "layer": settings["layer_windows"], "matrix": settings["matrix_windows"]}
     selections = list(_selections(layers, {kind for kind, windows in wanted.items() if windows}))
     figures: dict[str, Any] = {"all": None, "projections": {}, "layers": [], "matrices": []}
-    figures["fallbacks"] = fallbacks(done)
+    figures["fallbacks"] = done.fallbacks
     for count, (kind, path, layer) in enumerate(selections, 1):
         mask = {p: np.isin(np.arange(layers), range(layers) if layer is None else layer) for p in PATHS}
         mask = {p: m if path in (None, p) else np.zeros_like(m) for p, m in mask.items()}

@@ -55,6 +55,7 @@ KINDS: dict[str, Kind] = {
     "name": NAME,
     "results": TEXT,
     "output": TEXT,
+    "reference": _or_null(TEXT),
     "checkpoints": _or_null(TEXT),
     "model.name": NAME,
     "model.path": _or_null(TEXT),

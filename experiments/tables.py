@@ -9,15 +9,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from filelock import FileLock, Timeout
 from rich import box
 from rich.table import Table
 
-from experiments.compositions import OPEN, leaves_open, takes_bits
+from experiments.compositions import leaves_open, takes_bits
 from jquant.errors import InputError
+from jquant.evaluation import intervals
+from jquant.evaluation.intervals import Change
 from jquant.io.files import check_plain, write_text
-from paper_figures.rows import FLOAT, Row, by_text, is_float, mean_and_half
+from jquant.methods import OPEN
+from paper_figures.rows import FLOAT, Row, by_text, is_float
 
 LOCK = ".lock"  # beside a results file, and never removed: another process may be waiting for it
 
@@ -29,12 +31,12 @@ _ORIGIN: dict[str, Any] = {
     "protocol": _PROTOCOL | {"bos": bool, "scored_tokens": int, "evaluation_sha256": str, "calibration_sha256": (str,)},
     "config": {
         "model": {"published?": (dict,)},
-        "calibration": {"data": str, "samples": int, "context": int, "inputs?": str},
-        "bits": int,
-        "group": int | str,
-        "symmetric": bool,
+        "calibration?": {"data": str, "samples": int, "context": int, "inputs?": str},
+        "bits?": int,
+        "group?": int | str,
+        "symmetric?": bool,
     },
-    "seed": int,
+    "seed?": int,
     "device": str,
     "fingerprint?": str,
     "fallbacks?": [str],
@@ -83,20 +85,25 @@ def label(row: Row) -> str:
     """What the row is called in a table: the method, with its width where the settings chose it."""
     name = row["method"]
     if row.get("stored"):  # a model that was quantized before it came here
-        return "stored"
+        return "stored" if name == FLOAT else name
     if name == FLOAT:
         return {"float32": "FP32", "bfloat16": "BF16", "float16": "FP16"}.get(row["protocol"]["dtype"], "float")
-    name = name if "." in name else name.upper()  # a user's own keeps its import path
-    return f"{name}-{row['config']['bits']}" if takes_bits(row["method"]) else name
+    bits = row["config"].get("bits")
+    heading = name if "." in name else name.upper()  # a user's own keeps its import path
+    return f"{heading}-{bits}" if bits is not None and takes_bits(name) else heading
 
 
 def chosen(row: Row) -> dict[str, Any]:
     """Of bits, group and symmetric, what the row's method took from the settings, or its name's width."""
+    if row.get("stored"):  # a folder's name, whatever it is
+        return {}
     name, config = row["method"], row["config"]
     stem, _, width = name.rpartition("-")
     try:
         given = {"bits": int(width)} if width.isdecimal() and takes_bits(stem) else {}
-        return given | {setting: config[setting] for setting in OPEN if leaves_open(name, setting)}
+        return given | {
+            setting: config[setting] for setting in OPEN if setting in config and leaves_open(name, setting)
+        }
     except InputError:  # no method: the float model, or a file that is gone
         return {}
 
@@ -113,15 +120,8 @@ def published(row: Row) -> str:
     return f"{figure:.2f}" if isinstance(figure, int | float) else ""
 
 
-def paired_change(row: Row, base: Row) -> tuple[float, float, float]:
-    """Change of perplexity against another row on the same windows, percent, with its 95 % interval.
-
-    Both rows score the same tokens, so most of what makes windows differ cancels in the windows' differences of mean
-    negative log likelihood. Their mean's interval is Student's, with n − 1 degrees of freedom, windows taken as
-    independent; exp turns it into one of the perplexities' ratio.
-
-    Returns:
-      Change, lower and upper end; the ends are NaN where there is one window only.
+def paired_change(row: Row, base: Row) -> Change:
+    """Change of perplexity against another row on the same windows (`jquant.evaluation.intervals`).
 
     Raises:
       InputError: the rows were not evaluated on the same tokens; a row that does not tell its windows' likelihoods, as
@@ -133,10 +133,7 @@ def paired_change(row: Row, base: Row) -> tuple[float, float, float]:
     texts = {one["protocol"]["evaluation_sha256"] for one in (row, base)}
     if len(texts) > 1 or len(row["window_nll"]) != len(base["window_nll"]):
         raise InputError(f"The rows {row['method']} and {base['method']} were evaluated on different windows.")
-    differences = np.subtract(row["window_nll"], base["window_nll"])
-    mean, half = mean_and_half(differences)
-    change, low, high = (float(100 * np.expm1(mean + shift)) for shift in (0, -half, half))
-    return change, low, high
+    return intervals.paired_change(row["window_nll"], base["window_nll"])
 
 
 def base_of(row: Row, rows: Sequence[Row], baseline: str) -> Row | None:
@@ -271,13 +268,13 @@ def write_table(
 def _flat(row: Row) -> dict[str, Any]:
     """A row's figures and texts, its method's choices, its calibration where it had one, and its protocol."""
     plain = {key: value for key, value in row.items() if isinstance(value, str | int | float | None)}
-    calibration = row["config"]["calibration"] if calibrated(row) else {}
-    told = {key: calibration.get(key) for key in ("data", "samples", "context", "inputs")}
+    calibration = row["config"].get("calibration", {}) if calibrated(row) else {}
+    sampling = {key: calibration.get(key) for key in ("data", "samples", "context", "inputs")}
     return {
         **plain,
         **dict.fromkeys(OPEN),
         **chosen(row),
-        **{f"calibration_{key}": value for key, value in told.items()},
+        **{f"calibration_{key}": value for key, value in sampling.items()},
         "fallbacks": "; ".join(row.get("fallbacks") or ()),
         **row["protocol"],
     }
@@ -326,10 +323,10 @@ def caption(rows: Sequence[Row], baseline: str | None = None) -> str:
     dtypes = " or ".join(dict.fromkeys(row["protocol"]["dtype"] for row in rows))
     notes = dict.fromkeys((row["config"]["model"].get("published") or {}).get("note") for row in rows)
     sentences = [
-        *_told(rows, _protocol, rows),
-        *_told(rows, _calibration, quantized),
-        *_told(rows, _groups, quantized),
-        *_told(rows, _fallbacks, []),
+        *_sentences(rows, _protocol, rows),
+        *_sentences(rows, _calibration, quantized),
+        *_sentences(rows, _groups, quantized),
+        *_sentences(rows, _fallbacks, []),
         "KL and top-1 agreement are to the float model." if any(row.get("kl", 0) is not None for row in rows) else "",
         f"bits/weight counts codes, scales and zeros of the projections; MB is all weights, embedding, head and norms "
         f"in {dtypes}; peak MB is resident memory.",
@@ -341,7 +338,7 @@ def caption(rows: Sequence[Row], baseline: str | None = None) -> str:
     return " ".join(filter(None, sentences))
 
 
-def _told(rows: Sequence[Row], say: Callable[[Row], str], every: Sequence[Row]) -> list[str]:
+def _sentences(rows: Sequence[Row], say: Callable[[Row], str], every: Sequence[Row]) -> list[str]:
     """What the rows say of themselves, each sentence once, with the names of those that say it unless all do."""
     said: dict[str, list[str]] = {}
     for row in rows:
@@ -355,26 +352,33 @@ def _told(rows: Sequence[Row], say: Callable[[Row], str], every: Sequence[Row]) 
 
 
 def _protocol(row: Row) -> str:
-    told = row["protocol"]
+    protocol = row["protocol"]
+    stored = row.get("stored") or protocol["weights_stored_as"]
     return (
-        f"{told['model']} (weights stored as {row.get('stored') or told['weights_stored_as']}, computed in "
-        f"{told['dtype']}) on {told['data']}: {told['windows']} windows of {told['context']} tokens, not overlapping, "
-        f"{'with' if told['bos'] else 'no'} BOS, {told['scored_tokens']} scored tokens"
+        f"{protocol['model']} (weights stored as {stored}, computed in {protocol['dtype']}) on {protocol['data']}: "
+        f"{protocol['windows']} windows of {protocol['context']} tokens, not overlapping, "
+        f"{'with' if protocol['bos'] else 'no'} BOS, {protocol['scored_tokens']} scored tokens"
     )
 
 
 def _calibration(row: Row) -> str:
-    told = row["config"]["calibration"]
-    inputs = ", float inputs" if told.get("inputs") == "float" else ""
-    text = f"Calibration: {told['data']}, {told['samples']} × {told['context']} tokens{inputs}, seed {row['seed']}"
-    return text if calibrated(row) else ""
+    sampling = row["config"].get("calibration")
+    if not sampling or not calibrated(row):
+        return ""
+    inputs = ", float inputs" if sampling.get("inputs") == "float" else ""
+    size = f"{sampling['samples']} × {sampling['context']} tokens"
+    return f"Calibration: {sampling['data']}, {size}{inputs}, seed {row.get('seed')}"
 
 
 def _groups(row: Row) -> str:
-    told = chosen(row)
-    group = f"groups of {told['group']}" if isinstance(told.get("group"), int) else f"one scale a {told.get('group')}"
-    sign = "symmetric" if told.get("symmetric") else "asymmetric"
-    return ", ".join([group] * ("group" in told) + [sign] * ("symmetric" in told)).capitalize()
+    options = chosen(row)
+    group = (
+        f"groups of {options['group']}"
+        if isinstance(options.get("group"), int)
+        else f"one scale a {options.get('group')}"
+    )
+    sign = "symmetric" if options.get("symmetric") else "asymmetric"
+    return ", ".join([group] * ("group" in options) + [sign] * ("symmetric" in options)).capitalize()
 
 
 def _fallbacks(row: Row) -> str:
@@ -404,8 +408,5 @@ def _change_fields(row: Row, rows: Sequence[Row], baseline: str | None) -> dict[
 
 
 def _change(fields: dict[str, float | None]) -> str:
-    change, low, high = fields.values()
-    if change is None or low is None or high is None:
-        return ""
-    # No interval: one window, or the baseline itself.
-    return f"{change:+.2f}" + (f" [{low:+.2f}, {high:+.2f}]" if low < high else "")
+    figures = [value for value in fields.values() if value is not None]
+    return str(Change(*figures)) if figures else ""

@@ -11,9 +11,10 @@ from jquant.activations import Activation
 from jquant.calibration.options import Options
 from jquant.data import load_text
 from jquant.errors import InputError
+from jquant.evaluation.compare import Comparison, compare
 from jquant.evaluation.generation import generate
 from jquant.evaluation.outliers import outliers
-from jquant.evaluation.perplexity import perplexity
+from jquant.evaluation.perplexity import Perplexity, perplexity
 from jquant.formats import (
     FP4,
     FP8_E4M3,
@@ -38,6 +39,7 @@ from jquant.pipeline.in_memory import quantize, quantize_decoder, quantize_decod
 from jquant.pipeline.to_disk import quantize_to_folder
 from jquant.qtensor import Grid, QTensor, bits_per_weight, dequantize
 from jquant.ranges import LlamaCpp, LossSearch, MinMax, Percentile, Range, Search
+from jquant.report import Report
 from jquant.rounding import GPTQ, Nearest, Refit, Rounded, Rounding, Stochastic
 from jquant.stats import AbsMax, AbsMean, Gram, Statistic
 from jquant.transforms import AWQ, Hadamard, SmoothQuant, Transform
@@ -60,6 +62,7 @@ __all__ = [
     "AbsMean",
     "Activation",
     "Codebook",
+    "Comparison",
     "Float",
     "Format",
     "Gram",
@@ -75,9 +78,11 @@ __all__ = [
     "Nearest",
     "Options",
     "Percentile",
+    "Perplexity",
     "QTensor",
     "Range",
     "Refit",
+    "Report",
     "Rounded",
     "Rounding",
     "Search",
@@ -87,6 +92,7 @@ __all__ = [
     "Transform",
     "Tuning",
     "bits_per_weight",
+    "compare",
     "dequantize",
     "double_quantized",
     "generate",

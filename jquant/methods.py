@@ -1,13 +1,13 @@
 """The table of named methods: each a point in format × range × rounding × transform.
 
-A new method is a row here. `method("gptq", bits=3)` fills in what a row leaves open; anything else is written out:
+A new method is a row here. `method("gptq-3", group=32)` fills in what a row leaves open; anything else is written out:
 `Method(Codebook(my_levels), rounding=GPTQ())` is GPTQ on one's own codebook. A plan gives different weights different
-methods: `[(r"attention\\.v", "q6_k"), (r"mlp", method("gptq", bits=3))]`.
+methods: `[(r"attention\\.v", "q6_k"), (r"mlp", "gptq-3")]`.
 """
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 
 from jquant.activations import Activation
@@ -116,15 +116,74 @@ METHODS: dict[str, Callable[[int, Group, bool], Method]] = {
 Rules = Sequence[tuple[str, "str | Method | None"]]
 
 
-def method(name: str, bits: int = 4, group: Group = 64, symmetric: bool = False) -> Method:
-    """The named method at the given width; rows that fix a width of their own (int8, nf4, q4_k …) ignore it.
+# What a row may leave open: the value that it has by default, and another one, which shows whether a row takes it.
+OPEN: dict[str, tuple[Any, Any]] = {"bits": (4, 3), "group": (64, 32), "symmetric": (False, True)}
+
+
+def method(name: str, bits: int | None = None, group: Group | None = None, symmetric: bool | None = None) -> Method:
+    """The named method; "gptq-3" is gptq at 3 bits.
+
+    Args:
+      name: a row of `METHODS`, with a width behind it or without.
+      bits: 2 to 8, 4 by default.
+      group: weights that share a scale, 64 by default.
+      symmetric: without zero points; False by default.
 
     Raises:
-      InputError: no such method, with the three nearest names.
+      InputError: no such method, with the three nearest names; an option that the method has of its own, as nf4 has
+        bits, and "gptq-3".
     """
-    if name not in METHODS:
+    given = _given(bits, group, symmetric)
+    if own := given.keys() - leaves_open(name):
+        raise _has_own(name, min(own), given)
+    row, width = split_width(name, METHODS, _takes_bits)
+    settings = {setting: usual for setting, (usual, _) in OPEN.items()} | given
+    chosen: dict[str, Any] = settings if width is None else settings | {"bits": width}
+    return METHODS[row](*chosen.values())
+
+
+def leaves_open(name: str) -> set[str]:
+    """Of "bits", "group" and "symmetric", what a named method does not have of its own.
+
+    Raises:
+      InputError: no such method.
+    """
+    row, width = split_width(name, METHODS, _takes_bits)
+    if row not in METHODS:
         raise unknown(name, METHODS)
-    return METHODS[name](bits, group, symmetric)
+    return {setting for setting in OPEN if takes(METHODS[row], setting)} - (set() if width is None else {"bits"})
+
+
+def takes(row: Callable[..., Any], setting: str) -> bool:
+    """Whether what a function of bits, group and symmetric gives depends on the one of that name."""
+    usual = {key: value for key, (value, _) in OPEN.items()}
+    found = row(*usual.values())
+    try:
+        return found != row(*(usual | {setting: OPEN[setting][1]}).values())
+    except InputError:  # the method takes the setting, though not this value of it
+        return True
+
+
+def _takes_bits(row: str) -> bool:
+    return row in METHODS and takes(METHODS[row], "bits")
+
+
+def split_width(name: str, known: Container[str], takes_bits: Callable[[str], bool]) -> tuple[str, int | None]:
+    """Splits "gptq-3" into "gptq" and 3, if gptq leaves its width open; other names stay whole, with None."""
+    row, _, width = name.rpartition("-")
+    if name not in known and width.isdecimal() and takes_bits(row):
+        return row, int(width)
+    return name, None
+
+
+def completed(name: str, bits: int, group: Group, symmetric: bool) -> Method:
+    """The named method with those of the settings that it leaves open.
+
+    Raises:
+      InputError: no such method; a value that it does not take.
+    """
+    settings: dict[str, Any] = {"bits": bits, "group": group, "symmetric": symmetric}
+    return method(name, **{setting: settings[setting] for setting in leaves_open(name)})
 
 
 def unknown(name: str, known: Iterable[str]) -> InputError:
@@ -133,28 +192,48 @@ def unknown(name: str, known: Iterable[str]) -> InputError:
     return InputError(f"There is no method {name!r}; the nearest names are {', '.join(near)}.")
 
 
+def _given(bits: Any, group: Any, symmetric: Any) -> dict[str, Any]:
+    options = {"bits": bits, "group": group, "symmetric": symmetric}
+    return {option: value for option, value in options.items() if value is not None}
+
+
+def _has_own(name: str, option: str, given: dict[str, Any]) -> InputError:
+    return InputError(f"{name} has its own {option}: leave {option}={given[option]!r} out.")
+
+
 def complete(
-    plan: Any, bits: int = 4, group: Group = 64, symmetric: bool = False
+    plan: Any, bits: int | None = None, group: Group | None = None, symmetric: bool | None = None
 ) -> Method | list[tuple[str, Method | None]]:
-    """A method or plan with `Method`s in the places of names; the rest completes what their rows leave open.
+    """A method or plan with `Method`s in the places of names; the rest completes what they leave open (`method`).
 
     Raises:
-      InputError: an unknown name; something else than a method, its name, or rules (regex, method).
+      InputError: an unknown name; something else than a method, its name, or rules (regex, method); an option that
+        nothing in the plan leaves open.
     """
-
-    def named(one: Any) -> Method:
-        if isinstance(one, str):
-            return method(one, bits, group, symmetric)
-        if not isinstance(one, Method):
-            raise InputError(f"{shown(one)} is no method: give a name in METHODS, Method(format, …) or rules.")
-        return one
-
-    if isinstance(plan, str) or not isinstance(plan, Sequence):
-        return named(plan)
+    given = _given(bits, group, symmetric)
+    if isinstance(plan, str):
+        return method(plan, **given)
+    if not isinstance(plan, Sequence):
+        if isinstance(plan, Method) and given:
+            raise _has_own("A Method", min(given), given)
+        return _named(plan, {})
     for rule in plan:
         if not isinstance(rule, list | tuple) or len(rule) != 2 or not isinstance(rule[0], str):
             raise InputError(f"A plan's rule is a pair (regex, method), not {shown(rule)}.")
-    return [(pattern, None if one is None else named(one)) for pattern, one in plan]
+    chosen = [(pattern, None if choice is None else _named(choice, given)) for pattern, choice in plan]
+    taken = {setting for _, choice in plan if isinstance(choice, str) for setting in leaves_open(choice)}
+    if own := given.keys() - taken:
+        raise _has_own("Every method of the plan", min(own), given)
+    return chosen
+
+
+def _named(choice: Any, given: dict[str, Any]) -> Method:
+    """A plan's choice as a Method; a name is completed by what it leaves open."""
+    if isinstance(choice, str):
+        return method(choice, **{setting: value for setting, value in given.items() if setting in leaves_open(choice)})
+    if not isinstance(choice, Method):
+        raise InputError(f"{shown(choice)} is no method: give a name in METHODS, Method(format, …) or rules.")
+    return choice
 
 
 def assign(plan: "str | Method | Rules", weights: Iterable[str]) -> dict[str, Method | None]:

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from jquant.errors import InputError
@@ -110,6 +111,18 @@ def _check_call(place: str, part: Any, positional: tuple[str, ...]) -> None:
     except TypeError as wrong:
         call = ", ".join([*positional, *(f"{name}=…" for name in names)])
         raise InputError(f"{place} is {shown(part)}, which can't be called as ({call}): {wrong}.") from None
+
+
+def brief(part: Any) -> str:
+    """A part in few words: what it has other than by default; of a long tuple how many there are."""
+    if isinstance(part, tuple) and len(part) > 4:
+        return f"<{len(part)} values>"
+    if not is_dataclass(part) or isinstance(part, type):
+        return shown(part)
+    values = {field.name: getattr(part, field.name) for field in fields(part) if field.repr}
+    usual = {field.name: field.default for field in fields(part)}
+    given = ", ".join(f"{name}={brief(value)}" for name, value in values.items() if value != usual[name])
+    return f"{type(part).__name__}({given})"
 
 
 def _is_value(part: Any) -> bool:

@@ -28,8 +28,8 @@ import jax
 import numpy as np
 
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "optax")  # what computes
-# Of jquant and its scripts, what decides no figure unless it is asked for: names of methods, downloads, tables, plots.
-ASIDE = ("jquant", "jquant.methods", "jquant.provenance", "jquant.io.hub")
+# Of jquant and its scripts, what decides no figure unless it is asked for: methods' names, progress, downloads, plots.
+ASIDE = ("jquant", "jquant.methods", "jquant.provenance", "jquant.progress", "jquant.io.hub")
 SCRIPTS = ("experiments", "paper_figures")
 INSTALLED = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 

@@ -14,6 +14,7 @@ from jquant.activations import Activation
 from jquant.errors import InputError
 from jquant.formats import Codebook, Format, block_shape, expand, grouped, pack, unpack
 from jquant.kernels.matmul import PackedMatrix, matmul, quantized_matmul
+from jquant.parts import brief
 
 
 @jax.tree_util.register_dataclass
@@ -67,6 +68,16 @@ class QTensor:
         if self.activation is None:
             return matmul(x, packed)
         return quantized_matmul(x, packed, self.activation, self.input_scale)
+
+    def __repr__(self) -> str:
+        leaves = jax.tree.leaves(self)
+        if not all(hasattr(leaf, "dtype") and hasattr(leaf, "shape") for leaf in (self.codes, *leaves)):
+            return f"QTensor({type(self.codes).__name__}, {brief(self.format)})"  # of shardings, or nothing
+        size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+        bits = f"{8 * size / max(math.prod(self.shape), 1):.3f} bits/weight"
+        inputs = f", inputs {brief(self.activation)}" if self.activation else ""
+        shape = " × ".join(map(str, self.shape))
+        return f"QTensor({shape}, {brief(self.format)}{inputs}, {bits}, {size / 1e6:.3g} MB)"
 
 
 Stored = Array | QTensor | None

@@ -29,11 +29,11 @@ LABELS = {
 COLUMNS = 96
 
 
-def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
+def draw(rows: Sequence[Row], folder: str | Path) -> list[Path]:
     """Writes <folder>/outliers.{png,pdf} and <folder>/outlier_histograms.{png,pdf}."""
     return [
-        *style.save(figure(rows), folder / "outliers"),
-        *style.save(histograms(rows), folder / "outlier_histograms"),
+        *style.save(figure(rows), Path(folder) / "outliers"),
+        *style.save(histograms(rows), Path(folder) / "outlier_histograms"),
     ]
 
 

@@ -24,7 +24,7 @@ PLACES = [(d, x, y) for d in (6, 11, 17, 24) for x, y in ((1, 0), (-1, 0), (1, 1
 SIDES = {1: ("left", "bottom"), 0: ("center", "center"), -1: ("right", "top")}
 
 
-def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
+def draw(rows: Sequence[Row], folder: str | Path) -> list[Path]:
     """Draws one point a row and writes <folder>/perplexity_bits.{png,pdf}; many rows make a chart, a line each.
 
     Texts after the first have their name in the file's.
@@ -32,7 +32,7 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     paths: list[Path] = []
     for text, of_text in by_text(rows).items():
         stem = f"perplexity_bits-{Path(text).stem}" if paths else "perplexity_bits"
-        paths += style.save(figure(of_text), folder / stem)
+        paths += style.save(figure(of_text), Path(folder) / stem)
     return paths
 
 

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-from scipy.special import stdtrit
+
+from jquant.evaluation.compare import FLOAT
+from jquant.evaluation.intervals import mean_and_half
 
 Row = dict[str, Any]
 Ends = tuple[float, float]  # of an interval
 
-FLOAT = "fp32"  # the method that leaves the model as it is
 
-
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: str | Path) -> list[Row]:
     """The rows of a file of JSON lines.
 
     Raises:
@@ -23,7 +23,7 @@ def read_rows(path: Path) -> list[Row]:
     """
     try:
         # Not splitlines(), which cuts at characters that may stand in a text.
-        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line]
+        lines = [line for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
         rows = [json.loads(line, parse_constant=_refuse) for line in lines]
     except (OSError, ValueError, RecursionError) as wrong:
         raise ValueError(f"{path} can't be read ({wrong}).") from None
@@ -45,13 +45,6 @@ def by_text(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """The rows of each text that was evaluated."""
     texts = dict.fromkeys(row["protocol"]["data"] for row in rows)
     return {text: [row for row in rows if row["protocol"]["data"] == text] for text in texts}
-
-
-def mean_and_half(values: Any) -> tuple[float, float]:
-    """The mean of `[n]` values and half its 95 % interval: Student's t, n - 1 degrees of freedom; NaN for one value."""
-    n = len(values)
-    half = stdtrit(n - 1, 0.975) * np.std(values, ddof=1) / n**0.5 if n > 1 else np.nan
-    return float(np.mean(values)), float(half)
 
 
 def intervals(rows: Sequence[Row]) -> tuple[str, list[Ends | None]]:

@@ -16,9 +16,9 @@ from paper_figures import style
 from paper_figures.rows import FLOAT, Row, command
 
 
-def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
+def draw(rows: Sequence[Row], folder: str | Path) -> list[Path]:
     """Writes <folder>/sensitivity.{png,pdf}."""
-    return style.save(figure(rows), folder / "sensitivity")
+    return style.save(figure(rows), Path(folder) / "sensitivity")
 
 
 @style.styled

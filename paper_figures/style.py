@@ -16,7 +16,7 @@ from matplotlib.style import context
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from paper_figures.rows import Row, is_float
+from paper_figures.rows import FLOAT, Row, is_float
 
 # As a decorator: the function draws in this style, whatever the user's own settings are.
 styled = context(
@@ -108,13 +108,13 @@ TEXTS = {
 def stem_and_width(row: Row) -> tuple[str, str]:
     """A method's name without its width, and the width; "gptq-3" and "gptq" with bits=3 are the same."""
     found = re.fullmatch(r"(.+)-(\d+)", row["method"])
-    return (found[1], found[2]) if found else (row["method"], str(row["config"]["bits"]))
+    return (found[1], found[2]) if found else (row["method"], str(row.get("config", {}).get("bits", "")))
 
 
 def name(row: Row) -> str:
     """What readers call the row's method; a user's own keeps the name that it has."""
     if row.get("stored"):
-        return "as stored"
+        return "as stored" if row["method"] == FLOAT else row["method"]
     if is_float(row):
         return float_name(row)
     stem, _ = stem_and_width(row)

@@ -8,6 +8,7 @@ import math
 import sys
 from pathlib import Path
 
+import checkpoints
 import numpy as np
 import pytest
 from checkpoints import refused
@@ -19,7 +20,6 @@ from experiments import command_line, overrides
 from experiments.overrides import check_command
 from experiments.settings import check
 from jquant.evaluation.perplexity import Scores
-from jquant.io.load import QuantizedFile
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MODELS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
@@ -192,28 +192,27 @@ def evaluated(monkeypatch, tmp_path):
     """Runs experiments.evaluate with given likelihoods in place of a model's."""
     from experiments import evaluate
 
-    source = object.__new__(QuantizedFile)
-    object.__setattr__(source, "folder", tmp_path)
-    source.__dict__.update(manifest={"name": "tiny"}, calibrated_on=None)
-    (tmp_path / "text.txt").write_text("words")
-    monkeypatch.setattr(evaluate, "open_from_config", lambda _: source)
-    monkeypatch.setattr(evaluate, "evaluation_windows", lambda *_: np.zeros((1, 2), np.int32))
+    folder = checkpoints.save(tmp_path / "tiny", checkpoints.llama(num_hidden_layers=1))
+    (tmp_path / "text.txt").write_text("words and more words")
 
     def run(nll: list[float]) -> None:
-        scores = Scores(np.array([nll]), None, None, np.zeros((1, 2, 1)))
-        monkeypatch.setattr(evaluate, "score_from_disk", lambda *_, **__: scores)
+        scores = Scores(np.array([nll]), None, None, np.zeros((1, len(nll) + 1, 1)))
+        monkeypatch.setattr(evaluate, "score_from_disk", lambda source, *_, **__: [*source.blocks()] and scores)
         config = composed("evaluate")
-        config.evaluation.data = str(tmp_path / "text.txt")
+        config.model = {"name": "tiny", "path": str(folder), "dtype": "float32"}
+        config.evaluation = {"data": str(tmp_path / "text.txt"), "windows": 1, "context": len(nll) + 1, "bos": False}
+        config.results = str(tmp_path / "results")
         evaluate.evaluate(OmegaConf.to_container(config, resolve=True))  # pyright: ignore[reportArgumentType]
 
     return run
 
 
 @pytest.mark.parametrize("nll", [math.nan, math.inf, 1e4])
-def test_a_perplexity_that_is_no_number_is_an_error_and_no_json(evaluated, capsys, nll):
+def test_a_perplexity_that_is_no_number_is_an_error_and_no_json(evaluated, capsys, tmp_path, nll):
     with refused("no finite perplexity"):
         evaluated([2.0, nll])
     assert not capsys.readouterr().out
+    assert not (tmp_path / "results").exists()
 
 
 def test_one_scored_token_has_no_standard_error(evaluated, capsys):

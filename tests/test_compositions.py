@@ -13,6 +13,7 @@ from experiments import compositions
 from experiments.compositions import find_method, needs_calibration, needs_of, takes_bits
 from jquant import AWQ, GPTQ, METHODS, NF4, Activation, Codebook, Hadamard, Int, Method, MinMax, Search, method
 from jquant.formats import Format, block_shape
+from jquant.methods import OPEN as SETTINGS
 from jquant.methods import assign
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -174,6 +175,9 @@ def test_a_file_that_refers_to_the_settings_serves_every_width(written):
 def test_a_plan_of_rows_that_leave_the_width_open_does_too(written):
     written("rules:\n- {weights: 'mlp', method: rtn}\n- {weights: '', method: q8_0}\n")
     assert find("mine-3") == [("mlp", method("rtn", 3)), ("", method("q8_0"))]
+    written("rules:\n- {weights: 'mlp', method: rtn-2}\n- {weights: '', method: rtn}\n")
+    assert find("mine", group=32) == [("mlp", method("rtn-2", group=32)), ("", method("rtn", group=32))]
+    assert find("mine-3")[1] == ("", method("rtn-3"))
 
 
 def test_only_rows_that_leave_the_width_open_take_bits():
@@ -295,7 +299,7 @@ def test_parts_are_all_there_and_do_nothing_but_compose(written):
 
 
 def test_a_name_tells_which_settings_it_leaves_open(written):
-    taken = lambda name: [key for key in compositions.OPEN if compositions.leaves_open(name, key)]  # noqa: E731
+    taken = lambda name: [key for key in SETTINGS if compositions.leaves_open(name, key)]  # noqa: E731
     assert taken("gptq") == ["bits", "group", "symmetric"]
     assert taken("gptq-3") == ["group", "symmetric"]
     assert taken("rtn_float_zero") == ["bits", "group"]

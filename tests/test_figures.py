@@ -113,7 +113,7 @@ def state():
 
 before = state()
 assert before[0] is None
-from experiments import collect, outliers, perplexity_table, sensitivity
+from experiments import collect, evaluate, outliers, perplexity_table, quantize, sensitivity
 from paper_figures import perplexity_bits
 from paper_figures.rows import read_rows
 assert state() == before

@@ -23,7 +23,7 @@ from jquant.data import windows
 from jquant.evaluation.perplexity import score
 from jquant.formats import Format
 from jquant.io.load import LanguageModel, load_model
-from jquant.methods import METHODS, Method, method
+from jquant.methods import METHODS, Method, completed, method
 from jquant.models.decoder import Decoder, blocks, rotary_table
 from jquant.pipeline.in_memory import quantize_decoder
 from jquant.qtensor import QTensor, dequantize
@@ -88,7 +88,7 @@ def unlike_for_the_pipeline() -> list[str]:
     """One row of each kind that the pipeline treats in its own way; tests/test_contract.py has them all."""
     kinds = {}
     for name in METHODS:
-        m = method(name, group=32)
+        m = completed(name, 4, 32, False)
         nested = isinstance(m.format.scale, Format)
         kinds.setdefault((m.needs, type(m.range), m.transform, m.activation, nested, m.token_weights), name)
     return ["nf4", "rtn", *kinds.values()]
@@ -97,7 +97,7 @@ def unlike_for_the_pipeline() -> list[str]:
 @pytest.mark.parametrize("name", unlike_for_the_pipeline())
 def test_only_projections_become_qtensors_and_the_float_model_is_untouched(decoder, name):
     before = jax.tree.map(np.array, leaves(decoder))
-    quantized, report = run(decoder, method(name, bits=4, group=32))
+    quantized, report = run(decoder, completed(name, 4, 32, False))
     after = leaves(decoder)
     assert before.keys() == after.keys()
     assert same_bytes(before, after)
@@ -128,7 +128,7 @@ def test_logits_equal_transformers_with_the_oracles_weights(decoder, name):
         if "_proj" in key:
             state[key] = torch.tensor(rounded_by_oracle(state[key].numpy().T, name).T.copy(), dtype=torch.float32)
     torch_model.load_state_dict(state)
-    ours = np.asarray(forward(run(decoder, method(name, bits=4, group=32))[0], TOKENS[:1]))
+    ours = np.asarray(forward(run(decoder, completed(name, 4, 32, False))[0], TOKENS[:1]))
     assert checkpoints.relative(ours, checkpoints.logits(torch_model, TOKENS[:1])) <= 1e-4
 
 

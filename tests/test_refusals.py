@@ -25,7 +25,6 @@ from jquant.learning.clips import learn_clips
 from jquant.learning.tuning import tune
 from jquant.models.decoder import Decoder
 from jquant.parallel.mesh import Devices
-from jquant.pipeline.driver import fallbacks
 from jquant.pipeline.in_memory import quantize_decoder
 from jquant.pipeline.plan import make_plan
 from jquant.rounding import SolveInfo
@@ -155,16 +154,16 @@ def test_a_weight_rounded_plainly_for_want_of_a_factorisation_is_marked(rounding
         assert int(info.fallback) == expected
     np.testing.assert_array_equal(q.codes, rounded(Nearest(), w, format)[0].codes)
     report = {(3, "mlp.up.kernel"): info, (4, "mlp.up.kernel"): SolveInfo(0, 0, 0, 0, 0)}
-    assert fallbacks(report) == ["layers.3.mlp.up.kernel"]
+    assert report.fallbacks == ["layers.3.mlp.up.kernel"]
 
 
 def test_an_error_that_could_not_be_propagated_is_marked(model, monkeypatch):
     propagated = Method(Int(4, 32), error_propagation=0.375)
-    assert fallbacks(quantize_decoder(model.decoder, [(DOWN, propagated)], TOKENS)[1]) == []
+    assert quantize_decoder(model.decoder, [(DOWN, propagated)], TOKENS)[1].fallbacks == []
     monkeypatch.setattr(jquant.pipeline.blocks, "propagate_error", lambda w, *_: w * jnp.nan)
     propagated = replace(propagated, error_propagation=0.3125)  # so that it is traced anew
     quantized, report = quantize_decoder(model.decoder, [(DOWN, propagated)], TOKENS)
-    assert fallbacks(report) == ["layers.1.mlp.down.kernel"]
+    assert report.fallbacks == ["layers.1.mlp.down.kernel"]
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(nnx.state(quantized)))
 
 

@@ -47,7 +47,7 @@ from jquant.evaluation.perplexity import score, score_from_disk
 from jquant.io import checkpoint
 from jquant.io.checkpoint import block_folder, checksum, read_item, read_sealed, write_item, write_sealed
 from jquant.io.load import LanguageModel, QuantizedFile, load_model, open_model
-from jquant.methods import method
+from jquant.methods import completed, method
 from jquant.models.decoder import blocks
 from jquant.models.params import flat_params
 from jquant.parallel.mesh import MODEL, Devices
@@ -438,7 +438,7 @@ def test_shapes_are_those_that_the_manifest_asks_for(copy):
 @pytest.mark.parametrize("name", [name for name in ROWS if "clips" not in method(name).needs])
 def test_what_every_method_gives_is_what_reading_asks_for(name):
     """Formats, parts, shapes and dtypes, by abstract evaluation."""
-    chosen, shape, rows = method(name, group=32), (512, 128), 512
+    chosen, shape, rows = completed(name, 4, 32, False), (512, 128), 512
     square, number, row = (jax.ShapeDtypeStruct(of, np.float32) for of in ((rows, rows), (), (rows,)))
     seen = {"gram": Gram(square, number), "held_out": Gram(square, number), "abs_max": AbsMax(row)}
     of_w = jax.ShapeDtypeStruct(shape, np.float32)
@@ -630,6 +630,7 @@ def test_the_commands_quantize_and_evaluate_from_disk_and_bad_input_ends_in_one_
     assert done.returncode == 0, done.stderr
     evaluate = [sys.executable, "-m", "experiments.evaluate", "model=local", f"model.path={tmp_path / 'q'}"]
     evaluate += [f"evaluation.data={text}", "evaluation.windows=3", "evaluation.context=32"]
+    evaluate += [f"results={tmp_path / 'results'}", f"reference={folder}"]
     done = subprocess.run(evaluate, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
@@ -637,6 +638,8 @@ def test_the_commands_quantize_and_evaluate_from_disk_and_bad_input_ends_in_one_
     expected = jquant.perplexity(loaded, text.read_text(), context=32, windows=3)
     assert told["perplexity"] == pytest.approx(expected.value, rel=1e-5)
     assert told["scored_tokens"] == expected.scored_tokens
+    compared = jquant.compare(load_model(folder), {"q": loaded}, text.read_text(), context=32, windows=3)["q"]
+    assert told["kl"] == pytest.approx(compared.kl, rel=1e-3)
     for more, part in (
         (["method=gptqq"], "gptqq"),
         (["method=gptq_tuned"], "target='model'"),

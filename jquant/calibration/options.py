@@ -24,8 +24,9 @@ class Options:
       batch: windows per forward pass and device; None for `usual_batch()`.
       devices: the mesh to compute on: windows are split over one axis, weights' columns over the other; None for where
         the decoder is.
-      progress: called with ("quantize", blocks done, blocks in all) and the error so far, the share of their outputs'
-        energy that projections lose, averaged; and with ("tune", steps done, steps in all) and the loss.
+      progress: whether it is shown how far the work is; or a function of one's own. It is called with ("quantize",
+        blocks done, blocks in all) and the error so far, the share of their outputs' energy that projections lose,
+        averaged; and with ("tune", steps done, steps in all) and the loss.
 
     Raises:
       InputError: an option out of range.
@@ -36,7 +37,7 @@ class Options:
     held_out: int = 0
     batch: int | None = None
     devices: Devices | None = None
-    progress: Progress | None = None
+    progress: Progress | bool = True
 
     def __post_init__(self) -> None:
         if self.inputs not in ("quantized", "float"):

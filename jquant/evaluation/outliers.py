@@ -33,7 +33,7 @@ from jquant.io.language_model import LanguageModel
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import TAPS, Block, Decoder, blocks, rotary_table
 from jquant.models.families import family_of
-from jquant.progress import Progress
+from jquant.progress import Progress, showing
 from jquant.qtensor import QTensor, dequantize
 
 # What is looked at in each block: the residual stream that enters it, and the distinct inputs of its projections.
@@ -266,7 +266,7 @@ def outliers(
     bits: int = 4,
     group: int = 64,
     bos: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
 ) -> Outliers:
     """Looks for outliers at every input of every layer while a text runs through the model.
 
@@ -279,7 +279,8 @@ def outliers(
       bits: of the symmetric grid whose wasted levels are counted, 2 to 8.
       group: neighbours along `in` that share that grid, 2 or more.
       bos: begin every window with the tokenizer's BOS.
-      progress: called with ("observe", layers done, layers in all).
+      progress: whether it is shown how far the work is; or a function, called with ("observe", layers done, layers in
+        all).
 
     Raises:
       InputError: the text is shorter than that many windows; a threshold, a width or a group out of range; a group
@@ -288,7 +289,9 @@ def outliers(
     criteria = Criteria(threshold, bits, group)
     criteria.check_widths(model.decoder.config)
     tokens = evaluation_windows(model, text, context, windows, bos)
-    return Outliers(*observe(model.decoder, tokens, criteria, progress=progress), tokens, criteria, bos)
+    with showing(progress) as tell:
+        found, received = observe(model.decoder, tokens, criteria, progress=tell)
+    return Outliers(found, received, tokens, criteria, bos)
 
 
 def observe(

@@ -1,6 +1,9 @@
 """Perplexity, and how far a model's predictions lie from a reference's."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,7 +24,8 @@ from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Decoder, rotary_table
 from jquant.parallel.mesh import Devices
 from jquant.parallel.processes import gather
-from jquant.progress import Progress
+from jquant.pipeline.driver import Source
+from jquant.progress import Progress, showing
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,11 @@ class Scores:
             )
         return value
 
+    def with_protocol(self, bos: bool) -> "Perplexity":
+        """The perplexity with how it was measured; `bos` says whether windows begin with BOS."""
+        windows, context = self.hidden.shape[:2]
+        return Perplexity(self.perplexity, self.stderr, windows, context, self.nll.size, bos)
+
     @property
     def window_nll(self) -> np.ndarray:
         """Each window's mean negative log likelihood, float64 `[windows]`: what two models are compared by in pairs."""
@@ -59,21 +68,35 @@ class Scores:
 
     @property
     def stderr(self) -> float:
-        """Its standard error by the delta method, tokens taken as independent (as llama.cpp reports it)."""
+        """Its standard error by the delta method, tokens taken as independent (as llama.cpp reports it).
+
+        NaN for one token.
+        """
+        if self.nll.size < 2:
+            return math.nan
         return self.perplexity * float(self.nll.std(dtype=np.float64, ddof=1)) / self.nll.size**0.5
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A model to compare with: its decoder for the head, and its final states for the same windows."""
+    """A model to compare with: its decoder, of which the head is used, and its final states of the same windows."""
 
     decoder: Decoder
     hidden: np.ndarray
 
 
-@dataclass(frozen=True)
-class Perplexity:
-    """A perplexity with the protocol it was measured by."""
+@dataclass(frozen=True, eq=False, repr=False)
+class Perplexity(float):
+    """A perplexity, a number like others, with the protocol it was measured by.
+
+    Attributes:
+      value: the number itself.
+      stderr: its standard error, tokens taken as independent.
+      windows: of the text, not overlapping.
+      context: tokens a window.
+      scored_tokens: in all.
+      bos: whether the windows begin with the tokenizer's BOS.
+    """
 
     value: float
     stderr: float
@@ -82,8 +105,16 @@ class Perplexity:
     scored_tokens: int
     bos: bool
 
-    def __float__(self) -> float:
-        return self.value
+    def __new__(cls, value: float, *protocol: Any, **named: Any) -> "Perplexity":
+        """The number; the fields are set after it."""
+        return super().__new__(cls, value)
+
+    def __repr__(self) -> str:
+        bos = "with BOS" if self.bos else "no BOS"
+        return (
+            f"{self.value:.4f} ±{self.stderr:.4f} ({self.windows} windows of {self.context} tokens, {bos}, "
+            f"{self.scored_tokens} scored tokens)"
+        )
 
 
 def perplexity(
@@ -94,7 +125,7 @@ def perplexity(
     windows: int | None = None,
     bos: bool = False,
     allow_overlap: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
 ) -> Perplexity:
     """Perplexity of a text, tokenized whole without special tokens and cut into non-overlapping windows.
 
@@ -108,7 +139,8 @@ def perplexity(
       bos: begin every window with the tokenizer's BOS.
       allow_overlap: whether the text may occur in the one that `quantize` fitted the weights to: such a figure says
         little about other texts.
-      progress: called with ("evaluate", windows done, windows in all).
+      progress: whether it is shown how far the work is; or a function, called with ("evaluate", windows done, windows
+        in all).
 
     Raises:
       InputError: the text is shorter than a window, or than `windows` of them; a context below 2, or beyond the
@@ -116,11 +148,17 @@ def perplexity(
         finite.
     """
     tokens = evaluation_windows(model, text, context, windows, bos)
-    if model.calibrated_on is not None and not allow_overlap:
+    if not allow_overlap:
+        check_overlap(model, tokens, bos)
+    with showing(progress) as tell:
+        return score(model.decoder, tokens, progress=tell).with_protocol(bos)
+
+
+def check_overlap(model: LanguageModel, tokens: Int[np.ndarray, "n context"], bos: bool) -> None:
+    """Raises InputError for evaluation windows that occur in what the model was calibrated on."""
+    if model.calibrated_on is not None:
         way_out = "judge on another text, or set allow_overlap=True"
         check_unseen(tokens[:, 1:] if bos else tokens, model.calibrated_on, "The evaluation text", way_out)
-    scores = score(model.decoder, tokens, progress=progress)
-    return Perplexity(scores.perplexity, scores.stderr, len(tokens), context, scores.nll.size, bos)
 
 
 def evaluation_windows(
@@ -154,26 +192,19 @@ def score(
     for begin in range(0, len(tokens), batch):
         chosen = slice(begin, begin + batch)
         hidden = _hidden(decoder, tokens[chosen])
-        if reference is None:
-            results.append((_nll(decoder, hidden, tokens[chosen]), None, None, hidden))
-        else:
-            against = _compare(
-                decoder, hidden, reference.decoder, jnp.asarray(reference.hidden[chosen]), tokens[chosen]
-            )
-            results.append((*against, hidden))
+        other = None if reference is None else jnp.asarray(reference.hidden[chosen])
+        results.append((*_figures(decoder, hidden, tokens[chosen], reference, other), hidden))
         check_finite(begin, *results[-1][:2])
         if progress:
             progress("evaluate", min(begin + batch, len(tokens)), len(tokens))
-    nll, kl, agrees, hidden = (None if c[0] is None else np.concatenate(c) for c in zip(*results, strict=True))
-    assert nll is not None
-    assert hidden is not None
-    return Scores(nll, kl, agrees, hidden)
+    return _joined(results, len(tokens))
 
 
 def score_from_disk(
-    source: ModelFile | QuantizedFile,
+    source: Source,
     tokens: Int[np.ndarray, "n context"],
     *,
+    reference: Reference | None = None,
     batch: int = 4,
     devices: Devices | None = None,
     progress: Progress | None = None,
@@ -183,31 +214,64 @@ def score_from_disk(
     What is alive: a block and the next one as it is read, every window's residual stream, embedding and head.
 
     Args:
-      source: the model's files.
+      source: the model's files (`open_model`).
       tokens: windows.
+      reference: what to compare with; its decoder's blocks are not used, so that `source.outside()` does.
       batch: windows per forward pass, and device.
-      devices: the mesh over which windows are split; every device computes with whole blocks.
+      devices: the mesh over which windows are split, filled up with copies that don't count where they don't divide;
+        every device computes with whole blocks.
       progress: called with ("evaluate", blocks done, blocks in all).
 
     Raises:
-      InputError: the windows do not divide over the devices; what `score` finds.
+      InputError: what `score` finds.
     """
     check_windows(tokens, source.config, batch)
-    if devices:
-        devices.check_windows(len(tokens))
-    step, windows, whole = (batch * devices.count, devices.windows, devices.place) if devices else (batch, _same, _same)
-    outside = whole(source.outside())
+    step, windows, everywhere = (
+        (batch * devices.count, devices.windows, devices.place) if devices else (batch, _same, _same)
+    )
+    filled = partial(_filled, count=devices.count if devices else 1)
+    outside = everywhere(source.outside())
     rotary = rotary_table(source.config, jnp.arange(tokens.shape[1]))
-    batches = [windows(tokens[begin : begin + step]) for begin in range(0, len(tokens), step)]
-    streams = [embed(outside, one) for one in batches]
-    for layer, block in enumerate(map(whole, source.blocks()), 1):
+    starts = range(0, len(filled(tokens)), step)
+    batches = [windows(filled(tokens)[begin : begin + step]) for begin in starts]
+    streams = [embed(outside, batch_tokens) for batch_tokens in batches]
+    for layer, block in enumerate(map(everywhere, source.blocks()), 1):
         streams = [jax.block_until_ready(forward(block, x, rotary, devices)) for x in streams]
         if progress:
             progress("evaluate", layer, source.config.layers)
-    hidden = [outside.norm(x) for x in streams]
-    nll = np.concatenate(gather([_nll(outside, states, one) for states, one in zip(hidden, batches, strict=True)]))
-    check_finite(0, nll, None)
-    return Scores(nll, None, None, np.concatenate(gather(hidden)))
+    if reference:
+        reference = Reference(everywhere(reference.decoder), filled(reference.hidden))
+    results = []
+    for begin, x, batch_tokens in zip(starts, streams, batches, strict=True):
+        hidden = outside.norm(x)
+        other = None if reference is None else windows(jnp.asarray(reference.hidden[begin : begin + step]))
+        results.append(gather((*_figures(outside, hidden, batch_tokens, reference, other), hidden)))
+    scores = _joined(results, len(tokens))
+    check_finite(0, scores.nll, scores.kl)
+    return scores
+
+
+def _filled(windows: np.ndarray, count: int) -> np.ndarray:
+    """Windows `[n, …]` whose number `count` divides: copies of the first are put at the end."""
+    return np.concatenate([windows, np.repeat(windows[:1], -len(windows) % count, 0)])
+
+
+def _figures(
+    decoder: Decoder, hidden: Array, tokens: Any, reference: Reference | None, other_hidden: Array | None
+) -> tuple[Array, Array | None, Array | None]:
+    """Of each scored token the likelihood, and the divergence from a reference and whether the most likely agree."""
+    if reference is None:
+        return _nll(decoder, hidden, tokens), None, None
+    return _compare(decoder, hidden, reference.decoder, other_hidden, tokens)
+
+
+def _joined(results: Sequence[tuple[Any, Any, Any, Any]], count: int) -> Scores:
+    """The figures of all batches together, of the first `count` windows."""
+    parts = zip(*results, strict=True)
+    nll, kl, agrees, hidden = (None if part[0] is None else np.concatenate(part)[:count] for part in parts)
+    assert nll is not None
+    assert hidden is not None
+    return Scores(nll, kl, agrees, hidden)
 
 
 def check_windows(tokens: Any, config: DecoderConfig, batch: int) -> None:

@@ -1,4 +1,4 @@
-"""Quantized checkpoints: a folder with one item a block, each there whole or not at all.
+"""Checkpoints: a folder with one item a block, each there whole or not at all.
 
     manifest.json      what the checkpoint holds and was made from
     tokenizer.json
@@ -66,7 +66,10 @@ class TokenizerFacts(TypedDict):
 
 
 class Manifest(TypedDict):
-    """manifest.json; `files` has [size, SHA-256] by name, `run` what decides the codes."""
+    """manifest.json; `files` has [size, SHA-256] by name, `run` what decides the codes of a run that can go on.
+
+    A model that was saved from memory is no run: None.
+    """
 
     version: int
     name: str
@@ -74,7 +77,7 @@ class Manifest(TypedDict):
     config: dict[str, Any]
     tokenizer: TokenizerFacts
     files: dict[str, list[Any]]
-    run: dict[str, Any]
+    run: dict[str, Any] | None
 
 
 class Item(TypedDict):
@@ -116,7 +119,7 @@ def write_item(folder: Path, params: Params, facts: Mapping[str, Any]) -> None:
     except (OSError, ValueError) as failed:  # tensorstore reports a full disk as a ValueError
         shutil.rmtree(beside, ignore_errors=True)
         reason = getattr(failed, "strerror", None) or str(failed).splitlines()[0]
-        raise InputError(f"{folder} can't be written ({reason}); what is finished is kept.") from None
+        raise InputError(f"{folder} can't be written ({reason}).") from None
 
 
 def read_item(folder: Path, shapes: Mapping[str, tuple[int, ...]], place: Place | None = None) -> Params:
@@ -131,7 +134,7 @@ def read_item(folder: Path, shapes: Mapping[str, tuple[int, ...]], place: Place 
       InputError: what `check_item` finds; other parameters than those of `shapes`, or arrays that don't suit them.
     """
     weights = check_item(folder)["weights"]
-    wrong = partial(damaged, folder / ITEM, again=folder)
+    wrong = partial(damaged, folder / ITEM, rewritable=folder)
     if weights.keys() != shapes.keys():
         raise wrong(f"it holds {_some(weights)}, where {_some(shapes)} belong")
     leaves = {}
@@ -140,21 +143,25 @@ def read_item(folder: Path, shapes: Mapping[str, tuple[int, ...]], place: Place 
             leaves[name] = _expected(name, weights[name], shape)
         except (InputError, RecursionError) as found:
             raise wrong(f"{name}: {found}") from None
-    wanted = flatten_mapping(unflatten_mapping({tuple(name.split(".")): _parts(leaf) for name, leaf in leaves.items()}))
+    expected = flatten_mapping(
+        unflatten_mapping({tuple(name.split(".")): _parts(leaf) for name, leaf in leaves.items()})
+    )
     path = epath.Path(folder.absolute())
     try:
         stored = flatten_mapping(_handler().metadata(path).tree)  # pyright: ignore[reportArgumentType]
         found = {key: (array.shape, jnp.dtype(array.dtype)) for key, array in stored.items()}
     except Exception as broken:  # whatever Orbax and tensorstore make of files that are not theirs
         raise damaged(folder, f"its arrays can't be read: {_first_line(broken)}", folder) from None
-    for key in sorted(found.keys() | wanted.keys()):
-        asked = (wanted[key].shape, wanted[key].dtype) if key in wanted else None
+    for key in sorted(found.keys() | expected.keys()):
+        asked = (expected[key].shape, expected[key].dtype) if key in expected else None
         if found.get(key) != asked:
-            raise damaged(folder, f"{'.'.join(key)} is {_told(found.get(key))}, where {_told(asked)} belongs", folder)
+            raise damaged(
+                folder, f"{'.'.join(key)} is {_in_words(found.get(key))}, where {_in_words(asked)} belongs", folder
+            )
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     sharded = {
         key: jax.ShapeDtypeStruct(of.shape, of.dtype, sharding=place(".".join(key), of) if place else first)
-        for key, of in wanted.items()
+        for key, of in expected.items()
     }
     abstract = unflatten_mapping(sharded)
     how = ocp.args.PyTreeRestore(item=abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract))
@@ -163,6 +170,15 @@ def read_item(folder: Path, shapes: Mapping[str, tuple[int, ...]], place: Place 
     except Exception as broken:
         raise damaged(folder, f"its arrays can't be read: {_first_line(broken)}", folder) from None
     return {name: _leaf(tuple(name.split(".")), flat, leaf) for name, leaf in leaves.items()}
+
+
+def check_storable(params: Params, prefix: str = "") -> None:
+    """Raises InputError, which names the weight, for a parameter that `read_item` could not read again."""
+    for name, leaf in params.items():
+        try:
+            _expected(name, _static(leaf), leaf.shape)
+        except InputError as wrong:
+            raise InputError(f"{prefix}{name}: {wrong}.") from None
 
 
 def check_item(folder: Path) -> Item:
@@ -225,12 +241,12 @@ def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
     write_text(path, _sealed(content))
 
 
-def read_sealed(path: Path, again: Path | None = None) -> dict[str, Any]:
+def read_sealed(path: Path, rewritable: Path | None = None) -> dict[str, Any]:
     """A JSON object that `write_sealed` wrote, its checksum taken out.
 
     Args:
       path: of the file.
-      again: see `damaged`.
+      rewritable: see `damaged`.
 
     Raises:
       InputError: it is not there, or not byte for byte what was written.
@@ -242,12 +258,20 @@ def read_sealed(path: Path, again: Path | None = None) -> dict[str, Any]:
             return content
     except (OSError, ValueError, RecursionError):
         pass
-    raise damaged(path, "its checksum differs", again)
+    raise damaged(path, "its checksum differs", rewritable)
 
 
-def damaged(path: Path, what: str, again: Path | None = None) -> InputError:
-    """What to raise for a file or folder that is not what was written; `again` is what quantizing can write again."""
-    way = f"delete {again.name} and run the same command again" if again else "quantize the model into another folder"
+def damaged(path: Path, what: str, rewritable: Path | None = None) -> InputError:
+    """What to raise for a file or folder that is not what was written.
+
+    Args:
+      path: of the file or folder.
+      what: is wrong with it.
+      rewritable: what of the checkpoint quantizing can write again.
+    """
+    way = "write the model into another folder"
+    if rewritable:
+        way = f"delete {rewritable.name} and run the same command again, or save the model once more"
     return InputError(f"{path} is not what was written ({' '.join(what.split())[:300]}): {way}.")
 
 
@@ -293,13 +317,13 @@ def from_json(value: Any) -> Any:
     return SPECS[kind](**given)
 
 
-def fits(value: Any, wanted: Any) -> bool:
+def fits(value: Any, kind: Any) -> bool:
     """Whether a value read from JSON is of a type as annotations write it, all the way down; True is no int."""
-    of, inner = get_origin(wanted), get_args(wanted)
-    if wanted is Any:
+    of, inner = get_origin(kind), get_args(kind)
+    if kind is Any:
         return True
-    if is_typeddict(wanted):
-        keys = get_type_hints(wanted)
+    if is_typeddict(kind):
+        keys = get_type_hints(kind)
         return type(value) is dict and all(key in value and fits(value[key], keys[key]) for key in keys)
     if of in (Union, UnionType):
         return any(fits(value, one) for one in inner)
@@ -313,9 +337,9 @@ def fits(value: Any, wanted: Any) -> bool:
         return all(fits(one, inner[0]) for one in value)
     if of is tuple:
         return len(value) == len(inner) and all(map(fits, value, inner))
-    if wanted is Format:
+    if kind is Format:
         return type(value) in (Int, UInt, Codebook, Float)
-    return type(value) in ((int, float) if wanted is float else (wanted,))
+    return type(value) in ((int, float) if kind is float else (kind,))
 
 
 def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -453,7 +477,7 @@ def checksum_of(data: bytes) -> list[Any]:
 
 
 def _sealed(content: Mapping[str, Any]) -> str:
-    dump = lambda told: json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False) + "\n"  # noqa: E731
+    dump = lambda value: json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"  # noqa: E731
     return dump({**content, "sha256": checksum_of(dump(content).encode())[1]})
 
 
@@ -461,7 +485,7 @@ def _some(names: Mapping[str, Any]) -> str:
     return ", ".join(sorted(names))[:150] or "nothing"
 
 
-def _told(array: tuple[Any, Any] | None) -> str:
+def _in_words(array: tuple[Any, Any] | None) -> str:
     return "missing" if array is None else f"{array[1]} of shape {array[0]}"
 
 

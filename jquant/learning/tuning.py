@@ -27,7 +27,7 @@ from jquant.errors import InputError
 from jquant.formats import block_shape, expand, pack, unpack
 from jquant.learning.objectives import all_finite, map_rows
 from jquant.models.decoder import Block, Decoder
-from jquant.progress import Progress
+from jquant.progress import Progress, showing
 from jquant.qtensor import QTensor, stored_grid
 from jquant.rounding.limits import check_scales
 
@@ -40,7 +40,7 @@ def tune(
     tokens: Int[np.ndarray, "n context"],
     tuning: Tuning | None = None,
     *,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
 ) -> Decoder:
     """The quantized decoder with scales, and codes if asked, learned against the float one.
 
@@ -49,7 +49,7 @@ def tune(
       decoder: the float decoder it was made from.
       tokens: calibration windows.
       tuning: how, with target "model".
-      progress: called with ("tune", steps done, steps in all) and the loss before the step.
+      progress: see `Options`; a function is called with ("tune", steps done, steps in all) and the loss before it.
 
     Raises:
       InputError: nothing is quantized, or scales are quantized themselves; a tuning of single blocks; windows that the
@@ -64,7 +64,8 @@ def tune(
     def slopes(learned: Learned, which: Int[np.ndarray, " windows"]) -> tuple[Array, Learned]:
         return _model_slopes(learned, parts, decoder, tokens[which], tuning.text)
 
-    return parts.merge(_learn(parts.kernels, slopes, len(tokens), tuning, progress))
+    with showing(progress) as tell:
+        return parts.merge(_learn(parts.kernels, slopes, len(tokens), tuning, tell))
 
 
 def tune_block(

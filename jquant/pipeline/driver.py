@@ -4,7 +4,6 @@ By default each block sees the inputs that the quantized blocks before it produc
 earlier errors. One float block, its statistics and the calibration windows are all that is alive.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
@@ -23,9 +22,9 @@ from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Block, Decoder
 from jquant.pipeline.blocks import Evidence, quantize_block
 from jquant.pipeline.plan import Plan, joined
+from jquant.report import Report, relative_error
 from jquant.rounding import SolveInfo
 
-Report = dict[tuple[int, str], SolveInfo]
 Rounded = tuple[Block, dict[str, SolveInfo]]
 Clips = Mapping[str, Mapping[int, Mapping[str, Array]]]  # by plan, layer and path
 
@@ -106,7 +105,7 @@ def quantize_into(
     for layer, results in enumerate(steps, first):
         for name, rounded in results.items():
             sinks[name].take(layer, *rounded)
-        if options.progress:
+        if callable(options.progress):
             error = relative_error(sink.report for sink in sinks.values())
             options.progress("quantize", layer + 1, source.config.layers, error=error)
         yield layer
@@ -176,14 +175,3 @@ def _catch_up(calibration: Calibration, source: Source, sink: Sink, count: int) 
     readers = source.blocks() if calibration.inputs == "float" else sink.blocks()
     for block in islice(readers, count):
         calibration.advance(on_all(block))
-
-
-def fallbacks(report: Report) -> list[str]:
-    """The weights for which no factorisation was finite (`SolveInfo.fallback`), e.g. "layers.3.mlp.down.kernel"."""
-    return [f"layers.{layer}.{path}" for (layer, path), info in report.items() if info.fallback]
-
-
-def relative_error(reports: Iterable[Report]) -> float:
-    """Share of the projections' output energy that the rounding loses, averaged over what is done; NaN if unknown."""
-    shares = [info.error / info.energy for report in reports for info in report.values() if info.energy > 0]
-    return float(np.mean(shares)) if shares else math.nan

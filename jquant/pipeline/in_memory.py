@@ -22,9 +22,10 @@ from jquant.models.decoder import Block, Decoder, blocks, with_blocks
 from jquant.models.folding import rotate
 from jquant.parallel.mesh import Devices
 from jquant.parts import shown
-from jquant.pipeline.driver import Report, calibrate, quantize_into
+from jquant.pipeline.driver import calibrate, quantize_into
 from jquant.pipeline.plan import Plan, make_plan
-from jquant.progress import Progress
+from jquant.progress import Progress, showing
+from jquant.report import Report
 from jquant.rounding import SolveInfo
 
 
@@ -77,14 +78,15 @@ def quantize_decoders(
     fit = np.empty((0, 0), np.int32) if tokens is None else tokens[: len(tokens) - options.held_out]
     clips = {name: learn_clips(decoder, plan.layers, fit) for name, plan in plans.items()}
     sinks = {name: _Kept() for name in plans}
-    for _ in quantize_into(sinks, source, plans, calibration, options, clips):
-        pass
     done = {}
-    for name, plan in plans.items():
-        quantized = with_blocks(decoder, sinks[name].kept)
-        for stage in plan.tuning("model"):
-            quantized = tune(quantized, decoder, fit, stage, progress=options.progress)
-        done[name] = quantized, sinks[name].report
+    with showing(options.progress) as tell:
+        for _ in quantize_into(sinks, source, plans, calibration, replace(options, progress=tell), clips):
+            pass
+        for name, plan in plans.items():
+            quantized = with_blocks(decoder, sinks[name].kept)
+            for stage in plan.tuning("model"):
+                quantized = tune(quantized, decoder, fit, stage, progress=tell)
+            done[name] = quantized, sinks[name].report
     return done
 
 
@@ -110,7 +112,7 @@ class _Kept:
 
     def __init__(self) -> None:
         self.kept: list[Block] = []
-        self.report: Report = {}
+        self.report = Report()
 
     def finished(self) -> int:
         return len(self.kept)
@@ -138,9 +140,9 @@ def quantize(
     model: LanguageModel,
     method: str | Method | Rules,
     *,
-    bits: int = 4,
-    group: Group = 64,
-    symmetric: bool = False,
+    bits: int | None = None,
+    group: Group | None = None,
+    symmetric: bool | None = None,
     calibration: str | None = None,
     samples: int = 128,
     context: int = 512,
@@ -149,17 +151,18 @@ def quantize(
     passes: int = 1,
     devices: Devices | None = None,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
 ) -> LanguageModel:
     """Quantizes a model's projections by a named method, one of your own, or a plan.
 
     Args:
       model: float; left untouched.
-      method: a name in `METHODS`, which `bits`, `group` and `symmetric` complete; a `Method`, which has its own; or a
-        plan, rules (regex, method) that give weights different ones, e.g. `[(r"layers\\.0\\.", None), ("", "gptq")]`.
-      bits: 2 to 8.
-      group: weights that share a scale: rows of a column, (rows, columns), "channel" or "tensor".
-      symmetric: without zero points.
+      method: a name in `METHODS`, which `bits`, `group` and `symmetric` complete; the same with a width, "gptq-3"; a
+        `Method`, which has its own; or a plan, rules (regex, method) that give weights different ones, e.g.
+        `[(r"layers\\.0\\.", None), ("", "gptq")]`.
+      bits: 2 to 8; 4 by default.
+      group: weights that share a scale: rows of a column, (rows, columns), "channel" or "tensor"; 64 by default.
+      symmetric: without zero points; False by default.
       calibration: text whose activations the method looks at; RTN, NF4 and INT8 need none.
       samples: calibration windows, drawn from the text. 128 × 512 = 65,536 tokens: with 8,192 GPTQ's gain on wide
         layers vanishes on held-out text.
@@ -175,8 +178,9 @@ def quantize(
       A model whose kernels are QTensors, with `report` filled, which knows what it was calibrated on.
 
     Raises:
-      InputError: an unknown method; a plan's rule that names no weight; a missing or too short calibration text; a
-        number out of range; a context longer than the model's; a model that is quantized already.
+      InputError: an unknown method; bits, group or symmetric where the method has its own; a plan's rule that names no
+        weight; a missing or too short calibration text; a number out of range; a context longer than the model's; a
+        model that is quantized already.
     """
     rules = complete(method, bits, group, symmetric)
     check_whole(1, samples=samples, context=context)

@@ -9,15 +9,13 @@ was not interrupted.
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import compress
 from pathlib import Path
 from typing import Any, TypedDict
 
-import jax
 import numpy as np
-import safetensors.numpy
 from filelock import FileLock, Timeout
 from flax import nnx
 from jaxtyping import Int
@@ -32,23 +30,18 @@ from jquant.io.checkpoint import (
     BLOCKS,
     MANIFEST,
     OUTSIDE,
-    SEEN,
-    TOKENIZER,
-    VERSION,
     Manifest,
-    TokenizerFacts,
     block_folder,
     check_item,
-    checksum_of,
     fits,
     read_manifest,
     to_json,
-    tokenizer_facts,
     write_item,
     write_sealed,
 )
 from jquant.io.files import write_bytes
 from jquant.io.load import ModelFile, QuantizedFile
+from jquant.io.save import block_facts, files_beside, new_manifest, outside_items
 from jquant.methods import Rules
 from jquant.models.decoder import Block, Decoder
 from jquant.models.folding import Rotated, rotations
@@ -57,6 +50,7 @@ from jquant.parallel.processes import as_first, gather, on_first
 from jquant.pipeline.driver import calibrate, quantize_into
 from jquant.pipeline.in_memory import check_tokens_and_options
 from jquant.pipeline.plan import Plan, make_plan
+from jquant.progress import showing
 from jquant.rounding import SolveInfo
 
 LOCK = ".lock"  # held by the process that writes
@@ -103,7 +97,8 @@ def quantize_stream(
 ) -> Iterator[int]:
     """`quantize_to_folder` step by step: yields each layer once its block is on disk."""
     if isinstance(source, QuantizedFile):
-        raise InputError(f"{source.folder} is quantized already: quantize the float model.")
+        found = "is quantized already" if source.quantized else "was saved by jquant, and is only quantized in memory"
+        raise InputError(f"{source.folder} {found}: give the float model's own files.")
     folder = Path(folder)
     plan = make_plan(nnx.eval_shape(lambda: Decoder(source.config, nnx.Rngs(0))), method)
     _check_streams(plan)
@@ -119,7 +114,9 @@ def quantize_stream(
         calibration = calibrate(turned, {"": plan}, tokens, options, spill)
         # Not before all that may be wrong with the call was found.
         on_first(partial(_begin, folder, source, run, turned.outside(), tokens if plan.needs else None))
-        yield from quantize_into({"": _Folder(folder)}, turned, {"": plan}, calibration, options)
+        with showing(options.progress) as tell:
+            resolved = replace(options, progress=tell)
+            yield from quantize_into({"": _Folder(folder)}, turned, {"": plan}, calibration, resolved)
         if spill:
             on_first(partial(shutil.rmtree, spill.folder, ignore_errors=True))
 
@@ -146,13 +143,8 @@ class _Folder:
         self.report |= {(layer, path): info for path, info in infos.items()}
         if self._there[layer]:
             return
-        known = lambda v: None if np.isnan(v) else v.item()  # noqa: E731 - JSON has no NaN
-        facts = {
-            "rotation": to_json(block.mlp.rotation),
-            "report": {path: jax.tree.map(known, vars(info)) for path, info in infos.items()},
-        }
         params = gather(flat_params(block))
-        on_first(partial(_write, self._folder, self._manifest, self._places[layer], params, facts))
+        on_first(partial(_write, self._folder, self._manifest, self._places[layer], params, block_facts(block, infos)))
 
 
 def _run(source: ModelFile, plan: Plan, tokens: np.ndarray | None, options: Options) -> dict[str, Any]:
@@ -209,9 +201,11 @@ def _check_run(folder: Path, run: dict[str, Any]) -> None:
     """Raises InputError if the folder holds another run."""
     if (folder / MANIFEST).exists():
         earlier = read_manifest(folder)["run"]
+        if earlier is None:
+            raise InputError(f"{folder} holds a saved model, not a run that could go on: give this one another folder.")
         if differing := sorted(key for key in run if run[key] != earlier.get(key)):
-            told = "; ".join(f"{key}: {_changes(key, earlier.get(key), run[key])}" for key in differing)
-            raise InputError(f"{folder} holds another run ({told}): give this one another folder.")
+            changes = "; ".join(f"{key}: {_changes(key, earlier.get(key), run[key])}" for key in differing)
+            raise InputError(f"{folder} holds another run ({changes}): give this one another folder.")
 
 
 @contextmanager
@@ -263,20 +257,9 @@ def _begin(
     folder: Path, source: ModelFile, run: dict[str, Any], outside: Decoder, tokens: Int[np.ndarray, "n context"] | None
 ) -> None:
     """Writes what is missing beside the blocks, the manifest first."""
-    beside = {TOKENIZER: source.tokenizer.backend.to_str().encode()}
-    if tokens is not None:
-        beside[SEEN] = safetensors.numpy.save({"runs": run_hashes(tokens)})
+    beside = files_beside(source.tokenizer, None if tokens is None else run_hashes(tokens))
     if not (folder / MANIFEST).exists():
-        manifest: Manifest = {
-            "version": VERSION,
-            "name": source.name,
-            "stored_as": source.checkpoint.description,
-            "config": asdict(source.config),
-            "tokenizer": TokenizerFacts(**tokenizer_facts(source.tokenizer)),
-            "files": {name: checksum_of(data) for name, data in beside.items()},
-            "run": run,
-        }
-        write_sealed(folder / MANIFEST, manifest)
+        write_sealed(folder / MANIFEST, new_manifest(source, beside, run))
     manifest = read_manifest(folder)
     try:
         for part in (BLOCKS, OUTSIDE):
@@ -286,17 +269,19 @@ def _begin(
     for name, data in beside.items():
         if not (folder / name).exists():
             write_bytes(folder / name, data)
-    for name, leaf in flat_params(outside).items():
+    for name, params, facts in outside_items(outside):
         if not (folder / OUTSIDE / name).exists():
-            facts = {"rotation": to_json(outside.norm.rotation), "report": {}}
-            _write(folder, manifest, folder / OUTSIDE / name, {name: leaf}, facts)
+            _write(folder, manifest, folder / OUTSIDE / name, params, facts)
 
 
 def _write(folder: Path, manifest: Manifest, place: Path, params: Params, facts: dict[str, Any]) -> None:
     """Writes an item, unless the folder is no longer this run's."""
     if read_manifest(folder) != manifest:
         raise InputError(f"{folder / MANIFEST} was replaced while this run was writing: it writes nothing more.")
-    write_item(place, params, facts)
+    try:
+        write_item(place, params, facts)
+    except InputError as failed:
+        raise InputError(f"{str(failed).removesuffix('.')}; what is finished is kept.") from None
 
 
 class Described(TypedDict):

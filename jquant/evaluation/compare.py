@@ -1,0 +1,193 @@
+"""What models are worth beside the one that they were made from, on one text."""
+
+import html
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from jquant.errors import InputError
+from jquant.evaluation.intervals import Change, paired_change
+from jquant.evaluation.perplexity import Perplexity, Reference, Scores, check_overlap, evaluation_windows, score
+from jquant.io.language_model import LanguageModel
+from jquant.models.size import Size, size_of
+from jquant.parts import shown
+from jquant.progress import Progress, showing
+from jquant.provenance import array_digest
+
+FLOAT = "fp32"  # what rows of results call the model that the others are compared with
+HEADINGS = ("model", "perplexity", "change, %", "KL", "top-1, %", "bits/weight", "MB")
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One model's figures.
+
+    Attributes:
+      perplexity: with its protocol.
+      change: of the perplexity against the base, with its 95 % interval, paired by window; None without a base.
+      kl: KL(base ‖ model) of the next-token distribution, nats, mean over the scored tokens; None without a base.
+      top1: share of the scored tokens where base and model have the same most likely token; None without a base.
+      size: bits per weight, and megabytes.
+      window_nll: each window's mean negative log likelihood, float64 `[windows]`.
+    """
+
+    perplexity: Perplexity
+    change: Change | None
+    kl: float | None
+    top1: float | None
+    size: Size
+    window_nll: np.ndarray = field(repr=False)
+
+    def row(self) -> dict[str, Any]:
+        """The figures as rows of results name them, ready for JSON."""
+        return {
+            "perplexity": float(self.perplexity),
+            "perplexity_stderr": None if math.isnan(self.perplexity.stderr) else self.perplexity.stderr,
+            "perplexity_change_percent": self.change and self.change.percent,
+            "kl": self.kl,
+            "top1_agreement": self.top1,
+            "bits_per_weight": self.size.bits_per_weight,
+            "weight_mb": self.size.megabytes,
+            "window_nll": self.window_nll.tolist(),
+        }
+
+
+def compared(scores: Scores, base: Scores | None, size: Size, bos: bool) -> Compared:
+    """The figures of a model: `scores` with the base as their reference, or those of the base itself."""
+    change = kl = top1 = None
+    if base is not None:
+        change = paired_change(scores.window_nll, base.window_nll)
+        kl = 0.0 if scores.kl is None else float(scores.kl.mean(dtype=np.float64))
+        top1 = 1.0 if scores.agrees is None else float(scores.agrees.mean())
+    return Compared(scores.with_protocol(bos), change, kl, top1, size, scores.window_nll)
+
+
+@dataclass(frozen=True, repr=False)
+class Comparison:
+    """What `compare` found.
+
+    Attributes:
+      models: the figures by the models' names, the base first.
+      protocol: of the measurement: model, dtype, windows and so on, as rows of results have it.
+    """
+
+    models: dict[str, Compared]
+    protocol: dict[str, Any]
+
+    def __getitem__(self, name: str) -> Compared:
+        return self.models[name]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row a model, ready for JSON, as the figures in `paper_figures` take them; the base is called "fp32"."""
+        names = [FLOAT, *list(self.models)[1:]]
+        return [
+            {"method": name, **model.row(), "protocol": self.protocol}
+            for name, model in zip(names, self.models.values(), strict=True)
+        ]
+
+    def __repr__(self) -> str:
+        lines = [HEADINGS, *self._cells()]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        aligned = [[cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+        first = [line[0].ljust(widths[0]) for line in lines]
+        return "\n".join("  ".join([name, *cells[1:]]) for name, cells in zip(first, aligned, strict=True)) + (
+            f"\n{self._caption()}"
+        )
+
+    def _repr_html_(self) -> str:
+        tagged = lambda tag, cells: "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)  # noqa: E731
+        body = "".join(f"<tr>{tagged('td', cells)}</tr>" for cells in self._cells())
+        return f"<table><tr>{tagged('th', HEADINGS)}</tr>{body}</table><p>{html.escape(self._caption())}</p>"
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        return [
+            (
+                name,
+                f"{model.perplexity:.3f} ±{model.perplexity.stderr:.3f}",
+                str(model.change),
+                f"{model.kl:.4f}",
+                f"{100 * (model.top1 or 0):.1f}",
+                f"{model.size.bits_per_weight:.3f}",
+                f"{model.size.megabytes:.1f}",
+            )
+            for name, model in self.models.items()
+        ]
+
+    def _caption(self) -> str:
+        base = next(iter(self.models))
+        bos = "with" if self.protocol["bos"] else "no"
+        return (
+            f"{self.protocol['windows']} windows of {self.protocol['context']} tokens, not overlapping, {bos} BOS, "
+            f"{self.protocol['scored_tokens']} scored tokens. Change (with its 95 % interval, paired by window), KL "
+            f"and top-1 agreement are to {base}."
+        )
+
+
+def compare(
+    model: LanguageModel,
+    others: Mapping[str, LanguageModel],
+    text: str,
+    *,
+    context: int = 1024,
+    windows: int | None = None,
+    bos: bool = False,
+    allow_overlap: bool = False,
+    progress: Progress | bool = True,
+) -> Comparison:
+    """Perplexity, KL divergence, top-1 agreement and size of models beside the one that they were made from.
+
+    Args:
+      model: what the others are compared with, usually float.
+      others: by the names that they shall have, e.g. {"GPTQ": q}.
+      text: what to score; this and the rest as in `perplexity`.
+      context: tokens per window.
+      windows: how many, from the start; all by default.
+      bos: begin every window with the tokenizer's BOS.
+      allow_overlap: whether the text may occur in the one that `quantize` fitted the weights to.
+      progress: see `perplexity`.
+
+    Raises:
+      InputError: what `perplexity` finds; a model with another tokenizer; a name of two models.
+    """
+    tokens = evaluation_windows(model, text, context, windows, bos)
+    for name, other in others.items():
+        _check_name(name, other, model)
+        same = other.tokenizer is model.tokenizer
+        if not same and not np.array_equal(evaluation_windows(other, text, context, windows, bos), tokens):
+            raise InputError(f"{name} reads the text as other tokens than {model.name}: they can't be compared.")
+    for each in () if allow_overlap else (model, *others.values()):
+        check_overlap(each, tokens, bos)
+    with showing(progress) as tell:
+        base = score(model.decoder, tokens, progress=tell)
+        reference = Reference(model.decoder, base.hidden)
+        found = {model.name: compared(base, base, size_of(model.decoder), bos)}
+        for name, other in others.items():
+            scores = score(other.decoder, tokens, reference=reference, progress=tell)
+            found[name] = compared(scores, base, size_of(other.decoder), bos)
+    return Comparison(found, _protocol(model, tokens, bos))
+
+
+def _check_name(name: Any, other: Any, model: LanguageModel) -> None:
+    """Raises InputError for what is no model, or has a name that would not tell it from the base."""
+    if not isinstance(other, LanguageModel):
+        raise InputError(f"compare takes models by their names, {{'GPTQ': q}}; {name!r} is {shown(other)}.")
+    if name in (model.name, FLOAT):
+        raise InputError(f"{name!r} is what the model is called that the others are compared with: choose another.")
+
+
+def _protocol(model: LanguageModel, tokens: np.ndarray, bos: bool) -> dict[str, Any]:
+    return {
+        "model": model.name,
+        "weights_stored_as": model.stored_as,
+        "dtype": str(model.decoder.embedding.get_value().dtype),
+        "data": "text",
+        "windows": len(tokens),
+        "context": tokens.shape[1],
+        "stride": tokens.shape[1],
+        "bos": bos,
+        "scored_tokens": tokens[:, 1:].size,
+        "evaluation_sha256": array_digest(tokens),
+    }

@@ -1,0 +1,42 @@
+"""What quantization did to the weights of a model."""
+
+import math
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from jquant.rounding import SolveInfo
+
+
+class Report(dict[tuple[int, str], SolveInfo]):
+    """What was done to each weight, by layer and path within the block."""
+
+    @property
+    def fallbacks(self) -> list[str]:
+        """The weights for which no factorisation was finite (`SolveInfo.fallback`), "layers.3.mlp.down.kernel"."""
+        return [f"layers.{layer}.{path}" for (layer, path), info in self.items() if info.fallback]
+
+    def __repr__(self) -> str:
+        layers = len({layer for layer, _ in self})
+        head = f"Report of {len(self)} weights in {layers} layers"
+        shares = {f"layers.{layer}.{path}": share for (layer, path), share in _shares(self)}
+        if not shares:
+            return f"{head}: no error is known, as there was no calibration text"
+        worst = max(shares, key=shares.__getitem__)
+        return (
+            f"{head}: they lose {np.mean(list(shares.values())):.3g} of their outputs' energy on average, {worst} "
+            f"{shares[worst]:.3g}; {len(self.fallbacks)} rounded plainly, for want of a finite solution"
+        )
+
+
+def relative_error(reports: Iterable[Report]) -> float:
+    """Share of the projections' output energy that the rounding loses, averaged over what is done; NaN if unknown."""
+    shares = [share for report in reports for _, share in _shares(report)]
+    return float(np.mean(shares)) if shares else math.nan
+
+
+def _shares(report: Report) -> Iterator[tuple[tuple[int, str], float]]:
+    """Of each weight whose energy is known, the share that is lost."""
+    for weight, info in report.items():
+        if info.energy > 0:
+            yield weight, float(info.error / info.energy)
