@@ -46,7 +46,8 @@ def find_outliers(settings: dict[str, Any]) -> None:
     check(settings)
     folder = Path(settings["results"]) / str(settings["name"])
     kept = tables.read_rows(folder, "outliers.jsonl")
-    grid, wanted = {key: settings[key] for key in ("threshold", "bits", "group")}, settings["evaluation"]
+    grid = {"threshold": float(settings["threshold"]), "bits": settings["bits"], "group": settings["group"]}
+    wanted = settings["evaluation"]
     with progress_bars(settings["model"]["name"]) as report:
         model = load_from_config(settings["model"], progress=report)
         check_options(model.decoder, **grid)

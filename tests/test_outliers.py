@@ -2,7 +2,7 @@
 
 import json
 import subprocess
-import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import refused
+from commands import run_here, run_in_process_of_its_own
 from conftest import wikitext
 from flax import nnx
 from hypothesis import given, settings
@@ -353,7 +354,7 @@ def workplace(tmp_path_factory) -> Path:
     return folder
 
 
-def command(workplace: Path, *overrides: str) -> subprocess.CompletedProcess:
+def command(workplace: Path, *overrides: str, run: Callable = run_here) -> subprocess.CompletedProcess:
     given = {
         "model": "local", "model.path": workplace / "model", "results": workplace / "results", "name": "tiny",
         "evaluation.data": workplace / "text.txt", "evaluation.windows": 3, "evaluation.context": 64, "group": 32,
@@ -361,9 +362,7 @@ def command(workplace: Path, *overrides: str) -> subprocess.CompletedProcess:
     }  # fmt: skip
     given |= dict(override.split("=", 1) for override in overrides)
     options = [f"{key}={value}" for key, value in given.items()]
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.outliers", *options], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+    return run("outliers", *options)
 
 
 def test_the_command_writes_rows_and_figures_and_reuses_them(workplace):
@@ -405,7 +404,9 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_ends_in_one_sentence_and_leaves_nothing(workplace, case):
     overrides, names = BAD[case]
-    done = command(workplace, "name=bad", *(override.format(workplace) for override in overrides))
+    # Run-time type checks would be the first to find this one.
+    run = run_in_process_of_its_own if case == "a group that is no number" else run_here
+    done = command(workplace, "name=bad", *(override.format(workplace) for override in overrides), run=run)
     assert done.returncode == 2, done.stderr
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1, done.stderr
