@@ -329,6 +329,7 @@ def test_activations_that_are_nan_are_refused_by_layer_and_input(model):
 # ---- the default model ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("text", ["wiki_utf8", "wiki.test.noblank.raw"])
 def test_the_first_token_is_the_sink_that_layer_11s_down_projection_makes(default_model, text):
     found = outliers(default_model, wikitext(text) if text.endswith("raw") else jquant.load_text(text), windows=2)
