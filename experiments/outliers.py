@@ -46,7 +46,8 @@ def find_outliers(settings: dict[str, Any]) -> None:
     check(settings)
     folder = Path(settings["results"]) / str(settings["name"])
     kept = tables.read_rows(folder, "outliers.jsonl")
-    criteria, wanted = Criteria(settings["threshold"], settings["bits"], settings["group"]), settings["evaluation"]
+    criteria = Criteria(float(settings["threshold"]), settings["bits"], settings["group"])
+    wanted = settings["evaluation"]
     with progress_bars(settings["model"]["name"]) as report:
         model = load_from_config(settings["model"], progress=report)
         criteria.check_widths(model.decoder.config)

@@ -1,11 +1,13 @@
 """One battery over every row of `jquant.methods.METHODS`, and every composition on every format.
 
-A new row is covered the day it is written. Nearly all of the time is compilation, so the tests share one optimised
-program per row; programs that serve one test alone are compiled without LLVM's optimisations, which halves it.
+A new row is covered the day it is written: rows of the same composition share its tests, every other row gets its own.
+Nearly all of the time is compilation. The tests share one program per composition, compiled as users' programs are;
+eager, mapped, sharded and other programs, which are not optimised, must give its codes.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,18 +23,33 @@ from jquant.methods import METHODS, Method, method
 from jquant.parts import given
 from jquant.qtensor import Grid, QTensor, dequantize
 from jquant.ranges import LlamaCpp, MinMax, Range
-from jquant.rounding import Nearest, Rounding, SolveInfo, Stochastic, round_to_grid
+from jquant.rounding import Rounding, SolveInfo, Stochastic, round_to_grid
 from jquant.transforms import AWQ
 
 LAYERS = 2
-NAMES = list(METHODS)
-UNOPTIMISED = {"xla_backend_optimization_level": 0}
+# What users run; tests/conftest.py takes these away from all other programs.
+OPTIMISED = {
+    "xla_backend_optimization_level": 3,
+    "xla_llvm_disable_expensive_passes": False,
+    "xla_cpu_use_fusion_emitters": True,
+}
 traces: list[Method] = []
 
 
 def make(name: str) -> Method:
     """A fresh, equal object at every call."""
     return METHODS[name](3, 16, False)
+
+
+def composition(name: str) -> Method:
+    """What `whole` reads of a row; token weights and tuning are the pipeline's, and are tested there."""
+    return replace(make(name), token_weights="attention", tuning=())
+
+
+ROWS = list(METHODS)
+# The first row of each composition stands for all of them.
+FIRST = {composition(name): name for name in reversed(ROWS)}
+NAMES = [name for name in ROWS if FIRST[composition(name)] == name]
 
 
 def problem_for(name: str, seed: int = 0, dtype: str = "float32") -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -58,8 +75,8 @@ def whole(w, gram, abs_mean, method: Method):
     return q, info, s
 
 
-solve = jax.jit(whole, static_argnames="method")
-solve_once = jax.jit(whole, static_argnames="method", compiler_options=UNOPTIMISED)
+solve = jax.jit(whole, static_argnames="method", compiler_options=OPTIMISED)
+solve_once = jax.jit(whole, static_argnames="method")
 
 
 @cache
@@ -81,7 +98,7 @@ def assert_same(a, b) -> None:
 # ------------------------------------------------------------------------------------------------------ every row
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ROWS)
 def test_the_row_makes_a_hashable_method_that_equals_itself_made_again(name):
     a, b = make(name), make(name)
     assert a is not b
@@ -92,6 +109,14 @@ def test_the_row_makes_a_hashable_method_that_equals_itself_made_again(name):
     assert isinstance(a.range, Range)
     assert isinstance(a.rounding, Rounding)
     assert a.needs <= {"gram", "held_out", "cross", "abs_mean", "abs_max", "clips", "text"}
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if name not in NAMES])
+def test_rows_of_one_composition_are_one_program(name):
+    """So that the tests of the first row are the tests of this one."""
+    first = FIRST[composition(name)]
+    jaxprs = [jax.make_jaxpr(partial(whole, method=make(row)))(*problem_for(row)) for row in (name, first)]
+    assert str(jaxprs[0]) == str(jaxprs[1])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -127,7 +152,7 @@ def test_jit_gives_the_codes_of_eager_and_eval_shape_its_shapes(name):
 def test_vmap_over_stacked_weights_is_a_loop_over_them(name):
     problems = [problem_for(name, seed) for seed in range(LAYERS)]
     stacked = [jnp.stack(leaves) for leaves in zip(*problems, strict=True)]
-    mapped = jax.jit(jax.vmap(partial(whole, method=make(name))), compiler_options=UNOPTIMISED)
+    mapped = jax.jit(jax.vmap(partial(whole, method=make(name))))
     q, info, s = mapped(*stacked)
     assert q.shape == (LAYERS, *problems[0][0].shape)
     values = np.asarray(dequantize(q))
@@ -181,7 +206,7 @@ def test_the_result_is_a_pytree_that_maps_scans_and_goes_through_jit(name):
     assert {jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(q)} >= {".codes"}
     values, x = dequantize(q), problem_for(name)[2]
 
-    @partial(jax.jit, compiler_options=UNOPTIMISED)
+    @jax.jit
     def scanned(q, x):
         stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), q)
         return jax.lax.scan(lambda carry, layer: (carry, (dequantize(layer), x @ layer)), 0, stacked)[1]
@@ -229,9 +254,44 @@ def test_an_unknown_method_is_refused_with_the_three_nearest_names():
 
 FORMATS = sorted({make(name).format for name in NAMES}, key=repr)
 # llama.cpp's own search suits its own types only; they are among the formats.
-ROWS = [make(name) for name in NAMES]
-SAME = {"format": FORMATS[0], "activation": None, "token_weights": "attention", "tuning": ()}
-COMPOSITIONS = sorted({replace(one, **SAME) for one in ROWS if not isinstance(one.range, LlamaCpp)}, key=repr)
+COMPOSITIONS = sorted(
+    {
+        replace(composition(name), format=FORMATS[0], activation=None)
+        for name in NAMES
+        if not isinstance(make(name).range, LlamaCpp)
+    },
+    key=repr,
+)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A part whose program all compositions that have the part share."""
+
+    part: Any
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return self.part.needs
+
+    def __call__(self, *args, **options):
+        leaves, structure = jax.tree.flatten((args, options))
+        fixed = tuple(None if isinstance(leaf, jax.Array) else leaf for leaf in leaves)
+        arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+        return _call(arrays, self.part, structure, fixed)
+
+
+@partial(jax.jit, static_argnames=("part", "structure", "fixed"))
+def _call(arrays: list[jax.Array], part: Any, structure: Any, fixed: tuple):
+    """The part, called with arrays in the places where `fixed` has None; the rest are formats."""
+    given = iter(arrays)
+    args, options = jax.tree.unflatten(structure, [next(given) if leaf is None else leaf for leaf in fixed])
+    return part(*args, **options)
+
+
+def in_parts(method: Method) -> Method:
+    parts = {axis: getattr(method, axis) for axis in ("transform", "range", "rounding")}
+    return replace(method, **{axis: part and Compiled(part) for axis, part in parts.items()})
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
@@ -239,17 +299,16 @@ def test_every_composition_suits_the_format(format):
     """Every range, rounding and transform that any row makes: finite, and no worse than plain rounding on that grid."""
     args = problem(shape_for(format))
 
-    @partial(jax.jit, compiler_options=UNOPTIMISED)
-    def errors(w, gram, abs_mean):
-        found = [whole(w, gram, abs_mean, replace(one, format=format)) for one in COMPOSITIONS]
-        return [(dequantize(q) / s[:, None], info.error / info.energy) for q, info, s in found]
-
-    plain = [type(one.rounding) is Nearest and one.range == MinMax() and one.transform is None for one in COMPOSITIONS]
-    found = errors(*args)
-    (nearest,) = (float(error) for (_, error), is_plain in zip(found, plain, strict=True) if is_plain)
-    for one, (values, error) in zip(COMPOSITIONS, found, strict=True):
-        assert np.isfinite(values).all(), one
-        # Stochastic rounding has twice the variance, and is there for its mean.
-        assert 0 < error < (4 if isinstance(one.rounding, Stochastic) else 1.5) * nearest, one
-        if one.transform == AWQ():
+    def relative_error(composition: Method) -> float:
+        q, info, s = whole(*args, in_parts(replace(composition, format=format)))
+        values = np.asarray(dequantize(q) / s[:, None])
+        assert np.isfinite(values).all(), composition
+        if composition.transform == AWQ():
             assert (values != 0).any()
+        return float(info.error / info.energy)
+
+    errors = {composition: relative_error(composition) for composition in COMPOSITIONS}
+    (nearest,) = (errors[one] for one in COMPOSITIONS if one == Method(FORMATS[0]))
+    for composition, error in errors.items():
+        # Stochastic rounding has twice the variance, and is there for its mean.
+        assert 0 < error < (4 if isinstance(composition.rounding, Stochastic) else 1.5) * nearest, composition

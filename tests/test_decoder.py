@@ -97,6 +97,7 @@ def test_in_bfloat16_logits_come_within_its_precision(tmp_path):
     assert checkpoints.relative(np.asarray(ours, np.float32), theirs) < 0.1
 
 
+@pytest.mark.optimised
 def test_the_default_model_equals_transformers(default_gguf, default_model):
     tokens = token_ids(1, 128, vocab=49_152)
     theirs = checkpoints.logits(checkpoints.transformers_gguf(default_gguf), tokens)

@@ -53,6 +53,7 @@ def test_a_quantized_model_generates_its_own_text(tiny, quantized):
     )
 
 
+@pytest.mark.optimised
 def test_the_default_model_continues_as_transformers_does(default_gguf, default_model):
     prompt = "The capital of France is"
     ids = default_model.tokenizer.encode(prompt)

@@ -37,11 +37,7 @@ def problem(
     return (0.05 * rng.standard_normal((rows, out))).astype(np.float32), (x.T @ x / len(x)).astype(np.float32)
 
 
-# Without LLVM's optimisations compilation, nearly all of the time, takes half as long.
-UNOPTIMISED = {"xla_backend_optimization_level": 0}
-
-
-@partial(jax.jit, static_argnames=("rounding", "format"), compiler_options=UNOPTIMISED)
+@partial(jax.jit, static_argnames=("rounding", "format"))
 def solve(rounding, w, gram, format):
     q, info = rounded(rounding, w, format, gram)
     zero = None if q.zero is None else unpack(jnp.swapaxes(q.zero, 0, 1), format.bits, q.scale.shape[1]).T
@@ -284,7 +280,7 @@ def test_what_no_factorisation_survives_is_still_put_in_an_order():
 DAMPINGS = (0.03, 0.3, 10.0)
 
 
-@partial(jax.jit, static_argnames=("rounding", "format"), compiler_options=UNOPTIMISED)
+@partial(jax.jit, static_argnames=("rounding", "format"))
 def held_out_solve(rounding, w, gram, held_out, format):
     q, info = rounded(rounding, w, format, gram, held_out)
     return unpack(q.codes, format.bits, w.shape[0]), info
@@ -449,7 +445,7 @@ def test_memory_does_not_grow_with_the_number_of_dampings():
     used = [
         jax.jit(partial(run, rounding=GPTQ(tuple(np.linspace(0.01, 1, count).tolist()))))
         .lower(*shapes)
-        .compile(UNOPTIMISED)
+        .compile()
         .memory_analysis()
         .temp_size_in_bytes
         for count in (2, 12)
@@ -483,7 +479,7 @@ def test_sharded_over_out_it_runs_without_communication_and_gives_the_codes_of_o
     mesh = jax.make_mesh((8,), ("out",), axis_types=(AxisType.Auto,))
     split, whole = NamedSharding(mesh, P(None, "out")), NamedSharding(mesh, P())
     args = [*(jax.device_put(v, split) for v in (w, scale, zero)), jax.device_put(gram, whole)]
-    quantized = jax.jit(lambda *args: solve(*args)[0]).lower(*args).compile(UNOPTIMISED)
+    quantized = jax.jit(lambda *args: solve(*args)[0]).lower(*args).compile()
     collective = r"all-reduce|all-gather|collective-permute|all-to-all|reduce-scatter"
     assert not re.findall(collective, quantized.as_text())
     got = quantized(*args)

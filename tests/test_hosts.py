@@ -43,7 +43,7 @@ def commands(folder: Path, output: str, *settings: str, script: str = "quantize"
 
 
 def run(folder: Path, command: list[str], environment: dict[str, str] | None = None) -> subprocess.Popen:
-    variables = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""} | (environment or {})
+    variables = os.environ | {"PYTHONPATH": str(ROOT)} | (environment or {})
     return subprocess.Popen(
         command, cwd=folder, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

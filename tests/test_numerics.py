@@ -63,7 +63,7 @@ def solve(rounding, w, gram):
     return dequantize(q), info, q
 
 
-@partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
+@partial(jax.jit, static_argnums=0)
 def solve_all(rounding, w, gram):
     """Of stacked weights, each with its Gram matrix."""
     return jax.vmap(partial(solve, rounding))(w, gram)

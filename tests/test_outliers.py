@@ -2,7 +2,7 @@
 
 import json
 import subprocess
-import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import refused
+from commands import run_here, run_in_process_of_its_own
 from conftest import wikitext
 from flax import nnx
 from hypothesis import given, settings
@@ -337,6 +338,7 @@ def test_activations_that_are_nan_are_refused_by_layer_and_input(model):
 # ---- the default model ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("text", ["wiki_utf8", "wiki.test.noblank.raw"])
 def test_the_first_token_is_the_sink_that_layer_11s_down_projection_makes(default_model, text):
     found = outliers(default_model, wikitext(text) if text.endswith("raw") else jquant.load_text(text), windows=2)
@@ -362,7 +364,7 @@ def workplace(tmp_path_factory) -> Path:
     return folder
 
 
-def command(workplace: Path, *overrides: str) -> subprocess.CompletedProcess:
+def command(workplace: Path, *overrides: str, run: Callable = run_here) -> subprocess.CompletedProcess:
     given = {
         "model": "local", "model.path": workplace / "model", "results": workplace / "results", "name": "tiny",
         "evaluation.data": workplace / "text.txt", "evaluation.windows": 3, "evaluation.context": 64, "group": 32,
@@ -370,9 +372,7 @@ def command(workplace: Path, *overrides: str) -> subprocess.CompletedProcess:
     }  # fmt: skip
     given |= dict(override.split("=", 1) for override in overrides)
     options = [f"{key}={value}" for key, value in given.items()]
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.outliers", *options], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+    return run("outliers", *options)
 
 
 def test_the_command_writes_rows_and_figures_and_reuses_them(workplace):
@@ -414,7 +414,9 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_ends_in_one_sentence_and_leaves_nothing(workplace, case):
     overrides, names = BAD[case]
-    done = command(workplace, "name=bad", *(override.format(workplace) for override in overrides))
+    # Run-time type checks would be the first to find this one.
+    run = run_in_process_of_its_own if case == "a group that is no number" else run_here
+    done = command(workplace, "name=bad", *(override.format(workplace) for override in overrides), run=run)
     assert done.returncode == 2, done.stderr
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1, done.stderr

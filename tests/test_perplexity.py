@@ -158,6 +158,7 @@ def test_golden_number_of_wikitexts_tokens(default_model, join, ids):
     assert len(default_model.tokenizer.encode(join_lines(text) if join else text)) == ids
 
 
+@pytest.mark.optimised
 @pytest.mark.slow  # the same model and windows as without blank lines, below
 @pytest.mark.parametrize(("join", "expected"), [(False, 23.940), (True, 24.191)])
 def test_golden_perplexity_of_wikitext(default_model, join, expected):
@@ -173,18 +174,21 @@ def noblank(model: LanguageModel, count: int) -> np.ndarray:
     return windows(ids, 1024, count)
 
 
+@pytest.mark.optimised
 def test_golden_perplexity_of_wikitext_without_blank_lines(default_model):
     nll = score(default_model.decoder, noblank(default_model, 32)).nll
     assert float(np.exp(nll.mean(dtype=np.float64))) == pytest.approx(24.009, abs=0.01)
     assert float(np.exp(nll[:16].mean(dtype=np.float64))) == pytest.approx(22.551, abs=0.01)
 
 
+@pytest.mark.optimised
 def test_golden_perplexity_of_rounding_to_nearest(default_model):
     method = jquant.Method(jquant.Int(4, 64, symmetric=True))
     rounded = jquant.quantize(default_model, method)
     assert score(rounded.decoder, noblank(default_model, 16)).perplexity == pytest.approx(32.189, abs=0.05)
 
 
+@pytest.mark.optimised
 @pytest.mark.slow
 def test_golden_perplexity_of_nf4(default_model):
     """Bitsandbytes 0.50.2, block 64, without double quantization: 30.43, under bfloat16 autocast there."""

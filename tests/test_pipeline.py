@@ -332,6 +332,7 @@ def evaluation(model: LanguageModel, count: int) -> np.ndarray:
     return windows(model.tokenizer.encode(wikitext("wiki.test.noblank.raw")), 1024, count)
 
 
+@pytest.mark.optimised
 def test_gptq_beats_rounding_to_nearest_on_the_default_model(default_model):
     tokens, values = evaluation(default_model, 2), {}
     options = {"symmetric": True, "calibration": jquant.load_text("c4_utf8"), "samples": 8}
@@ -352,6 +353,7 @@ FIGURES = [
 ]
 
 
+@pytest.mark.optimised
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "bits", "symmetric", "low", "high"), FIGURES)
 def test_figures_of_the_issue(default_model, name, bits, symmetric, low, high):

@@ -24,7 +24,7 @@ FORMATS = sorted(
 )
 
 
-@partial(jax.jit, static_argnames="format", compiler_options={"xla_backend_optimization_level": 0})
+@partial(jax.jit, static_argnames="format")
 def minmax(w, format: Format) -> QTensor:
     return quantize(w, *MinMax()(w, format), format)
 

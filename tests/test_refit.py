@@ -20,10 +20,8 @@ from jquant.qtensor import Grid, dequantize, stored_grid
 from jquant.ranges import MinMax
 from jquant.rounding import GPTQ, Nearest, Refit
 
-UNOPTIMISED = {"xla_backend_optimization_level": 0}
 
-
-@partial(jax.jit, static_argnames=("rounding", "format"), compiler_options=UNOPTIMISED)
+@partial(jax.jit, static_argnames=("rounding", "format"))
 def solve(rounding, w, gram, format, stretch=1.0):
     """A rounding on the min-max grid of the weights times `stretch`."""
     q, info = rounded(rounding, w, format, gram, grid=MinMax()(stretch * w, format))

@@ -2,7 +2,7 @@
 
 import json
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import checkpoints
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 from checkpoints import refused
+from commands import run_here, run_in_process_of_its_own
 from flax import nnx
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
@@ -189,11 +190,9 @@ def options(workplace: Path, **changes) -> dict:
     } | changes  # fmt: skip
 
 
-def command(workplace: Path, **changes) -> subprocess.CompletedProcess:
+def command(workplace: Path, run: Callable = run_here, **changes) -> subprocess.CompletedProcess:
     given = [f"{key}={value}" for key, value in options(workplace, **changes).items()]
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.sensitivity", *given], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+    return run("sensitivity", *given)
 
 
 def rows_of(folder: Path) -> list[dict]:
@@ -230,9 +229,12 @@ def test_the_command_writes_rows_tables_and_figure_and_reuses_the_rows(workplace
     assert (folder / "sensitivity.md").read_text().count("77777.00") == 2
 
 
-@pytest.mark.parametrize(("methods", "names"), [("[rtn,awq]", "awq"), ("[gptqq]", "gptqq")])
-def test_bad_input_ends_in_one_sentence_and_leaves_nothing(workplace, methods, names):
-    done = command(workplace, name="bad", methods=methods)
+@pytest.mark.parametrize(
+    ("methods", "names", "run"),
+    [("[rtn,awq]", "awq", run_here), ("[gptqq]", "gptqq", run_in_process_of_its_own)],
+)
+def test_bad_input_ends_in_one_sentence_and_leaves_nothing(workplace, methods, names, run):
+    done = command(workplace, run, name="bad", methods=methods)
     assert done.returncode == 2, done.stderr
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1, done.stderr

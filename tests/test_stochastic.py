@@ -21,10 +21,9 @@ from jquant.rounding.neighbours import neighbours
 
 FORMATS = sorted({row(3, 16, False).format for row in METHODS.values()}, key=repr)
 COPIES = 24
-UNOPTIMISED = {"xla_backend_optimization_level": 0}
 
 
-@partial(jax.jit, static_argnames=("format", "seed"), compiler_options=UNOPTIMISED)
+@partial(jax.jit, static_argnames=("format", "seed"))
 def round_between(w, format: Format, seed: int = 0, clip: float = 1.0):
     """Codes and values of a stochastic rounding, and of the neighbours; the grid spans `clip` of the weights' range."""
     scale, zero = MinMax()(clip * w, format)

@@ -1,12 +1,13 @@
 """Quantizing from disk to disk: the bytes of the loaded model's run, whatever happens to the process."""
 
 import json
+import os
 import random
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -17,6 +18,7 @@ import jax
 import numpy as np
 import pytest
 from checkpoints import refused
+from commands import run_here, run_in_process_of_its_own
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -116,6 +118,15 @@ def test_the_checkpoint_holds_what_quantizing_the_loaded_model_gives(model, fold
     assert np.array_equal(loaded.tokenizer.encode(text), model.tokenizer.encode(text))
     assert (loaded.config, loaded.stored_as) == (model.config, model.stored_as)
     assert isinstance(written, QuantizedFile)
+
+
+@pytest.mark.optimised
+@pytest.mark.parametrize("name", ["awq", "rotated"])
+def test_so_it_does_where_programs_are_optimised(model, folder, tmp_path, name):
+    """Sums may be in another order there; both ways must still run one program."""
+    written = quantize_to_folder(open_model(folder), tmp_path / "q", METHODS[name], TOKENS, Options(batch=4))
+    expected, _ = quantize_decoder(model.decoder, METHODS[name], TOKENS, Options(batch=4))
+    assert all(map(np.array_equal, states(written.load().decoder), states(expected)))
 
 
 def test_a_checkpoint_is_as_small_as_its_format_says(tmp_path):
@@ -564,74 +575,96 @@ def test_a_disk_that_fills_up_ends_in_one_sentence_and_keeps_finished_blocks(fol
     assert files(target) == files(tmp_path / "whole")
 
 
-def command(folder: Path, calibration: Path, output: Path, *more: str) -> list[str]:
+def arguments(folder: Path, calibration: Path, output: Path, *more: str) -> list[str]:
     settings = [f"model.path={folder}", f"output={output}", f"calibration.data={calibration}", *more]
-    shape = ["group=32", "calibration.samples=16", "calibration.context=32"]
-    return [sys.executable, "-m", "experiments.quantize", "model=local", "method=gptq", *shape, *settings]
+    return ["model=local", "method=gptq", "group=32", "calibration.samples=16", "calibration.context=32", *settings]
 
 
 WORKER = """
-import sys, time
+import sys
 from pathlib import Path
-import jax, numpy as np
+import numpy as np
 import jquant
-from jquant.io.hub import cache_dir
 from jquant.methods import method
-from jquant.parallel.mesh import MODEL, Devices
-from jquant.pipeline.to_disk import quantize_to_folder
-jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
-tokens = np.random.default_rng(0).integers(0, 320, (10, 24), np.int32)
-print("ready", flush=True)
-sys.stdin.readline()
-begin = time.monotonic()
-quantize_to_folder(jquant.open_model(sys.argv[1]), Path(sys.argv[2]), method("gptq", group=32), tokens)
-print(time.monotonic() - begin, flush=True)
+from jquant.pipeline.to_disk import quantize_stream
+tokens = np.load(sys.argv[3])
+for layer in quantize_stream(jquant.open_model(sys.argv[1]), Path(sys.argv[2]), method("gptq", group=32), tokens):
+    print(layer, flush=True)
+    sys.stdin.readline()
 """
 
 
-def test_a_process_killed_ten_times_at_random_moments_leaves_the_bytes_of_one_that_was_not(folder, tmp_path):
-    """From when it begins to work, so that few moments fall into its imports."""
+def test_a_killed_process_leaves_the_bytes_of_one_that_was_not(folder, tmp_path):
+    np.save(tmp_path / "tokens.npy", TOKENS)
+    arguments = [folder, tmp_path / "killed", tmp_path / "tokens.npy"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", WORKER, *arguments], cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    for layer in (0, 1):
+        assert process.stdout.readline() == f"{layer}\n"
+        if layer == 0:
+            process.stdin.write("\n")
+            process.stdin.flush()
+    process.kill()
+    process.communicate()
+    assert len(list((tmp_path / "killed" / "blocks").glob("0*"))) == 2
+    for target in ("killed", "not killed"):
+        quantize_to_folder(open_model(folder), tmp_path / target, method("gptq", group=32), TOKENS)
+    assert files(tmp_path / "killed") == files(tmp_path / "not killed")
 
-    def begun(target: Path) -> subprocess.Popen:
-        process = subprocess.Popen(
-            [sys.executable, "-c", WORKER, folder, target],
-            cwd=ROOT,
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        assert process.stdout.readline() == "ready\n"
-        process.stdin.write("\n")
-        process.stdin.flush()
-        return process
 
-    for target in ("cold", "whole"):  # the second finds its programs compiled
-        seconds = float(begun(tmp_path / target).communicate()[0])
-    rng, killed, found = np.random.default_rng(0), 0, []
-    for _ in range(10):
-        process = begun(tmp_path / "killed")
-        time.sleep(rng.uniform(0, 1.5) * seconds)
-        killed += process.poll() is None
-        process.kill()
-        process.communicate()
-        found.append(len(list((tmp_path / "killed").glob("blocks/0*"))))
-        if found[-1] == 4:
-            shutil.rmtree(tmp_path / "killed")  # it was too slow for this moment: another beginning
-    quantize = begun(tmp_path / "killed").communicate()
-    assert float(quantize[0]) > 0
-    assert killed >= 5, found
-    assert files(tmp_path / "killed") == files(tmp_path / "whole") == files(tmp_path / "cold")
+# What asks the operating system to change a folder, or to keep what was written; Orbax's own writes come in between.
+CHANGES = ("mkdir", "rename", "replace", "rmdir", "unlink", "fsync")
+
+
+def test_a_run_that_dies_at_any_change_of_its_folder_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
+    """The folder as it is before each change is what a process that dies there leaves."""
+    model = checkpoints.llama(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    source, target = open_model(checkpoints.save(tmp_path / "float", model)), tmp_path / "finished"
+    states: dict[tuple, dict[str, bytes]] = {}
+
+    def note(state: dict[str, bytes]) -> None:
+        states.setdefault(tuple(sorted(state.items())), state)
+
+    def noted(change: Callable) -> Callable:
+        def first_note(*args, **options):
+            with suppress(FileNotFoundError):  # Orbax renames files meanwhile
+                note(state := files(target))
+                beside = sorted(name for name in state if name.startswith(("blocks/.", "outside/.")))
+                note({name: state[name] for name in state if name not in beside[::2]})  # half of an unfinished item
+            return change(*args, **options)
+
+        return first_note
+
+    with monkeypatch.context() as patched:
+        for name in CHANGES:
+            patched.setattr(os, name, noted(getattr(os, name)))
+        quantize_to_folder(source, target, GPTQ3, TOKENS)
+    finished = files(target)
+    assert [sum(f"blocks/0000{layer}/item.json" in state for state in states.values()) > 0 for layer in (0, 1)] == [
+        True
+    ] * 2
+    assert len(states) > 20
+    for number, state in enumerate(states.values()):
+        left = tmp_path / str(number)
+        for name, content in state.items():
+            (left / name).parent.mkdir(parents=True, exist_ok=True)
+            (left / name).write_bytes(content)
+        quantize_to_folder(source, left, GPTQ3, TOKENS)
+        # What `write_bytes` had not renamed stays beside the file, under a hidden name.
+        written = {name: data for name, data in files(left).items() if name[0] != "."}
+        assert written.keys() == finished.keys(), sorted(state)
+        assert [name for name in finished if written[name] != finished[name]] == []
 
 
 def test_the_commands_quantize_and_evaluate_from_disk_and_bad_input_ends_in_one_sentence(folder, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(checkpoints.random_text(4000, seed=4))
-    done = subprocess.run(command(folder, text, tmp_path / "q", "method=rtn"), cwd=ROOT, capture_output=True, text=True)
+    done = run_in_process_of_its_own("quantize", *arguments(folder, text, tmp_path / "q", "method=rtn"))
     assert done.returncode == 0, done.stderr
-    evaluate = [sys.executable, "-m", "experiments.evaluate", "model=local", f"model.path={tmp_path / 'q'}"]
-    evaluate += [f"evaluation.data={text}", "evaluation.windows=3", "evaluation.context=32"]
-    evaluate += [f"results={tmp_path / 'results'}", f"reference={folder}"]
-    done = subprocess.run(evaluate, cwd=ROOT, capture_output=True, text=True)
+    evaluation = [f"evaluation.data={text}", "evaluation.windows=3", "evaluation.context=32"]
+    evaluation += [f"results={tmp_path / 'results'}", f"reference={folder}"]
+    done = run_in_process_of_its_own("evaluate", "model=local", f"model.path={tmp_path / 'q'}", *evaluation)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     loaded = load_model(tmp_path / "q")
@@ -645,9 +678,10 @@ def test_the_commands_quantize_and_evaluate_from_disk_and_bad_input_ends_in_one_
         (["method=gptq_tuned"], "target='model'"),
         ([f"model.path={tmp_path / 'q'}", f"output={tmp_path / 'r'}"], "quantized already"),
         (["method=rtn", "bits=3"], "holds another run"),
-        (["mesh.data=2"], "takes 2 devices; there are 1"),
+        (["mesh.data=9"], "takes 9 devices; there are 8"),
     ):
-        failed = subprocess.run(command(folder, text, tmp_path / "q", *more), cwd=ROOT, capture_output=True, text=True)
+        run = run_in_process_of_its_own if more == ["method=gptqq"] else run_here
+        failed = run("quantize", *arguments(folder, text, tmp_path / "q", *more))
         assert failed.returncode == 2, failed.stderr
         assert failed.stderr.startswith("error: ")
         assert part in failed.stderr

@@ -1,4 +1,4 @@
-"""The perplexity table as its users run it: real processes, a tiny checkpoint that transformers wrote, local text."""
+"""The perplexity table as its users run it, on a tiny checkpoint that transformers wrote, and local text."""
 
 import csv
 import io
@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ import jax
 import numpy as np
 import pytest
 from checkpoints import refused
+from commands import run_here, run_in_process_of_its_own
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -64,11 +66,11 @@ def workplace(tmp_path_factory) -> Path:
     return folder
 
 
-def table(workplace: Path, *overrides: str, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(command(workplace, *overrides), cwd=ROOT, capture_output=True, text=True, **options)
+def table(workplace: Path, *overrides: str, run: Callable = run_here, **options) -> subprocess.CompletedProcess:
+    return run("perplexity_table", *arguments(workplace, *overrides), **options)
 
 
-def command(workplace: Path, *overrides: str) -> list[str]:
+def arguments(workplace: Path, *overrides: str) -> list[str]:
     settings = {
         "model": "local",
         "model.path": workplace / "model",
@@ -85,8 +87,7 @@ def command(workplace: Path, *overrides: str) -> list[str]:
         "generation.prompt": "abc",
     }
     settings |= dict(override.split("=", 1) for override in overrides)
-    given = [f"{key}={value}" for key, value in settings.items()]
-    return [sys.executable, "-m", "experiments.perplexity_table", *given]
+    return [f"{key}={value}" for key, value in settings.items()]
 
 
 def rows_of(folder: Path) -> list[dict]:
@@ -94,7 +95,7 @@ def rows_of(folder: Path) -> list[dict]:
 
 
 def test_one_command_writes_the_table_the_rows_and_the_figure_and_a_second_reuses_them(workplace):
-    done = table(workplace, "name=whole", "baseline=rtn")
+    done = table(workplace, "name=whole", "baseline=rtn", run=run_in_process_of_its_own)
     assert done.returncode == 0, done.stderr
     folder = workplace / "results" / "whole"
     rows = rows_of(folder)
@@ -123,7 +124,9 @@ def test_one_command_writes_the_table_the_rows_and_the_figure_and_a_second_reuse
     assert (folder / "perplexity_bits.pdf").read_bytes().startswith(b"%PDF")
     assert str(folder) in done.stdout
 
-    again = table(workplace, "name=whole")  # what rows are compared with does not make them others
+    again = table(
+        workplace, "name=whole", run=run_in_process_of_its_own
+    )  # what rows are compared with does not make them others
     assert again.stdout.count("(kept)") == len(METHODS)
     assert rows_of(folder) == rows
 
@@ -189,9 +192,8 @@ def test_bad_input_ends_in_one_sentence_and_leaves_nothing(broken, case):
 def test_interrupting_keeps_finished_rows_and_the_next_run_goes_on(workplace):
     folder = workplace / "results" / "stopped"
     overrides = ("name=stopped", "methods=[fp32,rtn,gptq,awq]")
-    process = subprocess.Popen(
-        command(workplace, *overrides), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-m", "experiments.perplexity_table", *arguments(workplace, *overrides)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 300
     while not (folder / "table.jsonl").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -203,7 +205,7 @@ def test_interrupting_keeps_finished_rows_and_the_next_run_goes_on(workplace):
     assert 1 <= len(kept) < 4
     assert sorted(path.name for path in folder.iterdir()) == [tables.LOCK, "table.jsonl"]
 
-    done = table(workplace, *overrides)
+    done = table(workplace, *overrides, run=run_in_process_of_its_own)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("(kept)") == len(kept)
     assert rows_of(folder)[: len(kept)] == kept
@@ -246,7 +248,7 @@ def test_methods_on_float_inputs_share_a_pass_and_get_what_they_get_alone_and_te
 def test_the_experiment_runs_where_torch_cannot_be_imported(workplace, tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('torch is absent')")
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
-    done = table(workplace, "name=torchless", "methods=[fp32,rtn]", env=env)
+    done = table(workplace, "name=torchless", "methods=[fp32,rtn]", run=run_in_process_of_its_own, env=env)
     assert done.returncode == 0, done.stderr
 
 

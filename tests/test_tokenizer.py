@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import tokenizers
+from conftest import wikitext
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers, processors, trainers
@@ -18,8 +19,6 @@ from jquant.errors import InputError
 from jquant.io.tokenizer import Tokenizer, tokenizer_from_folder, tokenizer_from_gguf
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-WIKITEXT = Path(__file__).parents[2] / "shared/data/wikitext-2-raw"
 
 ODD_TEXTS = [
     "",
@@ -68,7 +67,6 @@ def rows_joined(text: str) -> str:
     return "\n\n".join(row if row.strip() else "" for row in text.splitlines(keepends=True))
 
 
-@pytest.mark.skipif(not WIKITEXT.exists(), reason="the WikiText-2 test split is not on this machine")
 @pytest.mark.parametrize(
     ("file", "join", "count"),
     [
@@ -78,8 +76,7 @@ def rows_joined(text: str) -> str:
     ],
 )
 def test_wikitext_is_tokenized_as_by_transformers(tokenizer, reference, file, join, count):
-    text = (WIKITEXT / file).read_bytes().decode()
-    text = rows_joined(text) if join else text
+    text = rows_joined(wikitext(file)) if join else wikitext(file)
     ids = tokenizer.encode(text)
     assert ids.dtype == np.int32
     assert ids.shape == (count,)
