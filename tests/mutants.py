@@ -1,10 +1,11 @@
 """How strong the tests are: one operator, number or condition of the core is changed, and a test should fail.
 
     python tests/mutants.py --count 175 --seed 0
-    python tests/mutants.py --count 175 --seed 0 --all
+    python tests/mutants.py --count 175 --seed 0 --lived all
 
 The first command runs the tests that are nearest to each changed file, until one fails. The second takes the mutants
-that lived and runs all other tests. Mutants come from cosmic-ray, the same number from each area of `TESTS`: places are
+that lived and runs all other tests. `--lived nearest` judges them anew, after tests were added.
+Mutants come from cosmic-ray, the same number from each area of `TESTS`: places are
 drawn by seed, and at each one of the changes that it allows. Left out are changes of annotations and protocols, which
 Python doesn't run, and arithmetic that becomes bitwise or the reverse, which fails at once. A mutant stands in a copy
 of the last commit. Results are appended to a file, and a mutant that has a row there is not judged again.
@@ -206,24 +207,25 @@ def earlier(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def run(options: argparse.Namespace, copy: Path) -> None:
-    """Judges the mutants of the sample that have no row yet; with `--all`, those that the nearest tests let live."""
+    """Judges the mutants of the sample that have no row yet, or with `--lived` those that lived."""
     commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=copy, text=True).strip()
     every = sorted(str(path.relative_to(copy)) for path in copy.glob("tests/test_*.py"))
+    stamp = {"seed": options.seed, "commit": commit, "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
     usual: dict[tuple[str, ...], float] = {}
     for mutant in sample(options.count, options.seed, options.areas):
         row = earlier(options.results).get((mutant.file, mutant.name))
-        if (row is not None) != options.all or (row and (row["killed_by"] or row["tests"] == "all")):
+        if row["killed_by"] or not options.lived if row else options.lived:
             continue
-        tests = [name for name in every if name not in nearest(mutant)] if options.all else nearest(mutant)
+        tests = nearest(mutant)
+        if options.lived == "all":
+            tests = [name for name in every if name not in tests]
         if tuple(tests) not in usual:
             failed, usual[tuple(tests)] = outcome(copy, tests, 7200)
             if failed:
                 raise SystemExit(f"{failed} fails without any change.")
-        row = judge(mutant, copy, tests, usual[tuple(tests)])
-        row |= {"tests": "all" if options.all else "nearest", "seed": options.seed, "commit": commit}
-        row |= {"machine": f"{platform.machine()}, {os.cpu_count()} cores"}
+        row = judge(mutant, copy, tests, usual[tuple(tests)]) | {"tests": options.lived or "nearest"} | stamp
         print(
-            f"{mutant.file}:{mutant.line} {row['seconds']} s: {row['killed_by'] or 'LIVES: ' + mutant.change}",
+            f"{mutant.file}:{mutant.line} {row['seconds']} s {row['killed_by'] or 'LIVES: ' + mutant.change}",
             flush=True,
         )
         with options.results.open("a") as file:
@@ -244,7 +246,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=175)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--areas", nargs="+", default=list(TESTS), choices=TESTS)
-    parser.add_argument("--all", action="store_true", help="run all other tests on the mutants that lived")
+    parser.add_argument("--lived", choices=["nearest", "all"], help="which tests the mutants that lived meet now")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     multiprocessing.set_forkserver_preload(PRELOADED)
