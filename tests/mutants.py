@@ -37,23 +37,24 @@ RESULTS = ROOT / "benchmarks/results/mutants.jsonl"
 # By area, and in it by the beginning of a file's name: the tests that are nearest, in the order in which they run.
 TESTS: dict[str, dict[str, str]] = {
     "formats": {
-        "formats/codebook": "codebooks products formats llama_cpp",
-        "formats/floating": "floats products",
-        "formats/": "formats codebooks llama_cpp floats products",
+        "formats/__init__": "llama_cpp formats",
+        "formats/codebook": "codebooks products",
+        "formats/floating": "floats",
+        "formats/": "formats codebooks products",
     },
-    "qtensor": {"qtensor": "products codebooks formats floats llama_cpp"},
-    "stats": {"stats": "stats smoothquant awq sharding numerics calibration"},
-    "kernels": {"kernels/": "products activations smoothquant floats"},
+    "qtensor": {"qtensor": "products codebooks formats"},
+    "stats": {"stats": "stats"},
+    "kernels": {"kernels/": "products activations"},
     "transforms": {
-        "transforms/hadamard": "hadamard rotation",
+        "transforms/hadamard": "hadamard",
         "transforms/permutation": "rotation",
         "transforms/awq": "awq",
         "transforms/smoothquant": "smoothquant",
     },
     "rounding": {
-        "rounding/gptq": "gptq numerics",
-        "rounding/refit": "refit stochastic numerics",
-        "rounding/": "stochastic refit gptq numerics refusals",
+        "rounding/gptq": "gptq",
+        "rounding/refit": "refit",
+        "rounding/": "stochastic gptq refit refusals",
     },
     "ranges": {"ranges/llama_cpp": "llama_cpp", "ranges/loss": "loss", "ranges/": "ranges"},
 }
@@ -185,7 +186,7 @@ def outcome(copy: Path, tests: list[str], limit_s: float) -> tuple[str, float]:
 
 def nearest(mutant: Mutant) -> list[str]:
     names = next(tests for start, tests in TESTS[mutant.area].items() if mutant.file.startswith(f"jquant/{start}"))
-    return [f"tests/test_{name}.py" for name in names.split()]
+    return [f"tests/test_{name}.py" for name in (*names.split(), "structure")]
 
 
 def judge(mutant: Mutant, copy: Path, tests: list[str], usual_s: float) -> dict[str, Any]:
