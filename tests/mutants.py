@@ -38,7 +38,7 @@ RESULTS = ROOT / "benchmarks/results/mutants.jsonl"
 TESTS: dict[str, dict[str, str]] = {
     "formats": {
         "formats/__init__": "llama_cpp formats",
-        "formats/codebook": "codebooks products",
+        "formats/codebook": "codebooks llama_cpp",
         "formats/floating": "floats",
         "formats/": "formats codebooks products",
     },
