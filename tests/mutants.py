@@ -60,7 +60,8 @@ TESTS: dict[str, dict[str, str]] = {
 }
 BITWISE = {"RShift", "LShift", "BitOr", "BitAnd", "BitXor"}
 # Imported once; every mutant's process is a fork.
-PRELOADED = ["jax.numpy", "flax.nnx", "transformers", "optax", "orbax.checkpoint", "torch", "pytest", "hypothesis"]
+PRELOADED = ["jax.numpy", "flax.nnx", "transformers", "optax", "orbax.checkpoint", "torch", "bitsandbytes", "gguf"]
+PRELOADED += ["pytest", "hypothesis", "beartype.claw", "jaxtyping", "hydra", "scipy.stats", "scipy.linalg"]
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def run_tests(copy: str, tests: list[str], log: str) -> None:
             os.dup2(file.fileno(), stream)
     import pytest
 
-    os._exit(int(pytest.main(["-x", "-q", "-n0", "--tb=line", "-p", "no:cacheprovider", *tests])))
+    os._exit(int(pytest.main(["-x", "-q", "-n0", "--tb=line", "--ff", *tests])))
 
 
 def outcome(copy: Path, tests: list[str], limit_s: float) -> tuple[str, float]:

@@ -15,9 +15,21 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from jquant.errors import InputError
-from jquant.formats import NF4, NF4_LEVELS, Codebook, Int, block_shape, expand, grouped, pack, real_members, unpack
+from jquant.formats import (
+    NF4,
+    NF4_LEVELS,
+    Codebook,
+    Int,
+    block_shape,
+    double_quantized,
+    expand,
+    grouped,
+    pack,
+    real_members,
+    unpack,
+)
 from jquant.kernels.matmul import matmul
-from jquant.qtensor import QTensor, bits_per_weight, dequantize, from_codes, quantize
+from jquant.qtensor import QTensor, bits_per_weight, dequantize, from_codes, quantize, stored_grid
 from jquant.ranges import MinMax
 
 SHAPES = {64: 576, 16: 40, "channel": 40, "tensor": 40}  # group -> rows; 40 = 2.5 × 16 ends in a short group
@@ -358,6 +370,16 @@ def test_stacked_weights_dequantize_like_their_layers(format):
     np.testing.assert_array_equal(dequantize(stacked), np.stack([dequantize(q) for q in layers]))
     again = on_grid(jnp.asarray(w), stacked.scale, _integer_zero(layers), format)
     np.testing.assert_array_equal(again.codes, stacked.codes)
+
+
+@pytest.mark.parametrize("format", [Int(3, 8), NF4(8, double_quantized())], ids=str)
+def test_stacked_weights_wider_than_high_dequantize_like_their_layers(format):
+    """Integer zeros and centred scales are kept along the columns, whose number is not that of the rows."""
+    layers = [minmax(jnp.asarray(layer), format) for layer in normal(3, 8, 20)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    np.testing.assert_array_equal(dequantize(stacked), np.stack([dequantize(q) for q in layers]))
+    for q in (stacked, layers[0]):
+        assert {grid.shape[-2:] for grid in stored_grid(q) if grid is not None} == {(1, 20)}
 
 
 def _integer_zero(layers: list[QTensor]):
