@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: table test docs setup lint slow fuzz clean
+.PHONY: table test docs setup lint slow fuzz mutants clean
 
 table: setup
 	$(BIN)/python -m experiments.perplexity_table $(ARGS)
@@ -19,6 +19,10 @@ slow: .venv/test
 # Damaged files of every kind: what becomes of them, as a table.
 fuzz: .venv/test
 	$(BIN)/python tests/fuzz.py --cases 4000 $(ARGS)
+
+# How strong the tests are: changes of the core, and whether a test fails (docs/mutants.md).
+mutants: .venv/test .venv/mutants
+	$(BIN)/python tests/mutants.py $(ARGS)
 
 # Writes the tables of README.md and docs/ from result files.
 docs: setup

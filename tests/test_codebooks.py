@@ -1,5 +1,6 @@
 """Codebooks against bitsandbytes on the CPU: FP4, NF4, double quantization; NormalFloat tables against scipy."""
 
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -311,3 +312,12 @@ def test_weights_below_the_lowest_midpoint_and_above_the_highest_take_the_outer_
     outside = np.abs(np.asarray(w)) > np.repeat(np.asarray(scale, F32), 64, 0) / 2
     assert outside.any()
     np.testing.assert_array_equal(codes_of(q)[outside], np.where(np.asarray(w) > 0, 15, 0)[outside])
+
+
+@pytest.mark.parametrize("levels", [3, 8, 9, 16, 17])
+def test_tables_of_up_to_four_bits_are_searched_and_read_without_a_loop_or_a_gather(levels):
+    """Both take one element at a time. Larger tables would need more comparisons than these take."""
+    format, scale = Codebook(tuple(map(float, range(levels)))), jnp.ones(1)
+    for function, dtype in ((format.encode, jnp.float32), (format.decode, jnp.uint8)):
+        program = jax.jit(lambda values, f=function: f(values, scale, None)).lower(jnp.zeros(8, dtype)).as_text()
+        assert bool({"gather", "while"} & set(re.findall(r"\w+", program))) == (levels > 16)

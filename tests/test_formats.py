@@ -15,8 +15,20 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from jquant.errors import InputError
-from jquant.formats import NF4, NF4_LEVELS, Codebook, Int, block_shape, expand, pack, unpack
-from jquant.qtensor import QTensor, bits_per_weight, dequantize, from_codes, quantize
+from jquant.formats import (
+    NF4,
+    NF4_LEVELS,
+    Codebook,
+    Int,
+    block_shape,
+    double_quantized,
+    expand,
+    grouped,
+    pack,
+    real_members,
+    unpack,
+)
+from jquant.qtensor import QTensor, bits_per_weight, dequantize, from_codes, quantize, stored_grid
 from jquant.ranges import MinMax
 
 SHAPES = {64: 576, 16: 40, "channel": 40, "tensor": 40}  # group -> rows; 40 = 2.5 × 16 ends in a short group
@@ -359,6 +371,16 @@ def test_stacked_weights_dequantize_like_their_layers(format):
     np.testing.assert_array_equal(again.codes, stacked.codes)
 
 
+@pytest.mark.parametrize("format", [Int(3, 8), NF4(8, double_quantized())], ids=str)
+def test_stacked_weights_wider_than_high_dequantize_like_their_layers(format):
+    """Integer zeros and centred scales are kept along the columns, whose number is not that of the rows."""
+    layers = [minmax(jnp.asarray(layer), format) for layer in normal(3, 8, 20)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    np.testing.assert_array_equal(dequantize(stacked), np.stack([dequantize(q) for q in layers]))
+    for q in (stacked, layers[0]):
+        assert {grid.shape[-2:] for grid in stored_grid(q) if grid is not None} == {(1, 20)}
+
+
 def _integer_zero(layers: list[QTensor]):
     if layers[0].zero is None:
         return None
@@ -378,6 +400,20 @@ def test_from_codes_keeps_every_code_scale_and_zero():
 def test_expand_gives_each_row_its_group():
     values = np.arange(6, dtype=np.float32).reshape(3, 2)
     np.testing.assert_array_equal(expand(jnp.asarray(values), (4, 1), (10, 2)), values[np.arange(10) // 4])
+
+
+@pytest.mark.parametrize("block", [(4, 1), (1, 1), (1, 3), (2, 3), (4, 5), (10, 5)])
+def test_grouped_gathers_each_block_row_by_row_and_real_members_are_those_of_the_weight(block):
+    w, (rows, columns) = normal(2, 10, 5), block
+    members, real = np.asarray(grouped(jnp.asarray(w), block)), real_members(w.shape, block)
+    assert members.shape == (2, -(-10 // rows), rows * columns, -(-5 // columns))
+    real = np.broadcast_to(real, members.shape[1:])
+    for group, column in np.ndindex(members.shape[1], members.shape[3]):
+        at = np.s_[group * rows : (group + 1) * rows, column * columns : (column + 1) * columns]
+        filling = ((0, rows - len(w[0][at])), (0, columns - w[0][at].shape[1]))
+        for layer in range(2):
+            np.testing.assert_array_equal(members[layer, group, :, column], np.pad(w[layer][at], filling).ravel())
+        np.testing.assert_array_equal(real[group, :, column], np.pad(np.ones(w[0][at].shape), filling).ravel())
 
 
 # --------------------------------------------------------------------------------------------------- bad input

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jquant.stats import AbsMax, AbsMean, Gram
+from jquant.errors import InputError
+from jquant.stats import AbsMax, AbsMean, Cross, Gram, check_gram
 
 TOKENS, FEATURES = 12, 5
 KINDS = [Gram, AbsMean]
@@ -165,3 +166,57 @@ def test_scaled_statistics_are_those_of_scaled_inputs(kind):
     x, factor = inputs(TOKENS, FEATURES), np.array([2, -0.5, 1, 3, 0.1], np.float32)
     got = kind.init(FEATURES).observe(jnp.asarray(x)).scaled(jnp.asarray(factor))
     assert_same(got, kind.init(FEATURES).observe(jnp.asarray(x * factor)), rtol=1e-6)
+
+
+def lagging(tokens: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Inputs as seen, as the float model has them, and weights, all of which float32 adds exactly."""
+    rng = np.random.default_rng(seed)
+    x, exact = rng.integers(-8, 9, (2, tokens, FEATURES)).astype(np.float32)
+    return x, exact, rng.integers(0, 5, tokens).astype(np.float32)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("cut", [None, 5])
+def test_a_cross_moment_is_its_definition_over_any_leading_axes_and_pieces(weighted, cut):
+    x, exact, weight = lagging(TOKENS)
+    parts = []
+    for piece in (slice(None, cut), slice(cut, None)) if cut else (slice(None),):
+        arrays = [jnp.asarray(a[piece])[None] for a in (x, exact, weight)]
+        parts.append(Cross.init(FEATURES).observe(*arrays[:2], arrays[2] if weighted else None))
+    got, used = Cross.init(FEATURES), weight if weighted else np.ones(TOKENS)
+    for part in parts:
+        got = got.merge(part)
+    total = (x * used[:, None]).T.astype(np.float64) @ (exact - x)
+    np.testing.assert_array_equal(got.total, total)
+    assert got.weight == used.sum()
+    np.testing.assert_allclose(got.mean, total / used.sum(), rtol=1e-6)
+    factor = np.array([2, -0.5, 1, 4, 0.25], np.float32)
+    np.testing.assert_array_equal(got.scaled(jnp.asarray(factor)).total, total * np.outer(factor, factor))
+
+
+def test_the_cross_moment_of_nothing_is_zero_and_of_bfloat16_float32():
+    assert (np.asarray(Cross.init(FEATURES).mean) == 0).all()
+    x, exact, weight = (jnp.asarray(a, jnp.bfloat16) for a in lagging(TOKENS))
+    got = Cross.init(FEATURES).observe(x, exact, weight)
+    assert {leaf.dtype for leaf in jax.tree.leaves(got)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("kind", [*KINDS, Cross])
+def test_the_mean_is_over_weights_that_sum_to_less_than_one_too(kind):
+    x, exact, weight = (jnp.asarray(a) for a in lagging(TOKENS))
+    arrays = (x, exact) if kind is Cross else (x,)
+    few, many = (kind.init(FEATURES).observe(*arrays, scale * weight) for scale in (2.0**-20, 1))
+    np.testing.assert_allclose(few.mean, many.mean, rtol=1e-6)
+
+
+def test_a_gram_matrix_that_is_a_mean_already_stays_it():
+    total = jnp.asarray(inputs(FEATURES, FEATURES))
+    np.testing.assert_array_equal(Gram(total, None).mean, total)
+
+
+@pytest.mark.parametrize("shape", [(3, 3), (4, 3), (3, 4), (1, 4, 4), (4,)])
+def test_a_gram_matrix_of_another_weight_is_refused(shape):
+    with pytest.raises(InputError, match=re.escape(f"shape {shape} does not belong to a weight of shape (4, 3)")):
+        check_gram(jnp.zeros(shape), jnp.zeros((4, 3)))
+    check_gram(jnp.zeros((4, 4)), jnp.zeros((4, 3)))
+    check_gram(None, jnp.zeros((4, 3)))

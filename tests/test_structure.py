@@ -67,3 +67,12 @@ def test_few_functions_take_more_than_six_parameters():
                 if len([a for a in arguments if a.arg not in ("self", "cls")]) > 6:
                     wide.append(f"{module}.{node.name}")
     assert len(wide) <= 5, wide
+
+
+def test_all_that_the_core_keeps_is_frozen():
+    """Specifications are hashed, and arrays that share a pytree would change together."""
+    for module, tree in trees("jquant").items():
+        for node in ast.walk(tree) if room(module) in CORE else ():
+            for decorator in node.decorator_list if isinstance(node, ast.ClassDef) else ():
+                if ast.unparse(decorator).startswith("dataclass"):
+                    assert ast.unparse(decorator) == "dataclass(frozen=True)", f"{module}.{node.name}"
