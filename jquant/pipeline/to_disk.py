@@ -258,6 +258,9 @@ def _begin(
 ) -> None:
     """Writes what is missing beside the blocks, the manifest first."""
     beside = files_beside(source.tokenizer, None if tokens is None else run_hashes(tokens))
+    for name in (MANIFEST, *beside):
+        for unfinished in folder.glob(f".{name}.*"):  # of a process that died while it wrote
+            unfinished.unlink()
     if not (folder / MANIFEST).exists():
         write_sealed(folder / MANIFEST, new_manifest(source, beside, run))
     manifest = read_manifest(folder)
