@@ -14,7 +14,7 @@ import torch
 from jquant.activations import PER_TOKEN_INT8, Activation, input_codes, outlier_features, quantize_inputs
 from jquant.errors import InputError
 from jquant.formats import FP8_E4M3, Int, block_shape, unpack
-from jquant.qtensor import QTensor, quantize
+from jquant.qtensor import QTensor, dequantize, quantize
 from jquant.ranges import MinMax
 
 F32 = np.float32
@@ -248,6 +248,19 @@ def test_the_product_has_the_dtype_of_its_input(dtype):
     x = jnp.asarray(inputs(4, 64, True), dtype)
     got = multiply(x, quantized(halves(64, 16), Activation(outliers=6.0)))
     assert got.dtype == x.dtype
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kept_in"), [("float32", "float16"), ("float16", "float16"), ("bfloat16", "bfloat16")]
+)
+def test_outliers_are_kept_in_16_bits_of_the_inputs_own_kind(dtype, kept_in):
+    """float16 would make infinities of bfloat16's largest."""
+    q = quantized(halves(64, 16), Activation(outliers=6.0))
+    loud = jnp.asarray(1e5 if dtype == "bfloat16" else 7.003, dtype)
+    got = multiply(jnp.zeros((2, 64), dtype).at[0, 3].set(loud), q)
+    wanted = np.asarray(loud.astype(kept_in), F32) * np.asarray(dequantize(q))[3]
+    assert abs(float(loud) - float(loud.astype(kept_in))) > 1e-4 or dtype != "float32"
+    np.testing.assert_allclose(np.asarray(got[0], F32), wanted, rtol=1e-5 if dtype == "float32" else 0.01)
 
 
 # --------------------------------------------------------------------------------------------------- bad input

@@ -1,6 +1,8 @@
 """Packing, integer grids, codebooks and QTensor against the float64 oracle, bitsandbytes and their own formulas."""
 
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import bitsandbytes.functional as bnb
 import jax
@@ -14,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from jquant.activations import Activation
 from jquant.errors import InputError
 from jquant.formats import (
     NF4,
@@ -28,7 +31,7 @@ from jquant.formats import (
     real_members,
     unpack,
 )
-from jquant.qtensor import QTensor, bits_per_weight, dequantize, from_codes, quantize, stored_grid
+from jquant.qtensor import Grid, QTensor, bits_per_weight, dequantize, from_codes, quantize, stored_grid
 from jquant.ranges import MinMax
 
 SHAPES = {64: 576, 16: 40, "channel": 40, "tensor": 40}  # group -> rows; 40 = 2.5 × 16 ends in a short group
@@ -414,6 +417,29 @@ def test_grouped_gathers_each_block_row_by_row_and_real_members_are_those_of_the
         for layer in range(2):
             np.testing.assert_array_equal(members[layer, group, :, column], np.pad(w[layer][at], filling).ravel())
         np.testing.assert_array_equal(real[group, :, column], np.pad(np.ones(w[0][at].shape), filling).ravel())
+
+
+@pytest.mark.parametrize("format", [Int(4, 16), NF4(16, double_quantized())], ids=str)
+def test_a_grid_goes_through_jit_whose_programs_know_its_format(format):
+    w = jnp.asarray(normal(40, 5))
+    q = minmax(w, format)
+    grid = jax.jit(lambda w: Grid.of(*MinMax()(w, format), format, w.shape))(w)
+    assert grid.format == format
+    np.testing.assert_array_equal(jax.jit(lambda grid: grid.pack(grid.encode(w)).codes)(grid), q.codes)
+    np.testing.assert_array_equal(
+        jax.jit(lambda grid: grid.decode(unpack(q.codes, format.bits, 40)))(grid), dequantize(q)
+    )
+
+
+def test_a_qtensor_says_its_shape_format_bits_and_size():
+    q = minmax(jnp.asarray(normal(64, 96)), Int(4, 32))
+    text = "QTensor(64 × 96, Int(bits=4, group=32), 4.625 bits/weight, 0.00355 MB)"
+    assert repr(q) == repr(jax.eval_shape(lambda: q)) == text
+    turned = replace(q, activation=Activation())
+    assert repr(turned).startswith("QTensor(64 × 96, Int(bits=4, group=32), inputs Activation(")
+    assert repr(turned).endswith("), 4.625 bits/weight, 0.00355 MB)")
+    for other in (None, "a sharding", SimpleNamespace(dtype="float32"), SimpleNamespace(shape=(3,))):
+        assert repr(jax.tree.map(lambda _: other, q)) == f"QTensor({type(other).__name__}, Int(bits=4, group=32))"  # noqa: B023
 
 
 # --------------------------------------------------------------------------------------------------- bad input

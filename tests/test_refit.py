@@ -101,6 +101,12 @@ def test_many_passes_reach_the_joint_optimum_of_all_groups(format):
     assert abs(left[1]) < 1e-3 * gap
 
 
+def test_by_default_groups_are_fitted_a_second_time_after_their_neighbours_moved():
+    w, gram, _ = problem((40, 16))
+    errors = [solved(refit, w, gram, Int(2, 8)).errors.sum() for refit in (Refit(Nearest(), 1), Refit(Nearest()))]
+    assert errors[1] < 0.99 * errors[0]
+
+
 @dataclass(frozen=True)
 class FarOff:
     """Nearest codes under scales four times too large."""
