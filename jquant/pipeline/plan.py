@@ -38,7 +38,7 @@ class Plan:
 
     @cached_property
     def needs(self) -> frozenset[str]:
-        """What calibration must bring (`Method.needs`)."""
+        """What calibration must provide (`Method.needs`)."""
         return needs_of(self.methods)
 
     @cached_property
