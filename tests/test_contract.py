@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from problems import problem, rounded, shape_for
 
 from jquant.errors import InputError
-from jquant.formats import Format, block_shape
+from jquant.formats import Codebook, Format, block_shape
 from jquant.methods import METHODS, Method, completed, method
 from jquant.parts import given
 from jquant.qtensor import Grid, QTensor, dequantize
@@ -87,8 +87,8 @@ def solved(name: str) -> tuple[QTensor, SolveInfo, jax.Array]:
 def assert_same(a, b) -> None:
     """The same codes and zeros, also those of quantized scales; floats to the last place of their dtype.
 
-    Double quantization subtracts the mean of a tensor's scales from them. That sum's order differs between programs, and
-    the error of n float32 numbers' sum is up to n · 2⁻²⁴.
+    Double quantization subtracts the mean of a tensor's scales from them. Programs add in different orders, and a sum
+    of n float32 numbers errs by up to n · 2⁻²⁴.
     """
     assert jax.tree.structure(a) == jax.tree.structure(b)
     inner = b.format.scale if isinstance(b, QTensor) else None
