@@ -88,14 +88,15 @@ def label(row: Row) -> str:
         return "stored" if name == FLOAT else name
     if name == FLOAT:
         return {"float32": "FP32", "bfloat16": "BF16", "float16": "FP16"}.get(row["protocol"]["dtype"], "float")
+    if "." in name:  # a user's own, by its import path; nothing is imported for what a file of results says
+        return name
     bits = row["config"].get("bits")
-    heading = name if "." in name else name.upper()  # a user's own keeps its import path
-    return f"{heading}-{bits}" if bits is not None and takes_bits(name) else heading
+    return f"{name.upper()}-{bits}" if bits is not None and takes_bits(name) else name.upper()
 
 
 def chosen(row: Row) -> dict[str, Any]:
     """Of bits, group and symmetric, what the row's method took from the settings, or its name's width."""
-    if row.get("stored"):  # a folder's name, whatever it is
+    if row.get("stored") or "." in row["method"]:  # a folder's name, or a user's own method
         return {}
     name, config = row["method"], row["config"]
     stem, _, width = name.rpartition("-")
