@@ -9,7 +9,9 @@ import oracle
 import pytest
 
 from jquant.formats import NF4, Int
+from jquant.qtensor import dequantize, quantize
 from jquant.ranges import MinMax, Search
+from jquant.rounding.info import output_energy
 from jquant.transforms import AWQ
 
 ROWS = 32
@@ -118,6 +120,8 @@ def test_dead_channels_leave_every_scale_finite_and_positive(format, dead):
     assert np.isfinite(s).all()
     assert (s > 0).all()
     assert s.max() * s.min() == pytest.approx(1, rel=1e-4)
+    np.testing.assert_array_equal(s, search(ws, grams, np.maximum(abs_mean, 1e-5), format))
+    assert len(dead) == ROWS or s.max() > 1.1  # the others are scaled all the same
     if format is FORMAT:
         quantize = rounder(format)
         assert total(ws, grams, s, quantize) <= total(ws, grams, np.ones(ROWS), quantize) * (1 + 1e-4)
@@ -137,3 +141,24 @@ def test_the_range_of_the_search_can_be_any():
         alphas = np.log(s[1:] / s[:-1]) / np.log(abs_mean[1:].astype(np.float64) / abs_mean[:-1])
         np.testing.assert_allclose(alphas, alphas[0], atol=1e-2)
         assert round(alphas[0] * 10, 1) == pytest.approx(round(alphas[0] * 10), abs=0.11)
+
+
+@partial(jax.jit, static_argnames="range")
+def clipped_error(w, gram, s, range):
+    """The error of nearest rounding on a range that sees the inputs as they are after scaling."""
+    scaled = w * s[:, None]
+    grid = range(scaled, FORMAT, gram=gram / jnp.outer(s, s))
+    return output_energy(dequantize(quantize(scaled, *grid, FORMAT)) / s[:, None] - w, gram)
+
+
+def test_a_range_sees_the_gram_matrix_of_the_scaled_inputs():
+    """The search chooses what trying every α by hand chooses."""
+    range, alphas = Search("gram", 5), np.arange(10) / 10
+    for seed in (3, 4, 5, 6):
+        (w,), (gram,), abs_mean = problem(seed)
+        scales = [oracle_scale(abs_mean, alpha).astype(np.float32) for alpha in alphas]
+        errors = [float(clipped_error(w, gram, s, range)) for s in scales]
+        assert sorted(errors)[1] > 1.0005 * min(errors)
+        np.testing.assert_allclose(
+            search([w], [gram], abs_mean, awq=AWQ(10, range)), scales[np.argmin(errors)], rtol=1e-4
+        )

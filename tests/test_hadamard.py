@@ -10,7 +10,7 @@ import pytest
 import scipy.linalg
 from checkpoints import refused
 
-from jquant.transforms import Rotation
+from jquant.transforms import Hadamard, Rotation
 from jquant.transforms.hadamard import apply, apply_transpose, matrix
 
 # Powers of two; Paley II 12, 20, 28, 36, 100 (a field of 49 elements); Paley I 24, 44, 344 (a field of 343); multiples.
@@ -85,6 +85,10 @@ def test_random_orthogonal_matrices_have_no_preferred_direction():
     diagonals = np.array([np.diag(exact(Rotation(8, seed, "orthogonal"))) for seed in range(60)])
     assert abs(diagonals.mean()) < 4 * diagonals.std() / diagonals.size**0.5
     assert diagonals.var() == pytest.approx(1 / 8, rel=0.25)
+
+
+def test_by_default_all_parts_of_a_decoder_are_rotated():
+    assert Hadamard() == Hadamard(residual=True, heads=True, mlp=True, seed=0)
 
 
 # ---- applying it ----------------------------------------------------------------------------------------------------

@@ -107,6 +107,14 @@ def test_by_default_groups_are_fitted_a_second_time_after_their_neighbours_moved
     assert errors[1] < 0.99 * errors[0]
 
 
+@pytest.mark.parametrize("format", [Int(3, 8), Int(4, 8, zero="float")], ids=str)
+def test_the_unit_of_the_inputs_changes_nothing(format):
+    w, gram, _ = problem((40, 16))
+    plain, *others = (solved(Refit(Nearest()), w, unit * gram, format) for unit in (1.0, 2.0**-24, 2.0**24))
+    for other in others:
+        np.testing.assert_array_equal(other.values, plain.values)
+
+
 @dataclass(frozen=True)
 class FarOff:
     """Nearest codes under scales four times too large."""
