@@ -25,7 +25,7 @@ class Report(dict[tuple[int, str], SolveInfo]):
         worst = max(shares, key=shares.__getitem__)
         return (
             f"{head}: they lose {np.mean(list(shares.values())):.3g} of their outputs' energy on average, {worst} "
-            f"{shares[worst]:.3g}; {len(self.fallbacks)} rounded plainly, for want of a finite solution"
+            f"{shares[worst]:.3g}; {len(self.fallbacks)} rounded to nearest, because no solution was finite"
         )
 
 

@@ -2,8 +2,8 @@
 
 For a scale s per input channel, W is replaced by diag(s) W and the layer's input by x / s. The producer of x (a norm's
 gain, a projection's output channels) absorbs 1 / s exactly. The scale is s = mean|x|^α, Eq. 5, with the α in [0, 1)
-that changes the outputs least, Eq. 4. The paper computes that error on stored samples. Here it is exact over all
-calibration tokens, from their Gram matrix: trace(Δᵀ H Δ) for Δ = diag(1/s) Q(diag(s) W) − W.
+that changes the outputs least, Eq. 4. The paper computes that error on stored samples. Here it is exact
+over all calibration tokens, from their Gram matrix: trace(Δᵀ H Δ) for Δ = diag(1/s) Q(diag(s) W) − W.
 """
 
 from collections.abc import Sequence
