@@ -157,7 +157,8 @@ def caption(row: Row) -> str:
         f"{measured['weights_stored_as']}, computed in {measured['dtype']}) on {measured['data']}: "
         f"{measured['windows']} windows of {measured['context']} tokens, {'with' if measured['bos'] else 'no'} BOS. "
         f"Sink: the first token of a window and its unbroken repeats; energy: Σ x², the Gram matrix's trace. "
-        f"Outlier features: |x| ≥ {config['threshold']:g} in 6 % of the tokens or more. Massive: |x| > 100 and > 1,000 × median. Waste: the share of a symmetric "
+        f"Outlier features: |x| ≥ {config['threshold']:g} in 6 % of the tokens or more. "
+        f"Massive: |x| > 100 and > 1,000 × median. Waste: the share of a symmetric "
         f"{config['bits']}-bit grid's levels that only the largest of {config['group']} neighbours reaches, "
         f"in activations (x) and in the weights that read them (w), mean over the layers. {row['device']}."
     )
