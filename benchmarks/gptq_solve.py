@@ -1,19 +1,19 @@
-"""GPTQ's solve: compile time and run time against the number of columns, and both beside qwix's.
+"""GPTQ's solve: compile time and run time by the number of columns, and compared with qwix.
 
     pip install --constraint constraints.txt --editable '.[bench]'     # qwix; without it, jquant's rows alone
     OPENBLAS_NUM_THREADS=1 python -m benchmarks.gptq_solve
 
-One OpenBLAS thread, because on a CPU the Cholesky factor comes from SciPy's OpenBLAS, whose threads wait for each other
-by spinning: on cores that others use too, two of them took 1.17 s for a factor of 1,024 columns and one 0.014 s.
+One OpenBLAS thread: on a CPU the Cholesky factor comes from SciPy's OpenBLAS, whose threads spin while they wait for
+each other. On cores with other work, a factor of 1,024 columns took 1.17 s with two threads and 0.014 s with one.
 
 Sizes: one square weight, Int4 g64 asymmetric, min-max grid, act-order. The rate counts n²·out + n³/3 operations, those
-of the triangle's lazy updates and of the Cholesky factor, and is set beside the machine's own float32 matrix product.
+of the triangle's lazy updates and of the Cholesky factor. It is compared with the machine's float32 matrix product.
 
 qwix: one weight and one Gram matrix, damping 0.01, symmetric Int4 g64 with scales absmax / 7.5 (its core raises on
-asymmetric ones). It rounds rows first to last and takes each scale when it reaches the group. So jquant runs twice:
-with the scales that qwix came to and in its order, where both solve the same problem; and as it is, with the scales of
-the given weight and act-order. "cold" is a call with nothing compiled: trace, compile and solve. qwix runs under jit,
-and operation by operation, as its `quantize_params` calls it. The error is trace((W − Ŵ)ᵀ H (W − Ŵ)) in float64 NumPy.
+asymmetric ones). It rounds rows first to last and computes each scale when it reaches the group. So jquant runs twice:
+with qwix's scales and order, so that both solve the same problem; and with the scales of the given weight and
+act-order. "cold" is a call with nothing compiled: trace, compile and solve. qwix runs under jit, and operation by
+operation, as its `quantize_params` calls it. The error is trace((W − Ŵ)ᵀ H (W − Ŵ)) in float64 NumPy.
 """
 
 import importlib
@@ -41,11 +41,11 @@ from jquant.qtensor import Grid, QTensor, dequantize, from_codes
 COLUMNS, PRODUCT = (512, 1024, 4096), 4096
 FORMAT, RANGE, ROUNDING = Int(4, 64), MinMax(), GPTQ()
 COMPARED = 1024
-SYMMETRIC = Int(4, 64, symmetric=True, scale="float32")  # qwix keeps its scales in float32
+SYMMETRIC = Int(4, 64, symmetric=True, scale="float32")  # qwix's scales are float32
 
 
 def main() -> None:
-    """Times every size, then both cores, and prints the tables and the JSON line."""
+    """Times every size, then qwix's and jquant's cores, and prints the tables and the JSON line."""
     jax.config.update("jax_enable_compilation_cache", False)
     peak = product_rate(PRODUCT)
     rows = [measure(n) | {"columns": n} for n in COLUMNS]
@@ -116,11 +116,11 @@ def compare(n: int) -> dict[str, Any]:
         return jquant(w, gram, jnp.max(jnp.abs(w.reshape(-1, SYMMETRIC.group, n)), 1) / 7.5, "activation")
 
     q, jitted = trial(jax.jit(qwix), w, gram, repeats=1)
-    same = jax.jit(lambda w, gram, scale: jquant(w, gram, scale, "rows"))
+    on_its_grid = jax.jit(lambda w, gram, scale: jquant(w, gram, scale, "rows"))
     rows = {
         "qwix, jit": jitted,
         "qwix, op by op": trial(qwix, w, gram, repeats=1)[1],
-        "jquant, qwix's grid": trial(same, w, gram, q.scale, repeats=5)[1],
+        "jquant, qwix's grid": trial(on_its_grid, w, gram, q.scale, repeats=5)[1],
         "jquant": trial(alone, w, gram, repeats=5)[1],
     }
     best = rows["jquant"]
@@ -134,7 +134,7 @@ def compare(n: int) -> dict[str, Any]:
 
 
 def qwix_core() -> Callable[[Array, Array], QTensor]:
-    """qwix's GPTQ of an `[in, out]` weight, its result as jquant's tensor."""
+    """qwix's GPTQ of an `[in, out]` weight, with a QTensor as result."""
     core = importlib.import_module("qwix.contrib.gptq_core")
     how = core.qarray.HowToQuantize(qtype=jnp.int4, channelwise_axes=(0,), tiled_axes={1: SYMMETRIC.group})
 
@@ -146,7 +146,7 @@ def qwix_core() -> Callable[[Array, Array], QTensor]:
 
 
 def trial(function: Callable[..., QTensor], w: Array, *arguments: Array, repeats: int) -> tuple[QTensor, dict]:
-    """The result; seconds of a call with nothing compiled (median of `repeats`) and of a later one; output error."""
+    """The result; seconds of a call with nothing compiled (median of `repeats`) and of a later call; output error."""
     cold = []
     for _ in range(repeats):
         jax.clear_caches()
@@ -170,7 +170,7 @@ def product_rate(n: int) -> float:
 
 
 def timed(function: Callable[..., Any], *arguments: Array) -> float:
-    """Median seconds of 3 calls after one that is not counted."""
+    """Median seconds of 3 calls after a first call, which is not counted."""
     jax.block_until_ready(function(*arguments))
     times = []
     for _ in range(3):

@@ -1,9 +1,9 @@
-"""How many codes of the default model differ between one device and a mesh of virtual ones.
+"""Number of the default model's codes that differ between one device and a mesh of virtual devices.
 
     python -m benchmarks.meshes
 
-GPTQ-4, C4 128 × 512, the first blocks; fitted to the inputs that quantized blocks produce, and to those of float ones.
-Seconds mean nothing here: the devices share the machine's cores. The last line is JSON.
+GPTQ-4, C4 128 × 512, the first blocks, with quantized and with float inputs. Times mean nothing here: the
+devices share the machine's cores. The last line is JSON.
 """
 
 import json
@@ -55,11 +55,11 @@ def codes(decoder: Decoder, tokens: np.ndarray, inputs: Any, devices: Devices | 
     """All codes of each of the first blocks."""
     plan, options = make_plan(decoder, method("gptq")), Options(inputs=inputs, devices=devices)
     calibration = Calibration(decoder, plan.layers, tokens, options)
-    found = []
-    for done in islice(quantize_blocks(blocks(decoder), {"": plan}, calibration, options), BLOCKS):
-        weights = [jax.device_get(leaf) for leaf in flat_params(done[""][0]).values() if isinstance(leaf, QTensor)]
-        found.append(np.concatenate([np.ravel(unpack(q.codes, q.format.bits, q.in_features)) for q in weights]))
-    return found
+    block_codes = []
+    for quantized in islice(quantize_blocks(blocks(decoder), {"": plan}, calibration, options), BLOCKS):
+        weights = [jax.device_get(leaf) for leaf in flat_params(quantized[""][0]).values() if isinstance(leaf, QTensor)]
+        block_codes.append(np.concatenate([np.ravel(unpack(q.codes, q.format.bits, q.in_features)) for q in weights]))
+    return block_codes
 
 
 if __name__ == "__main__":

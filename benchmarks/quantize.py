@@ -1,11 +1,11 @@
-"""Where the seconds of quantizing a model go: forward passes, Gram matrices, ranges and transforms, solves.
+"""Time of the parts of quantizing a model: forward passes, Gram matrices, ranges and transforms, solves.
 
     python -m benchmarks.quantize
 
-The default model, C4 128 × 512, first 4 blocks; the first is left out, for its programs are compiled. A block's
-forward passes and Gram matrices are one program, and so are its ranges and solves: the parts are differences, of the
-program with and without them. A pass without Gram matrices takes the largest magnitude of every tap in their place, so
-that the compiler keeps the pass; with "Gram" goes the attention mass that weights its tokens.
+The default model, C4 128 × 512, first 4 blocks; the first is left out, since its time includes compilation. A
+block's forward pass and Gram matrices are one program, and so are its ranges and solves. So a part's time is the
+difference between the program with and without it. The pass without Gram matrices computes the largest magnitude of
+every tap instead, so that the compiler keeps the pass. "Gram" includes the attention mass that weights tokens.
 """
 
 import json
@@ -47,27 +47,27 @@ def main() -> None:
 
 
 def measure(decoder, chosen: Method, tokens: np.ndarray) -> dict:
-    """Median seconds a block of each part, and those of the first block, compilation with them."""
+    """Median seconds of each part of a block, and the first block's seconds with compilation."""
     plan = make_plan(decoder, chosen).layers
     calibration = Calibration(decoder, plan, tokens)
-    light = tuple((path, Method(one.format, transform=SmoothQuant())) for path, one in plan[0])
-    unsolved = tuple((path, replace(one, rounding=Nearest())) for path, one in plan[0])
+    light = tuple((path, Method(path_method.format, transform=SmoothQuant())) for path, path_method in plan[0])
+    unsolved = tuple((path, replace(path_method, rounding=Nearest())) for path, path_method in plan[0])
     parts: dict[str, list[float]] = {"forward": [], "Gram": [], "range and transform": [], "solve": []}
-    whole = []
+    block_seconds = []
     for index, block in list(zip(range(BLOCKS), blocks(decoder), strict=False)):
         passing, _ = timed(partial(calibration.observe, block, block, light, index))
         begin = time.perf_counter()
         observing, stats = timed(partial(calibration.observe, block, block, plan[index], index))
         quantizing, (quantized, _) = timed(partial(quantize_block, block, plan[index], Evidence(stats)))
         advancing, _ = timed(partial(advanced, calibration, quantized))
-        whole.append(time.perf_counter() - begin)
+        block_seconds.append(time.perf_counter() - begin)
         ranging, _ = timed(partial(quantize_block, block, unsolved, Evidence(stats)))
         parts["forward"].append(passing + advancing)
         parts["Gram"].append(observing - passing)
         parts["range and transform"].append(ranging)
         parts["solve"].append(quantizing - ranging)
     return {
-        "first_block_s": whole[0],
+        "first_block_s": block_seconds[0],
         "seconds": {name: float(np.median(values[1:])) for name, values in parts.items()},
     }
 

@@ -1,12 +1,12 @@
-"""What quantizing one block costs on 1 to 256 devices, counted in the compiled programs: nothing of it is run.
+"""Cost of quantizing one block on 1 to 256 devices, counted in the compiled programs without running them.
 
     python -m benchmarks.scaling
 
 GPTQ-4 of Llama-3's shapes, 256 windows of 2,048 tokens, at most 4 a device and step; bfloat16 blocks and windows. The
 programs of a block (observing a batch, joining the pieces of its statistics, rounding the weights) are compiled for
 virtual devices at full size, and their collectives are read from the compiled text. Seconds are those counts at the
-rates stated below, nothing overlapping: a bound to plan by, no measurement. An all-to-all or all-gather that gives b
-bytes on each of d devices moves b (d - 1) / d through each, a ring all-reduce twice that.
+rates below without overlap: a bound for planning, not a measurement. An all-to-all or all-gather with b bytes of output
+on each of d devices moves b (d - 1) / d through each, a ring all-reduce twice that.
 """
 
 import json
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def count(config: DecoderConfig, devices: Devices, context: int = CONTEXT, windows: int = WINDOWS) -> dict:
-    """Collectives of one block's two programs, and what each device computes and moves."""
+    """Collectives of a block's programs, and what each device computes and moves."""
     batch = min(BATCH * devices.count, windows)
     choices = tuple((path, method("gptq")) for path in family_of(config).weights)
 
@@ -100,7 +100,7 @@ def count(config: DecoderConfig, devices: Devices, context: int = CONTEXT, windo
         path: array(leaf.shape, jnp.float32, *((None, MODEL) if len(leaf.shape) == 2 else ()))
         for path, leaf in params.items()
     }
-    observing, joining = (collectives(one.as_text() or "") for one in (observing, joining))
+    observing, joining = (collectives(program.as_text() or "") for program in (observing, joining))
     means = jax.eval_shape(averaged, stats)
     means = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype), means)
     rounding = {}
@@ -112,8 +112,8 @@ def count(config: DecoderConfig, devices: Devices, context: int = CONTEXT, windo
     others = (devices.count - 1) / devices.count
     grams = [leaf.shape[0] for leaf in jax.tree.leaves(stats) if len(leaf.shape) == 2]
     weights = [params[path].shape for path, _ in choices]
-    attention = 2 * context * config.heads * config.head_dim  # a token's, causal
-    # Observing leaves out the last product; afterwards the quantized block makes the next one's inputs.
+    attention = 2 * context * config.heads * config.head_dim  # of one token, causal
+    # Observing leaves out the last product; then the quantized block computes the next block's inputs.
     forward = 2 * (2 * sum(n * out for n, out in weights) + attention) - 2 * config.hidden * config.ffn
     moved = (steps * sum(observing.values()) + sum(joining.values())) * others + sum(rounding.values())
     solve = sum(n * n * out / devices.model + n**3 / 3 for n, out in weights)
@@ -139,15 +139,15 @@ def count(config: DecoderConfig, devices: Devices, context: int = CONTEXT, windo
 
 
 def collectives(text: str) -> dict[str, int]:
-    """Bytes of what every collective of a compiled program gives, by its line."""
-    found = {}
+    """Output bytes of every collective in a compiled program, by its line."""
+    sizes = {}
     for line in text.splitlines():
         if match := COLLECTIVE.search(line):
             arrays = ARRAY.findall(match[1])
-            found[line.strip()] = sum(
+            sizes[line.strip()] = sum(
                 BYTES[dtype] * math.prod(int(n) for n in shape.split(",") if n) for dtype, shape in arrays
             )
-    return found
+    return sizes
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Memory and time of quantizing a model larger than memory from disk to disk.
+"""Memory and time of quantizing a model from disk to disk that is larger than memory.
 
     python -m benchmarks.streaming --folder /scratch          # Llama-3-8B's shape: 16 GB there, and 5 GB written
     python -m benchmarks.streaming --folder /tmp --layers 2
 
 A checkpoint of random bfloat16 weights is written shard by shard; then RTN-4 runs over all of it, and GPTQ-4 over its
-first 2 blocks with 16 × 512 random tokens, each in a process of its own. Peak resident memory is what the operating
-system accounts to that process. The last line is JSON; the folder is emptied again.
+first 2 blocks with 16 × 512 random tokens, each in a process of its own. Peak resident memory is the
+operating system's figure for that process. The last line is JSON; the folder is emptied again.
 """
 
 import argparse
@@ -41,17 +41,17 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--folder", type=Path, required=True, help="where the checkpoint is written and removed")
     options.add_argument("--layers", type=int, default=LLAMA_3_8B["num_hidden_layers"])
-    given = options.parse_args()
+    arguments = options.parse_args()
     from experiments.provenance import versions
 
-    with tempfile.TemporaryDirectory(dir=given.folder, prefix="streaming-") as temporary:
+    with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="streaming-") as temporary:
         source = Path(temporary) / "float"
         begin = time.perf_counter()
-        write_checkpoint(source, LLAMA_3_8B | {"num_hidden_layers": given.layers})
+        write_checkpoint(source, LLAMA_3_8B | {"num_hidden_layers": arguments.layers})
         size = sum(path.stat().st_size for path in source.iterdir())
         Console().print(f"{size / 1e9:.1f} GB written in {time.perf_counter() - begin:.0f} s")
         parts = {}
-        for name, blocks in (("gptq", min(BLOCKS, given.layers)), ("rtn", given.layers)):
+        for name, blocks in (("gptq", min(BLOCKS, arguments.layers)), ("rtn", arguments.layers)):
             command = [
                 sys.executable,
                 "-m",
@@ -62,11 +62,15 @@ def main() -> None:
                 name,
                 blocks,
             ]
-            done = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
-            parts[name] = json.loads(done.stdout.splitlines()[-1])
+            finished = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
+            parts[name] = json.loads(finished.stdout.splitlines()[-1])
             Console().print(f"{name}: {parts[name]}")
     peak = max(part["peak_rss_mb"] for part in parts.values())
-    print(json.dumps({"peak_rss_mb": peak, "checkpoint_gb": size / 1e9, **parts, "layers": given.layers, **versions()}))
+    print(
+        json.dumps(
+            {"peak_rss_mb": peak, "checkpoint_gb": size / 1e9, **parts, "layers": arguments.layers, **versions()}
+        )
+    )
 
 
 def write_checkpoint(folder: Path, shape: dict, seed: int = 0) -> None:

@@ -1,9 +1,9 @@
 """The tables of README.md and docs/, written from result files.
 
     python docs/tables.py            # writes them (make docs)
-    python docs/tables.py --check    # names those that disagree with their files (make lint); status 1 if there are any
+    python docs/tables.py --check    # names outdated tables (make lint); status 1 if there are any
 
-A table stands between two comments. The first one describes it:
+A table is between two comments. The first comment describes it:
 
     <!-- table: experiments/results/ranges/table.jsonl width=4
     method: {method}
@@ -12,12 +12,12 @@ A table stands between two comments. The first one describes it:
     -->
     <!-- end -->
 
-The first line names a file of JSON lines. What follows filters its rows: `width=4` keeps those whose width is 4;
-`rows=against_qwix.rows` takes rows from that place in each line (default: "rows", else the line itself). Then comes a
-line a column: its heading and a format string over the row. `value = text` renames a value of the first column; with
-such lines the table holds only the rows they name, in their order. The text may hold further cells, say other tools'
-figures (`rtn-4 = min-max | 31.5`), and the first heading then theirs. With `across` (a format string), the table has a
-column for each of its values, filled by the format string `cell`.
+The first line names a file of JSON lines, and filters of its rows: `width=4` keeps rows whose width is 4;
+`rows=against_qwix.rows` takes rows from that place in each line (default: "rows", else the line itself). Each further
+line is a column: its heading and a format string over the row. `value = text` renames a value of the first column; with
+such lines the table has only the rows that they name, in their order. The text may hold further cells, such as other
+tools' figures (`rtn-4 = min-max | 31.5`); the first heading then has their headings too. With `across` (a format
+string), the table has a column for each of its values, filled by the format string `cell`.
 """
 
 import json
@@ -33,17 +33,17 @@ Row = dict[str, Any]
 
 ROOT = Path(__file__).parents[1]
 TABLE = re.compile(r"(<!-- table: (.*?)-->\n)(.*?)(<!-- end -->)", re.DOTALL)
-BASELINE = "gptq"  # what `{change}` compares a row with, at the row's own width and on its own text
+BASELINE = "gptq"  # `{change}` compares a row with this method at the row's width and on its text
 
 
 def main(check: bool) -> int:
-    """Writes, or only checks, the tables of all pages; the exit status."""
+    """Writes, or only checks, the tables of all pages; returns the exit status."""
     wrong = []
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         text = page.read_text(encoding="utf-8")
         if text.count("<!-- table:") != len(TABLE.findall(text)):
             wrong.append(f"{page.relative_to(ROOT)}: a table has no <!-- end -->")
-        current = TABLE.sub(lambda found: f"{found[1]}\n{table(found[2])}\n{found[4]}", text)
+        current = TABLE.sub(lambda match: f"{match[1]}\n{table(match[2])}\n{match[4]}", text)
         if current != text and check:
             wrong += [f"{page.relative_to(ROOT)}: {name} (make docs)" for name in stale(text)]
         elif current != text:
@@ -53,13 +53,13 @@ def main(check: bool) -> int:
 
 
 def stale(text: str) -> list[str]:
-    """The files whose tables in a page's text are not what they hold."""
-    found = TABLE.finditer(text)
-    return [match[2].split()[0] for match in found if match[3] != f"\n{table(match[2])}\n"]
+    """The files with outdated tables in a page's text."""
+    matches = TABLE.finditer(text)
+    return [match[2].split()[0] for match in matches if match[3] != f"\n{table(match[2])}\n"]
 
 
 def table(description: str) -> str:
-    """The Markdown table that a description asks for."""
+    """The Markdown table of a description."""
     source, *lines = description.strip().splitlines()
     file, *filters = source.split()
     columns = dict(line.split(": ", 1) for line in lines if ": " in line)
@@ -75,7 +75,7 @@ def table(description: str) -> str:
         cells = {value: cells[value] for value in names}
     if "across" in columns:
         headings = list(dict.fromkeys(filled(columns["across"], row) for row in rows))
-        body = [[value, *across(columns, headings, its)] for value, its in cells.items()]
+        body = [[value, *across(columns, headings, matching)] for value, matching in cells.items()]
     else:
         headings = list(columns)[1:]
         body = [[value, *(filled(columns[name], row) for name in headings)] for value in cells for row in cells[value]]
@@ -91,7 +91,7 @@ def across(columns: dict[str, str], headings: list[str], rows: list[Row]) -> lis
 
 
 class Blank(string.Formatter):
-    """Python's format strings, but that None is nothing."""
+    """Python's format strings, except that None is blank."""
 
     def format_field(self, value: Any, format_spec: str) -> str:
         """See string.Formatter."""
@@ -119,20 +119,20 @@ def read(path: Path, place: str) -> list[Row]:
 
 
 def inside(line: Row, place: str) -> list[Row]:
-    """The rows that a line holds at a place, each with what the line says of all."""
-    found: Any = line
+    """The rows at a place in a line, each with the line's other entries."""
+    at_place: Any = line
     for key in place.split("."):
-        found = (found or {}).get(key)
-    if isinstance(found, dict):
-        found = [{"name": name} | row for name, row in found.items()]
+        at_place = (at_place or {}).get(key)
+    if isinstance(at_place, dict):
+        at_place = [{"name": name} | row for name, row in at_place.items()]
     machine = line["device"].partition("host ")[2].partition(",")[0]
-    return [line | {"machine": machine} | row for row in found or [{}] * (place == "rows")]
+    return [line | {"machine": machine} | row for row in at_place or [{}] * (place == "rows")]
 
 
 def change(row: Row, rows: list[Row]) -> str:
     """The change of the perplexity against the baseline, percent, with its 95 % interval, paired by window."""
-    same = ("width", "text")
-    base = [other for other in rows if other["name"] == BASELINE and all(other[key] == row[key] for key in same)]
+    shared = ("width", "text")
+    base = [other for other in rows if other["name"] == BASELINE and all(other[key] == row[key] for key in shared)]
     if not base or base[0] is row or not row.get("window_nll") or row["composition"] == "None":
         return ""
     percent, low, high = paired_change(row["window_nll"], base[0]["window_nll"])

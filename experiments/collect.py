@@ -1,10 +1,10 @@
-"""One table of a sweep's rows, and the trials that have none.
+"""One table of a sweep's rows, and a list of the trials without a row.
 
     python -m experiments.collect results/widths
     python -m experiments.collect results/widths --without "method=gptq bits=2"
 
-A sweep (`experiments.sweep`) calls this in the end; by hand it shows how far one is that still runs elsewhere. Status 1
-where rows are missing: the table says which, and why. table.jsonl keeps the rows that other commands wrote into it.
+A sweep (`experiments.sweep`) calls this at its end; called by hand it shows how far a running sweep is. The status is 1
+if rows are missing: the table says which, and why. table.jsonl keeps the rows that other commands wrote into it.
 """
 
 import argparse
@@ -26,18 +26,18 @@ from jquant.io.files import read_json, write_json
 from paper_figures import perplexity_bits
 
 SWEEP, TRIAL = "sweep.json", "trial.json"
-RUNNING = ".running.lock"  # in a trial's folder, held by the process that works at it
+RUNNING = ".running.lock"  # in a trial's folder; held by the process that computes the trial
 Overrides = Sequence[str]  # of one trial, as on a command line
-# Settings that say where and how, not what.
+# Settings that do not change a trial's results.
 ELSEWHERE = ("launcher", "name", "results")
-FIRST = ("method", "bits")  # in a folder's name
+FIRST = ("method", "bits")  # these settings come first in a folder's name
 
 
 def collect(folder: Path) -> dict[str, str]:
     """Writes and prints the table of a sweep's finished trials.
 
     Returns:
-      Why the others have no row, by their settings.
+      For each trial without a row, by its settings: why.
 
     Raises:
       InputError: the folder holds no sweep, or damaged files.
@@ -45,31 +45,31 @@ def collect(folder: Path) -> dict[str, str]:
     trials = _some_trials(folder)
     rows, missing = [], {}
     for trial, name in zip(trials, varying(trials), strict=True):
-        its, problem = outcome(trial_folder(folder, trial))
-        rows += [row | {"settings": name} for row in its]
+        trial_rows, problem = outcome(trial_folder(folder, trial))
+        rows += [row | {"settings": name} for row in trial_rows]
         if problem:
             missing[name] = problem
     tables.add_rows(folder, rows)
     tables.write_table(folder, rows, missing=missing)
     if rows:
         perplexity_bits.draw(rows, folder)
-    for its in tables.by_text(rows).values():
-        console.print(tables.terminal_table(its))
-        console.print(tables.caption(its), highlight=False, soft_wrap=True)
+    for text_rows in tables.by_text(rows).values():
+        console.print(tables.terminal_table(text_rows))
+        console.print(tables.caption(text_rows), highlight=False, soft_wrap=True)
     for line in tables.missing_lines(missing):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     return missing
 
 
-def take_out(folder: Path, wanted: str) -> list[str]:
-    """Takes trials out of a sweep, and their rows out of its table; what lies in their own folders stays.
+def take_out(folder: Path, settings: str) -> list[str]:
+    """Takes trials out of a sweep, and their rows out of its table; the trials' own folders stay.
 
     Args:
       folder: of the sweep.
-      wanted: settings that a trial has, as the table shows them.
+      settings: those of the trials to take out, as the table shows them.
 
     Returns:
-      The settings of those that are out.
+      The settings of the trials that were taken out.
 
     Raises:
       InputError: no trial has these settings, or all have; the folder holds no sweep, or damaged files.
@@ -78,19 +78,19 @@ def take_out(folder: Path, wanted: str) -> list[str]:
     with tables.locked(folder):
         trials = _some_trials(folder)
         names = dict(zip(map(tuple, trials), varying(trials), strict=True))
-        gone = {trial: name for trial, name in names.items() if f" {wanted} " in f" {name} "}
-        if not gone:
-            raise InputError(f"{folder} has no trial {wanted!r}; there are: {'; '.join(names.values())}.")
-        if len(gone) == len(names):
-            raise InputError(f"Without {wanted!r} no trial would be left: remove {folder} instead.")
-        its = {
+        removed = {trial: name for trial, name in names.items() if f" {settings} " in f" {name} "}
+        if not removed:
+            raise InputError(f"{folder} has no trial {settings!r}; there are: {'; '.join(names.values())}.")
+        if len(removed) == len(names):
+            raise InputError(f"Without {settings!r} no trial would be left: remove {folder} instead.")
+        fingerprints = {
             trial: {str(row.get("fingerprint")) for row in tables.read_rows(trial_folder(folder, trial))}
             for trial in names
         }
-        write_json(folder / SWEEP, {"trials": [list(trial) for trial in names if trial not in gone]})
-    kept = set().union(*(its[trial] for trial in names if trial not in gone))
-    tables.add_rows(folder, [], without=set().union(*(its[trial] for trial in gone)) - kept)
-    return list(gone.values())
+        write_json(folder / SWEEP, {"trials": [list(trial) for trial in names if trial not in removed]})
+    kept = set().union(*(fingerprints[trial] for trial in names if trial not in removed))
+    tables.add_rows(folder, [], without=set().union(*(fingerprints[trial] for trial in removed)) - kept)
+    return list(removed.values())
 
 
 def _some_trials(folder: Path) -> list[Overrides]:
@@ -100,7 +100,7 @@ def _some_trials(folder: Path) -> list[Overrides]:
 
 
 def read_sweep(folder: Path) -> list[Overrides]:
-    """The settings of every trial; none where there is no sweep.
+    """The settings of every trial; an empty list if there is no sweep.
 
     Raises:
       InputError: sweep.json is damaged.
@@ -109,7 +109,7 @@ def read_sweep(folder: Path) -> list[Overrides]:
 
 
 def read_trial(folder: Path) -> dict[str, Any]:
-    """What is written down of a trial, by its folder; nothing before it has begun.
+    """The state of a trial, from its folder; empty before it has begun.
 
     Raises:
       InputError: trial.json is damaged.
@@ -120,19 +120,19 @@ def read_trial(folder: Path) -> dict[str, Any]:
 def _read(path: Path, shape: dict[str, Any]) -> dict[str, Any]:
     if not os.path.lexists(path):
         return {}
-    told = read_json(path)
-    wrong = tables.misfit(told, shape, path.name)
+    content = read_json(path)
+    wrong = tables.misfit(content, shape, path.name)
     try:
-        json.dumps(told, ensure_ascii=False).encode()  # what can't be written is no text
+        json.dumps(content, ensure_ascii=False).encode()  # lone surrogates can't be written
     except ValueError as broken:
         wrong = str(broken)
     if wrong:
         raise InputError(f"{path} is damaged ({wrong}): move it away.")
-    return told
+    return content
 
 
 def running(folder: Path) -> bool:
-    """Whether a process works at the trial of that folder."""
+    """Whether a process is computing the trial of that folder."""
     try:
         with tables.locked(folder, RUNNING, timeout=0):
             return False
@@ -141,39 +141,39 @@ def running(folder: Path) -> bool:
 
 
 def trial_folder(folder: Path, overrides: Overrides) -> Path:
-    """A trial's own folder within the sweep's, named by its settings in any order."""
-    name = lambda one: one.split("=")[0].lstrip("+")  # noqa: E731
-    ours = sorted(
-        (one for one in overrides if name(one) not in ELSEWHERE), key=lambda one: (name(one) not in FIRST, one)
+    """A trial's folder within the sweep's; its name does not depend on the order of the settings."""
+    name = lambda line: line.split("=")[0].lstrip("+")  # noqa: E731
+    deciding = sorted(
+        (line for line in overrides if name(line) not in ELSEWHERE), key=lambda line: (name(line) not in FIRST, line)
     )
-    told = " ".join(ours)
-    readable = re.sub(r"[^\w.=-]+", "_", told)[:60]
-    return folder / "trials" / f"{readable}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+    joined = " ".join(deciding)
+    readable = re.sub(r"[^\w.=-]+", "_", joined)[:60]
+    return folder / "trials" / f"{readable}-{hashlib.sha256(joined.encode()).hexdigest()[:8]}"
 
 
 def varying(trials: Sequence[Overrides]) -> list[str]:
-    """Of every trial, the settings that not all of them share."""
+    """For every trial, the settings that not all trials share."""
     common = set.intersection(*map(set, trials))
-    return [" ".join(one for one in trial if one not in common) or "the only trial" for trial in trials]
+    return [" ".join(override for override in trial if override not in common) or "the only trial" for trial in trials]
 
 
 def outcome(folder: Path) -> tuple[list[tables.Row], str | None]:
-    """A trial's rows, or why it has none.
+    """A trial's rows, or the reason why it has none.
 
     Raises:
       InputError: a file of the trial's is damaged.
     """
-    told = read_trial(folder)
-    if not told:
+    state = read_trial(folder)
+    if not state:
         return [], "not begun"
-    if "rows" in told:
-        found = {row.get("fingerprint"): row for row in tables.read_rows(folder)}
-        if all(one in found for one in told["rows"]):
-            return [found[one] for one in told["rows"]], None
+    if "rows" in state:
+        by_fingerprint = {row.get("fingerprint"): row for row in tables.read_rows(folder)}
+        if all(fingerprint in by_fingerprint for fingerprint in state["rows"]):
+            return [by_fingerprint[fingerprint] for fingerprint in state["rows"]], None
         return [], f"{folder / 'table.jsonl'} lacks its row"
-    if "failed" in told:
-        return [], f"failed: {told['failed']}"
-    attempt = f"attempt {told['attempt']}, process {told['process']}"
+    if "failed" in state:
+        return [], f"failed: {state['failed']}"
+    attempt = f"attempt {state['attempt']}, process {state['process']}"
     return [], f"runs ({attempt})" if running(folder) else f"begun ({attempt}), and not finished"
 
 
@@ -182,12 +182,12 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("folder", type=Path, help="results/<name> of the sweep")
     options.add_argument("--without", metavar="SETTINGS", help="take out the trials that the table shows with these")
-    given = options.parse_args()
+    arguments = options.parse_args()
     with one_sentence():
-        if given.without:
-            for name in take_out(given.folder, given.without):
+        if arguments.without:
+            for name in take_out(arguments.folder, arguments.without):
                 console.print(f"Taken out: {name}.", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(1 if collect(given.folder) else 0)
+        sys.exit(1 if collect(arguments.folder) else 0)
 
 
 if __name__ == "__main__":

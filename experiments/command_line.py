@@ -1,4 +1,4 @@
-"""What every experiment's command line does alike: one sentence for a user's error, progress bars, measurements."""
+"""What all experiments' command lines share: one sentence for a user's error, progress bars, measurements."""
 
 import os
 import resource
@@ -24,7 +24,7 @@ console = Console()
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs an experiment's Hydra entry point under `one_sentence`, if it has all that the command line names."""
+    """Checks the command line, and runs an experiment's Hydra entry point under `one_sentence`."""
     # Hydra prints its own long messages about configs unless told to raise.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     with one_sentence():
@@ -34,9 +34,9 @@ def run(main: Callable[[], None]) -> None:
 
 @contextmanager
 def one_sentence() -> Iterator[None]:
-    """Ends the process with status 2 and one sentence for what the user can mend, with status 130 on Ctrl-C.
+    """Ends the process with one sentence: status 2 for an error that the user can mend, status 130 on Ctrl-C.
 
-    Hydra announces every exception that leaves a job, so jobs use this inside too.
+    Hydra prints every exception that leaves a job, so jobs use this inside too.
     """
     try:
         yield
@@ -44,19 +44,19 @@ def one_sentence() -> Iterator[None]:
         Console(stderr=True).print(f"error: {_sentence(wrong)}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted: finished rows are kept; the same command goes on from there")
+        Console(stderr=True).print("interrupted: finished rows are kept; the same command resumes after them")
         sys.exit(130)
 
 
 def _sentence(error: BaseException) -> str:
-    # Hydra advises a + before a name that it does not know, by which a misspelt setting would be added and ignored.
+    # Hydra advises a + before an unknown name; with it, a misspelt setting would be added and ignored.
     leave_out = ("To append to your config", "See https://hydra.cc")
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith(leave_out)]
     return " ".join(lines[:6]) if lines else type(error).__name__
 
 
 def progress_bars(row: str) -> AbstractContextManager[Report]:
-    """What shows how far a row is (`jquant.progress`), beside what else is printed."""
+    """Shows a row's progress (`jquant.progress`) on the console of the other messages."""
     return showing(not console.quiet, row, console)
 
 
@@ -81,7 +81,7 @@ def _join(hosts: Any) -> None:
     if hosts != "auto" and not (isinstance(hosts, dict) and hosts.keys() == {"coordinator", "count", "index"}):
         raise InputError(f"hosts takes auto or {{coordinator:'host:port',count:2,index:0}}, not {hosts!r}.")
     join(**{} if hosts == "auto" else hosts)
-    console.quiet = jax.process_index() > 0  # what all of them do is printed once
+    console.quiet = jax.process_index() > 0  # only process 0 prints
 
 
 def reset_peak_rss() -> None:
@@ -91,7 +91,7 @@ def reset_peak_rss() -> None:
 
 
 def peak_rss_mb() -> float:
-    """Peak resident memory in MB since the last reset; since the process began where there is no reset."""
+    """Peak resident memory in MB since the last reset, or since the process began if it can't be reset."""
     with suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024 / 1e6

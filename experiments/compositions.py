@@ -1,10 +1,10 @@
-"""Methods by name: rows of `jquant.methods.METHODS`, or compositions and plans written in configs/compositions/*.yaml.
+"""Methods by name: rows of `jquant.methods.METHODS`, or methods and rules in configs/compositions/*.yaml.
 
 A file holds a method or rules. A method's parts are named as in `jquant` (`_target_: jquant.NF4`; all: PARTS), or by
 the import path of a user's own class (`experiments.own_parts`). A rule is a regular expression over weights' names
-(`layers.3.attention.v.kernel`) and the name of a row of METHODS. The first that is found decides; a rule without a
-method leaves its weights float. `${bits}`, `${group}` and `${symmetric}` stand for the settings, so that one file
-serves every width.
+(`layers.3.attention.v.kernel`) and the name of a row of METHODS. The first expression found in a
+name decides; a rule without a method leaves its weights float. `${bits}`, `${group}` and `${symmetric}` are the
+settings, so one file serves every width.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from jquant.io.hub import load_config
 from jquant.methods import Rules, completed, split_width, takes, unknown
 
 FOLDER = Path(__file__).parents[1] / "configs" / "compositions"
-# What a file may name: what methods are made of. Nothing else of jquant, whose functions read files and run models.
+# What a file may name: the parts of methods. Not jquant's other functions, which read files and run models.
 PARTS = (
     *("Int", "Codebook", "Float", "NF4", "NF3", "FP4", "FP8_E4M3", "FP8_E5M2", "MXFP4", "NVFP4", "double_quantized"),
     *("MinMax", "Percentile", "Search", "LossSearch", "LlamaCpp"),
@@ -36,13 +36,13 @@ AXES = ("format", "range", "rounding", "transform", "rotation", "activation")
 
 
 def find_method(name: str, bits: int, group: Any, symmetric: bool) -> "Method | Rules":
-    """The method or plan of that name; the rest completes what it leaves open.
+    """The method or rules of that name; the settings complete what it leaves open.
 
-    "gptq-3" is gptq at 3 bits, and so for every row and every file that takes bits.
+    "gptq-3" is gptq at 3 bits; every row and every file that takes bits has such names.
 
     Raises:
-      InputError: no such name; a file that composes something else than jquant's parts, or refers to something else
-        than the settings.
+      InputError: no such name; a file that names something other than parts, or refers to something other than the
+        settings.
     """
     name, width = split_width(name, _known(), takes_bits)
     settings = {"bits": bits if width is None else width, "group": group, "symmetric": symmetric}
@@ -76,15 +76,15 @@ def leaves_open(name: str, setting: str) -> bool:
 
 
 def needs_of(plan: "Method | Rules | None") -> frozenset[str]:
-    """What calibration must bring for all of its methods (`Method.needs`)."""
-    methods = [one for _, one in plan] if isinstance(plan, Sequence) else [plan]
-    return frozenset[str]().union(*(one.needs for one in methods if isinstance(one, Method)))
+    """What calibration must provide for all of its methods (`Method.needs`)."""
+    methods = [method for _, method in plan] if isinstance(plan, Sequence) else [plan]
+    return frozenset[str]().union(*(method.needs for method in methods if isinstance(method, Method)))
 
 
 def rotation_of(plan: "Method | Rules") -> Hadamard | None:
-    """How the decoder is rotated before (`Method.rotation`)."""
-    methods = [one for _, one in plan] if isinstance(plan, Sequence) else [plan]
-    return next((one.rotation for one in methods if isinstance(one, Method)), None)
+    """How the decoder is rotated first (`Method.rotation`)."""
+    methods = [method for _, method in plan] if isinstance(plan, Sequence) else [plan]
+    return next((method.rotation for method in methods if isinstance(method, Method)), None)
 
 
 def needs_calibration(plan: "Method | Rules") -> bool:
@@ -97,11 +97,11 @@ def _known() -> list[str]:
 
 
 def _read(name: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """The file, with the settings in the places of their names."""
+    """The file, with the settings' values in place of their names."""
     file = f"configs/compositions/{name}.yaml"
     try:
-        both = OmegaConf.create({**settings, "method": load_config("compositions", name)})
-        resolved: Any = OmegaConf.to_container(both, resolve=True)
+        config = OmegaConf.create({**settings, "method": load_config("compositions", name)})
+        resolved: Any = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as wrong:
         reason = str(wrong).splitlines()[0]
         raise InputError(f"{file}: {reason}; it may refer to {', '.join(settings)}.") from None
@@ -115,11 +115,11 @@ def _read(name: str, settings: dict[str, Any]) -> dict[str, Any]:
 def _plan(config: dict[str, Any], name: str, settings: dict[str, Any]) -> Rules:
     file = f"configs/compositions/{name}.yaml"
     if more := config.keys() - {"rules", "activation"}:
-        raise InputError(f"{file} has rules, and {more.pop()!r} beside them; only activation may stand there.")
+        raise InputError(f"{file} has rules and {more.pop()!r}; beside rules it may only have activation.")
     rules = config["rules"] if isinstance(config["rules"], list) else [config["rules"]]
     for rule in rules:
         if not isinstance(rule, dict) or "weights" not in rule or rule.keys() - {"weights", "method"}:
-            raise InputError(f"{file}: a rule has weights and method, which {rule} has not.")
+            raise InputError(f"{file}: a rule has weights and method, but {rule} has not.")
         if not isinstance(rule["weights"], str) or not isinstance(rule.get("method"), str | None):
             raise InputError(f"{file}: a rule's weights are a regular expression, its method a name, not {rule}.")
     activation = _compose(config["activation"], name) if "activation" in config else None
@@ -141,7 +141,7 @@ def _compose(config: Any, name: str) -> Any:
 
 
 def _build(config: Any) -> Any:
-    """What the `_target_`s stand for; lists become tuples, so that it can be hashed."""
+    """The value that a config describes by its `_target_`s; lists become tuples, so that it can be hashed."""
     if isinstance(config, list):
         return tuple(map(_build, config))
     if not isinstance(config, dict):
@@ -158,5 +158,5 @@ def _build(config: Any) -> Any:
             raise InputError(f"{key} takes a part, {{_target_: jquant.{example}}}, not {value!r}.")
     if package != "jquant":
         return own_part(target, arguments)
-    made = getattr(jquant, part)
-    return made(**arguments) if arguments or callable(made) else made
+    kind = getattr(jquant, part)
+    return kind(**arguments) if arguments or callable(kind) else kind

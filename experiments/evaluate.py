@@ -1,11 +1,11 @@
-"""Perplexity of a model on disk, float or quantized, a block at a time; and how far it is from the float one.
+"""Perplexity of a model on disk, float or quantized, block by block; and its distance from the float model.
 
     python -m experiments.evaluate model=local model.path=quantized/smollm2_135m-gptq-4
     python -m experiments.evaluate model=local model.path=quantized/my-llama-gptq-4 reference=/models/my-llama
 
 All settings: configs/evaluate.yaml. The last line is JSON: the figures, and the protocol. The row is kept in
-results/<name>/table.jsonl with the reference's; table.md there has all rows. From the same settings, files, code,
-packages and machine it is not computed again.
+results/<name>/table.jsonl with the reference's; table.md there has all rows. It is not computed again from the
+same settings, files, code, packages and machine.
 """
 
 import json
@@ -49,10 +49,10 @@ def main(config: DictConfig) -> None:
 
 
 def evaluate(settings: dict[str, Any]) -> None:
-    """Prints the model's figures and how they were measured, and keeps them as a row.
+    """Prints the model's figures and their protocol, and keeps them as a row.
 
     Raises:
-      InputError: a setting can't be meant, a file can't be read, or the model's predictions are not finite.
+      InputError: a wrong setting, a file that can't be read, or predictions that are not finite.
     """
     check(settings)
     devices_of(settings)  # joins the other processes before anything is computed
@@ -77,7 +77,7 @@ def evaluate(settings: dict[str, Any]) -> None:
 
 
 def open_reference(settings: dict[str, Any], source: ModelFile | QuantizedFile) -> ModelFile | QuantizedFile | None:
-    """The float model to compare with, computed in the model's dtype.
+    """The float model to compare with, in the model's dtype.
 
     Raises:
       InputError: it is quantized, or can't be opened.
@@ -96,11 +96,13 @@ def windows(source: ModelFile | QuantizedFile, settings: dict[str, Any]) -> np.n
     Raises:
       InputError: a text is missing or too short, or the model was calibrated on it.
     """
-    asked = settings["evaluation"]
-    tokens = evaluation_windows(source, load_text(asked["data"]), asked["context"], asked["windows"], asked["bos"])
+    scoring = settings["evaluation"]
+    tokens = evaluation_windows(
+        source, load_text(scoring["data"]), scoring["context"], scoring["windows"], scoring["bos"]
+    )
     if isinstance(source, QuantizedFile) and source.calibrated_on is not None:
-        text = tokens[:, 1:] if asked["bos"] else tokens
-        check_unseen(text, source.calibrated_on, f"evaluation.data={asked['data']}", "choose another text")
+        text = tokens[:, 1:] if scoring["bos"] else tokens
+        check_unseen(text, source.calibrated_on, f"evaluation.data={scoring['data']}", "choose another text")
     return tokens
 
 
@@ -114,16 +116,19 @@ def measure(
     """The reference's row, if there is one, and the model's."""
     devices, bos, rows = devices_of(settings), settings["evaluation"]["bos"], []
     base: Scores | None = None
-    against = None
+    comparison = None
     if reference:
         weighed = Weighed(reference)
         base = score_from_disk(weighed, tokens, devices=devices, progress=report)
-        against = Reference(reference.outside(), base.hidden)
-        own = settings | {"model": {"name": reference.name, "path": settings["reference"]}, "reference": None}
+        comparison = Reference(reference.outside(), base.hidden)
+        float_settings = settings | {
+            "model": {"name": reference.name, "path": settings["reference"]},
+            "reference": None,
+        }
         figures = compared(base, base, weighed.size, bos).row()
-        rows.append({"method": FLOAT, **figures, **_costs(), **describe(reference, tokens, own)})
+        rows.append({"method": FLOAT, **figures, **_costs(), **describe(reference, tokens, float_settings)})
     weighed = Weighed(source)
-    scores = score_from_disk(weighed, tokens, reference=against, devices=devices, progress=report)
+    scores = score_from_disk(weighed, tokens, reference=comparison, devices=devices, progress=report)
     figures = compared(scores, base, weighed.size, bos).row()
     name = Path(settings["model"].get("path") or source.name).name
     if is_quantized(source):
@@ -134,7 +139,7 @@ def measure(
 
 
 class Weighed:
-    """A model's files, which add up the size of what is read of them (`score_from_disk`)."""
+    """A source of blocks (`score_from_disk`) that adds up the sizes of what is read."""
 
     def __init__(self, source: ModelFile | QuantizedFile):
         self._source, self.size = source, Size()
@@ -158,12 +163,12 @@ class Weighed:
 
 
 def _costs() -> Row:
-    """What a row of the table has and this one has not, and the memory."""
+    """Peak memory, and blanks for costs that other tables' rows have."""
     return {"quantize_seconds": 0.0, "tokens_per_second": None, "peak_rss_mb": peak_rss_mb()}
 
 
 def describe(source: ModelFile | QuantizedFile, tokens: np.ndarray, settings: dict[str, Any]) -> Row:
-    """Everything that a row's figures depend on, and a fingerprint of it."""
+    """Everything that a row's figures depend on, and its fingerprint."""
     config = {key: value for key, value in settings.items() if key not in ("name", "results", "hosts")}
     protocol = {
         **evaluated(settings, tokens),
@@ -177,13 +182,13 @@ def describe(source: ModelFile | QuantizedFile, tokens: np.ndarray, settings: di
 
 
 def keep(folder: Path, rows: list[Row]) -> None:
-    """Adds rows to those of the folder, and writes the table of all."""
+    """Adds rows to the folder's, and writes the table of all rows."""
     tables.add_rows(folder, rows)
     tables.write_table(folder, tables.read_rows(folder))
 
 
 def tell(row: Row) -> None:
-    """Prints a row in a line, and as JSON."""
+    """Prints a row as a line, and as JSON."""
     facts = {"model": row["protocol"]["model"], **{key: row[key] for key in SHOWN}}
     facts |= {key: row["protocol"][key] for key in ("data", "windows", "context", "bos", "scored_tokens")}
     facts |= {"weight_mb": row["weight_mb"], "peak_rss_mb": row["peak_rss_mb"]}

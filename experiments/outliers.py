@@ -1,11 +1,11 @@
-"""Outliers of a model's activations: how large, in which channels and tokens, and what they cost a quantizer.
+"""Outliers of a model's activations: their size, channels and tokens, and their cost in quantization.
 
     python -m experiments.outliers
     python -m experiments.outliers name=mine model=local model.path=/my/model evaluation.data=my.txt
 
 All settings: configs/outliers.yaml; definitions: jquant/evaluation/outliers.py. Results land in results/<name>/:
-outliers.jsonl (one row a layer and input) and the figures. Rows that are already there, from the same settings, code,
-packages and machine, are not computed again.
+outliers.jsonl (one row a layer and input) and the figures. Rows from the same settings, code, packages and machine
+are not computed again.
 """
 
 from collections.abc import Callable
@@ -42,22 +42,22 @@ def main(config: DictConfig) -> None:
 
 
 def find_outliers(settings: dict[str, Any]) -> None:
-    """Computes the rows unless they are there, prints them in short and draws the figures."""
+    """Computes the rows unless they exist, prints a summary and draws the figures."""
     check(settings)
     folder = Path(settings["results"]) / str(settings["name"])
     kept = tables.read_rows(folder, "outliers.jsonl")
     criteria = Criteria(float(settings["threshold"]), settings["bits"], settings["group"])
-    wanted = settings["evaluation"]
+    evaluation = settings["evaluation"]
     with progress_bars(settings["model"]["name"]) as report:
         model = load_from_config(settings["model"], progress=report)
         criteria.check_widths(model.decoder.config)
-        text = load_text(wanted["data"])
-        tokens = evaluation_windows(model, text, wanted["context"], wanted["windows"], wanted["bos"])
+        text = load_text(evaluation["data"])
+        tokens = evaluation_windows(model, text, evaluation["context"], evaluation["windows"], evaluation["bos"])
         origin = describe(model, tokens, settings)
         rows = [row for row in kept if row.get("fingerprint") == origin["fingerprint"]]
         if not rows:
             seen = observe(model.decoder, tokens, criteria, progress=report)
-            rows = [row | origin for row in rows_of(Outliers(*seen, tokens, criteria, wanted["bos"]), model)]
+            rows = [row | origin for row in rows_of(Outliers(*seen, tokens, criteria, evaluation["bos"]), model)]
             tables.add_rows(folder, rows, "outliers.jsonl")
     figures = paper_figures.outliers.draw(rows, folder)
     console.print(terminal_table(rows))
@@ -65,23 +65,23 @@ def find_outliers(settings: dict[str, Any]) -> None:
     console.print(f"Results: {folder}/outliers.jsonl. Figures: {', '.join(map(str, figures))}.", soft_wrap=True)
 
 
-def rows_of(found: Outliers, model: LanguageModel) -> list[Row]:
-    """`Outliers.rows` with what the figures draw: channel maxima, histogram, attention received; rounded.
+def rows_of(outliers: Outliers, model: LanguageModel) -> list[Row]:
+    """`Outliers.rows` with rounded data for the figures: channel maxima, histogram, attention received.
 
     `largest_tokens` becomes [window, position, largest |x|, the token's text].
     """
-    rows = found.rows()
+    rows = outliers.rows()
     for row in rows:
-        one = found[row["layer"], row["input"]]
+        input_outliers = outliers[row["layer"], row["input"]]
         row["largest_tokens"] = [
-            [w, p, float(one.token_max[w, p]), model.tokenizer.decode([int(found.tokens[w, p])])]
+            [w, p, float(input_outliers.token_max[w, p]), model.tokenizer.decode([int(outliers.tokens[w, p])])]
             for w, p in row["largest_tokens"]
         ]
-        edges, counts = one.histogram_by(2)
-        row["channel_max"], row["histogram_edges"] = _rounded(one.channel_max, 3), _rounded(edges, 4)
+        edges, counts = input_outliers.histogram_by(2)
+        row["channel_max"], row["histogram_edges"] = _rounded(input_outliers.channel_max, 3), _rounded(edges, 4)
         row["histogram_counts"] = counts.tolist()
         if row["input"] == "attention_input":
-            row["attention_received"] = _rounded(found.attention_received[row["layer"]].mean(0), 4)
+            row["attention_received"] = _rounded(outliers.attention_received[row["layer"]].mean(0), 4)
     return rows
 
 
@@ -90,18 +90,18 @@ def _rounded(values: np.ndarray, digits: int) -> list[float]:
 
 
 def describe(model: LanguageModel, tokens: np.ndarray, settings: dict[str, Any]) -> dict[str, Any]:
-    """Everything the rows depend on, and a fingerprint of it."""
+    """Everything that the rows depend on, and its fingerprint."""
     config = {key: value for key, value in settings.items() if key not in ("name", "results")}
-    wanted = settings["evaluation"]
+    evaluation = settings["evaluation"]
     protocol = {
         "model": str(config["model"].get("path") or config["model"]["name"]),
         "weights_stored_as": model.stored_as,
         "dtype": str(model.decoder.embedding.get_value().dtype),
-        "data": str(wanted["data"]),
+        "data": str(evaluation["data"]),
         "windows": len(tokens),
         "context": tokens.shape[1],
         "stride": tokens.shape[1],
-        "bos": wanted["bos"],
+        "bos": evaluation["bos"],
         "tokens": tokens.size,
         "tokens_sha256": provenance.digest(tokens),
         "weights_sha256": provenance.digest(*jax.tree.leaves(nnx.state(model.decoder))),
@@ -110,8 +110,8 @@ def describe(model: LanguageModel, tokens: np.ndarray, settings: dict[str, Any])
 
 
 def terminal_table(rows: list[Row]) -> Table:
-    """One line an input: each figure's largest over the layers, the layer in brackets; the mean share of levels."""
-    # Bare enough for a terminal of 80 columns.
+    """One line an input: each figure's maximum over the layers, with the layer; the mean share of wasted levels."""
+    # Fits a terminal of 80 columns.
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
     headings = (
         "max /\nmedian",
@@ -125,15 +125,15 @@ def terminal_table(rows: list[Row]) -> Table:
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for name in INPUTS:
-        own = [row for row in rows if row["input"] == name]
+        input_rows = [row for row in rows if row["input"] == name]
         table.add_row(
             name,
-            _largest(own, lambda row: row["ratio"] or 0),
-            _largest(own, lambda row: row["max"]).split()[0],
-            _largest(own, lambda row: 100 * row["sink_energy"]),
-            _largest(own, lambda row: len(row["outlier_features"])),
-            _largest(own, lambda row: row["massive_tokens"]),
-            ", ".join(filter(None, (_mean(own, "activation_waste"), _mean(own, "weight_waste")))),
+            _largest(input_rows, lambda row: row["ratio"] or 0),
+            _largest(input_rows, lambda row: row["max"]).split()[0],
+            _largest(input_rows, lambda row: 100 * row["sink_energy"]),
+            _largest(input_rows, lambda row: len(row["outlier_features"])),
+            _largest(input_rows, lambda row: row["massive_tokens"]),
+            ", ".join(filter(None, (_mean(input_rows, "activation_waste"), _mean(input_rows, "weight_waste")))),
         )
     return table
 
@@ -150,16 +150,17 @@ def _mean(rows: list[Row], key: str) -> str:
 
 
 def caption(row: Row) -> str:
-    """The protocol and the definitions, in a few sentences."""
-    told, config = row["protocol"], row["config"]
+    """The protocol and the definitions."""
+    measured, config = row["protocol"], row["config"]
     return (
-        f"Largest over the layers, the layer in brackets. {told['model']} (weights stored as "
-        f"{told['weights_stored_as']}, computed in {told['dtype']}) on {told['data']}: {told['windows']} windows of "
-        f"{told['context']} tokens, {'with' if told['bos'] else 'no'} BOS. Sink: the first token of a window and its "
-        f"unbroken repeats; energy: Σ x², the Gram matrix's trace. Outlier features: |x| ≥ {config['threshold']:g} in "
-        f"6 % of the tokens or more. Massive: |x| > 100 and > 1,000 × median. Waste: the share of a symmetric "
-        f"{config['bits']}-bit grid's levels that the largest of {config['group']} neighbours puts out of the others' "
-        f"reach, in activations (x) and in the weights that read them (w), mean over the layers. {row['device']}."
+        f"Largest over the layers, the layer in brackets. {measured['model']} (weights stored as "
+        f"{measured['weights_stored_as']}, computed in {measured['dtype']}) on {measured['data']}: "
+        f"{measured['windows']} windows of {measured['context']} tokens, {'with' if measured['bos'] else 'no'} BOS. "
+        f"Sink: the first token of a window and its unbroken repeats; energy: Σ x², the Gram matrix's trace. "
+        f"Outlier features: |x| ≥ {config['threshold']:g} in 6 % of the tokens or more. "
+        f"Massive: |x| > 100 and > 1,000 × median. Waste: the share of a symmetric "
+        f"{config['bits']}-bit grid's levels that only the largest of {config['group']} neighbours reaches, "
+        f"in activations (x) and in the weights that read them (w), mean over the layers. {row['device']}."
     )
 
 

@@ -1,4 +1,4 @@
-"""A command's settings by name, checked before Hydra reads them: what is misspelt is told, and never added."""
+"""Checks the names of a command's settings before Hydra reads them, so that a misspelt setting is an error."""
 
 import difflib
 import os
@@ -19,9 +19,9 @@ from jquant.errors import InputError
 from jquant.io.hub import load_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-# What is read though no config has it, or not every model's.
+# Settings that are read although not every config has them.
 EXTRA = ("model.tokenizer", "model.published", "model.source")
-# Launchers that the `sweep` extra brings.
+# Launchers that the `sweep` extra installs.
 PLUGINS = {
     "ray": "hydra_plugins.hydra_ray_launcher",
     "submitit": "hydra_plugins.hydra_submitit_launcher",
@@ -30,45 +30,45 @@ PLUGINS = {
 
 
 def check_command(script: str, arguments: Sequence[str]) -> None:
-    """Finds out what of a command line an experiment does not have.
+    """Refuses a command line with settings or choices that an experiment does not have.
 
     Args:
-      script: the experiment's name, which its config has too.
-      arguments: all that follows it.
+      script: the name of the experiment and of its config.
+      arguments: the command line after it.
 
     Raises:
-      InputError: a setting, model, mesh, launcher or config that there is not, also with a + before it; a launcher that
-        is not installed; a sweep without --multirun, or of an experiment that has none.
+      InputError: an unknown setting, model, mesh, launcher or config, also with a + before it; a launcher that is not
+        installed; a sweep without --multirun, or of an experiment without sweeps.
     """
-    given = get_args_parser().parse_args(arguments)
-    overrides = OverridesParser.create().parse_overrides(given.overrides)
-    own = [Path(folder) for folder in (given.config_path, given.config_dir) if folder]
-    name = (given.config_name or script).removesuffix(".yaml")
-    if name != script and not own and name not in (there := _configs(script)):
-        raise InputError(f"experiments.{script} has no config {name!r}; there are: {', '.join(there)}.")
+    parsed = get_args_parser().parse_args(arguments)
+    overrides = OverridesParser.create().parse_overrides(parsed.overrides)
+    user_folders = [Path(folder) for folder in (parsed.config_path, parsed.config_dir) if folder]
+    name = (parsed.config_name or script).removesuffix(".yaml")
+    if name != script and not user_folders and name not in (configs := _configs(script)):
+        raise InputError(f"experiments.{script} has no config {name!r}; there are: {', '.join(configs)}.")
     known, choices = _known(script)
-    for file in (folder / f"{name}.yaml" for folder in own):
+    for file in (folder / f"{name}.yaml" for folder in user_folders):
         for key in _names(OmegaConf.load(file)) if file.is_file() else ():
             _check_key(key, [*known, "defaults"])
-    _check_sweep(script, overrides, "launcher" in choices, given.multirun or "hydra.mode=MULTIRUN" in given.overrides)
-    for one in overrides:
-        if one.is_hydra_override():
+    _check_sweep(script, overrides, "launcher" in choices, parsed.multirun or "hydra.mode=MULTIRUN" in parsed.overrides)
+    for override in overrides:
+        if override.is_hydra_override():
             continue
-        if one.key_or_group in choices:
-            for value in one.sweep_string_iterator() if one.is_sweep_override() else [one.value()]:
-                if own and (value not in choices[one.key_or_group]):
-                    continue  # in a folder of the user's, where Hydra looks for it
-                _check_choice(one.key_or_group, str(value))
+        if override.key_or_group in choices:
+            for value in override.sweep_string_iterator() if override.is_sweep_override() else [override.value()]:
+                if user_folders and (value not in choices[override.key_or_group]):
+                    continue  # Hydra looks for it in the user's folder
+                _check_choice(override.key_or_group, str(value))
             continue
-        for key in _keys(one, known):
+        for key in _keys(override, known):
             _check_key(key, known)
-        if one.is_delete():
-            raise InputError(f"{one.input_line}: a setting can't be left out; give it another value.")
+        if override.is_delete():
+            raise InputError(f"{override.input_line}: a setting can't be left out; give it another value.")
 
 
 @cache
 def _known(script: str) -> tuple[list[str], dict[str, list[str]]]:
-    """What an experiment's config has: all settings and sections; what its groups (model, mesh …) offer."""
+    """An experiment's settings and sections, and the choices of its groups (model, mesh …)."""
     with initialize_config_dir(str(CONFIGS), version_base=None):
         config = compose(script, return_hydra_config=True)
         loader = GlobalHydra.instance().config_loader()
@@ -77,9 +77,9 @@ def _known(script: str) -> tuple[list[str], dict[str, list[str]]]:
 
 
 def _configs(script: str) -> list[str]:
-    """Names of the configs of an experiment: its own, and those that begin with it."""
-    found: dict[str, Any] = {path.stem: OmegaConf.load(path) for path in sorted(CONFIGS.glob("*.yaml"))}
-    return [name for name, config in found.items() if name == script or script in (config.get("defaults") or [])]
+    """Names of an experiment's configs: its own, and those that have it as a default."""
+    configs: dict[str, Any] = {path.stem: OmegaConf.load(path) for path in sorted(CONFIGS.glob("*.yaml"))}
+    return [name for name, config in configs.items() if name == script or script in (config.get("defaults") or [])]
 
 
 def _names(config: Any, above: str = "") -> Iterator[str]:
@@ -92,15 +92,15 @@ def _names(config: Any, above: str = "") -> Iterator[str]:
 
 
 def _keys(override: Override, known: Sequence[str]) -> list[str]:
-    """The settings that an override gives a value: several where it gives a section's as {key:value}."""
+    """The settings that an override sets: several if its value is a section's {key:value}."""
     name, value = override.key_or_group, None if override.is_sweep_override() else override.value()
-    if not isinstance(value, dict) or not any(one.startswith(f"{name}.") for one in known):
+    if not isinstance(value, dict) or not any(key.startswith(f"{name}.") for key in known):
         return [name]
-    return [one for one in _names(OmegaConf.create({name: value})) if one != name]
+    return [key for key in _names(OmegaConf.create({name: value})) if key != name]
 
 
 def _check_key(key: str, known: Sequence[str]) -> None:
-    if key in known or key.startswith(tuple(f"{one}." for one in EXTRA)) or key in EXTRA:
+    if key in known or key.startswith(tuple(f"{section}." for section in EXTRA)) or key in EXTRA:
         return
     last = key.rpartition(".")[2]
     near = [name for name in known if name.rpartition(".")[2] == last]
@@ -117,12 +117,12 @@ def _check_choice(group: str, name: str) -> None:
 
 
 def _check_sweep(script: str, overrides: Sequence[Override], sweeps: bool, multirun: bool) -> None:
-    swept = [str(one.input_line) for one in overrides if one.is_sweep_override()]
+    swept = [str(given.input_line) for given in overrides if given.is_sweep_override()]
     if not sweeps:
-        found = ["--multirun"] * multirun + swept
-        found += [one.input_line for one in overrides if one.key_or_group in ("launcher", "hydra/launcher")]
-        if found:
-            raise InputError(f"experiments.{script} runs once, without sweeps, so {found[0]} has no place there.")
+        misplaced = ["--multirun"] * multirun + swept
+        misplaced += [given.input_line for given in overrides if given.key_or_group in ("launcher", "hydra/launcher")]
+        if misplaced:
+            raise InputError(f"experiments.{script} runs once, without sweeps, so {misplaced[0]} can't be given.")
     elif swept and not multirun:
         key, _, values = swept[0].partition("=")
         raise InputError(

@@ -1,12 +1,12 @@
 """Parts and methods of a user's own, named by their import path: `methods=[my_rounding.HalfUp]`.
 
-A path is that of a module on PYTHONPATH, or in the current folder, and a name in it. The name may stand for
+A path is a module on PYTHONPATH or in the current folder, and a name in it. The name may be that of
 
-- a part's class, which takes its place in plain rounding: `Method(Int(bits, group, symmetric), rounding=HalfUp())`,
-- a `Method`, or rules that give weights different ones,
+- a part's class, for a method with defaults elsewhere: `Method(Int(bits, group, symmetric), rounding=HalfUp())`,
+- a `Method`, or rules that give weights different methods,
 - a function of bits, group and symmetric that returns one of these, like the rows of `jquant.methods.METHODS`.
 
-What a class is shows in its contract: a format has `encode`, a range is called as `(w, format)`, a rounding as
+A class's kind follows from its contract: a format has `encode`, a range is called as `(w, format)`, a rounding as
 `(w, grid)`, a transform as `(weights, formats)`.
 """
 
@@ -20,7 +20,7 @@ from jquant.parts import CALLS
 
 
 def is_import_path(name: str) -> bool:
-    """Whether a method's name is a module's and a name in it, joined by points."""
+    """Whether a method's name is a module and a name in it, joined by points."""
     return "." in name and all(part.isidentifier() for part in name.split("."))
 
 
@@ -28,7 +28,7 @@ def own_method(path: str, bits: int, group: Any, symmetric: bool) -> Method | Ru
     """The method that an import path names.
 
     Raises:
-      InputError: there is no such module or name, or it is none of what this module's head lists.
+      InputError: there is no such module or name, or it is none of the kinds in this module's docstring.
     """
     named = imported(path)
     if isinstance(named, Method | list | tuple):
@@ -38,17 +38,17 @@ def own_method(path: str, bits: int, group: Any, symmetric: bool) -> Method | Ru
         return Method(part) if axis == "format" else Method(Int(bits, group, symmetric), **{axis: part})
     if not callable(named):
         raise InputError(f"{path!r} is neither a part's class, a Method, nor a function that returns one.")
-    made = built(path, named, {"bits": bits, "group": group, "symmetric": symmetric})
-    if not isinstance(made, Method | list | tuple):
-        raise InputError(f"{path!r} returned {made!r:.80}, which is no jquant.Method.")
-    return made
+    result = built(path, named, {"bits": bits, "group": group, "symmetric": symmetric})
+    if not isinstance(result, Method | list | tuple):
+        raise InputError(f"{path!r} returned {result!r:.80}, which is no jquant.Method.")
+    return result
 
 
 def own_part(path: str, arguments: dict[str, Any]) -> Any:
     """An instance of the part's class that an import path names.
 
     Raises:
-      InputError: there is no such class, it is no part's, or it doesn't take the arguments.
+      InputError: there is no such class, it is not a part's, or it doesn't take the arguments.
     """
     named = imported(path)
     if not isinstance(named, type):
@@ -58,24 +58,24 @@ def own_part(path: str, arguments: dict[str, Any]) -> Any:
 
 
 def imported(path: str) -> Any:
-    """What an import path stands for.
+    """The object that an import path names.
 
     Raises:
       InputError: the module can't be imported, or has no such name.
     """
     module, _, name = path.rpartition(".")
     try:
-        found = importlib.import_module(module)
+        loaded = importlib.import_module(module)
     except Exception as wrong:  # importing runs the user's code, which may raise anything
         reason = " ".join(str(wrong).split()) or type(wrong).__name__
         raise InputError(f"{path!r}: {module} can't be imported ({reason}); is its folder on PYTHONPATH?") from None
-    if not hasattr(found, name):
-        raise InputError(f"{path!r}: {getattr(found, '__file__', module)} defines no {name}.")
-    return getattr(found, name)
+    if not hasattr(loaded, name):
+        raise InputError(f"{path!r}: {getattr(loaded, '__file__', module)} defines no {name}.")
+    return getattr(loaded, name)
 
 
 def axis_of(path: str, kind: type) -> str:
-    """The axis to which a class belongs, before it is instantiated.
+    """The axis of a part's class.
 
     Raises:
       InputError: it keeps no axis' contract.
@@ -94,7 +94,7 @@ def axis_of(path: str, kind: type) -> str:
 
 
 def built(path: str, make: Any, arguments: dict[str, Any]) -> Any:
-    """What a user's class or function returns; a TypeError or ValueError of it becomes a sentence."""
+    """The result of a user's class or function; its TypeError or ValueError becomes an InputError."""
     try:
         return make(**arguments)
     except (TypeError, ValueError) as wrong:

@@ -4,13 +4,13 @@
     python -m experiments.perplexity_table name=mine methods=[fp32,rtn,gptq] bits=3 evaluation.data=my.txt
     python -m experiments.perplexity_table --config-name formats      # every format, rounded to nearest
     python -m experiments.perplexity_table --config-name ranges       # every range, at 4 and 3 bits
-    python -m experiments.perplexity_table --config-name rounding     # GPTQ and what beats it, at 4, 3 and 2 bits
+    python -m experiments.perplexity_table --config-name rounding     # GPTQ and better roundings, at 4, 3 and 2 bits
     python -m experiments.perplexity_table --config-name ingredients  # GPTQ, one ingredient added or removed a row
 
 All settings: configs/perplexity_table.yaml; evaluation.data may be a list of texts. Results land in results/<name>/:
-table.md, table.csv, table.jsonl (one row an object, with its whole configuration) and the figure. Rows that are already
-there, from the same settings, code, packages and machine, are not computed again; they are written one by one, so that
-nothing finished is lost. With calibration.inputs=float all methods that look at activations are quantized in one pass.
+table.md, table.csv, table.jsonl (one row an object, with its whole configuration) and the figure. Rows from
+the same settings, code, packages and machine are not computed again; each is written when it is finished, so none is
+lost. With calibration.inputs=float all methods with calibration are quantized in one pass.
 """
 
 import shutil
@@ -71,21 +71,21 @@ def main(config: DictConfig) -> None:
 
 
 def make_table(settings: dict[str, Any]) -> None:
-    """Computes the rows that are missing, writes and prints the table."""
+    """Computes missing rows, writes and prints the table."""
     folder = Path(settings["results"]) / str(settings["name"])
     rows = table_rows(settings)
     tables.write_table(folder, rows, settings["baseline"])
     figures = perplexity_bits.draw(rows, folder)
-    for its in tables.by_text(rows).values():
-        console.print(tables.terminal_table(its, settings["baseline"]))
-        console.print(tables.caption(its, settings["baseline"]), highlight=False, soft_wrap=True)
+    for text_rows in tables.by_text(rows).values():
+        console.print(tables.terminal_table(text_rows, settings["baseline"]))
+        console.print(tables.caption(text_rows, settings["baseline"]), highlight=False, soft_wrap=True)
     console.print(
         f"Results: {folder}/table.md, table.csv, table.jsonl. Figure: {', '.join(map(str, figures))}.", soft_wrap=True
     )
 
 
 def table_rows(settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The table's rows, of which those that are missing are computed and kept in the results folder."""
+    """The table's rows; missing rows are computed and kept in the results folder."""
     # Compiled programs are kept between runs: a second run of the same shapes starts at once.
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
     methods = check_table(settings)
@@ -95,27 +95,27 @@ def table_rows(settings: dict[str, Any]) -> list[dict[str, Any]]:
         refuse_quantized(source)
     with progress_bars(settings["model"]["name"]) as report:
         model = source.load(report)
-    plans = {name: None if one is None else make_plan(model.decoder, one) for name, one in methods.items()}
+    plans = {name: None if chosen is None else make_plan(model.decoder, chosen) for name, chosen in methods.items()}
     folder = Path(settings["results"]) / str(settings["name"])
     return compute_rows(source, model, methods, plans, one_text_each(settings), folder)
 
 
 def refuse_quantized(source: ModelFile | QuantizedFile) -> None:
-    """Raises InputError for a model that methods can't be applied to, before it is loaded."""
+    """Raises InputError for a quantized model, before it is loaded."""
     if is_quantized(source):
         raise InputError(
-            f"{source.folder} is quantized already: quantize the float model, or look at this one as it is by "
+            f"{source.folder} is quantized already: quantize the float model, or evaluate this one by "
             f"experiments.evaluate or the table's methods=[fp32]."
         )
 
 
 def is_quantized(source: ModelFile | QuantizedFile) -> TypeGuard[QuantizedFile]:
-    """Whether a model came quantized; float ones can have been saved by jquant, too."""
+    """Whether a model on disk is quantized; jquant can also have saved a float model."""
     return isinstance(source, QuantizedFile) and source.quantized
 
 
 def one_text_each(settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The settings of a table of several texts as those of one table each, so that a row is the same in either."""
+    """The settings split into one copy for each text, so that a row does not depend on the table's other texts."""
     data = settings["evaluation"]["data"]
     texts = dict.fromkeys(data if isinstance(data, list) else [data])
     return [settings | {"evaluation": settings["evaluation"] | {"data": text}} for text in texts]
@@ -127,15 +127,15 @@ def prepare_tokens(
     """Evaluation windows, and calibration windows if a method needs them.
 
     Raises:
-      InputError: a text is missing, empty, too short, or the one occurs in the other.
+      InputError: a text is missing, empty, too short, or occurs in the other text.
     """
-    asked, sampling = settings["evaluation"], settings["calibration"]
-    text = load_text(asked["data"])
-    evaluation = evaluation_windows(model, text, asked["context"], asked["windows"], asked["bos"])
+    scoring, sampling = settings["evaluation"], settings["calibration"]
+    text = load_text(scoring["data"])
+    evaluation = evaluation_windows(model, text, scoring["context"], scoring["windows"], scoring["bos"])
     if not any(chosen and needs_calibration(chosen) for chosen in methods):
         return evaluation, None
     ids = model.tokenizer.encode(load_text(sampling["data"]))
-    check_disjoint(evaluation[:, 1:] if asked["bos"] else evaluation, ids, f"evaluation.data={asked['data']}")
+    check_disjoint(evaluation[:, 1:] if scoring["bos"] else evaluation, ids, f"evaluation.data={scoring['data']}")
     count = sampling["samples"] + sampling.get("held_out", 0)
     return evaluation, sample_windows(ids, sampling["context"], count, settings["seed"])
 
@@ -148,30 +148,32 @@ def compute_rows(
     texts: list[dict[str, Any]],
     folder: Path,
 ) -> list[dict[str, Any]]:
-    """One row a text and method, taken from the folder where it holds one from the same settings, code and machine.
+    """One row for each text and method; rows in the folder from the same settings, code and machine are reused.
 
-    Methods that are fitted to float inputs share one way through the blocks.
+    Methods with float inputs share one pass through the blocks.
 
     Args:
       source: the model's files.
-      model: what they hold, float.
+      model: the loaded float model.
       methods: by name; None is the float model.
-      plans: what each does to the model's weights.
+      plans: each method's plan, by name.
       texts: the settings, one text each.
       folder: of the results.
     """
     tokens = [prepare_tokens(model, settings, methods.values()) for settings in texts]
     earlier: dict[Any, Any] = {row.get("fingerprint", n): row for n, row in enumerate(tables.read_rows(folder))}
     origins = {
-        name: [describe(name, one, model, windows, its) for its, windows in zip(texts, tokens, strict=True)]
-        for name, one in methods.items()
+        name: [
+            describe(name, chosen, model, windows, settings) for settings, windows in zip(texts, tokens, strict=True)
+        ]
+        for name, chosen in methods.items()
     }
     for origin in chain.from_iterable(origins.values()):
         if kept := earlier.get(origin["fingerprint"]):
             console.print(f"{tables.one_line(kept)}  (kept)", highlight=False, soft_wrap=True)
     missing = {
-        name: one
-        for name, one in methods.items()
+        name: chosen
+        for name, chosen in methods.items()
         if any(origin["fingerprint"] not in earlier for origin in origins[name])
     }
     references: dict[int, tuple[Reference, Scores]] = {}
@@ -207,13 +209,13 @@ def compute_rows(
 def _passes(
     methods: Mapping[str, Method | Rules | None], settings: dict[str, Any]
 ) -> Iterator[Mapping[str, Method | Rules | None]]:
-    """Which methods are quantized together: those that look at the same activations, if these are the float model's."""
-    shared = {name: one for name, one in methods.items() if one is not None and needs_calibration(one)}
+    """Groups of methods that are quantized together: those that read the same float activations."""
+    shared = {name: chosen for name, chosen in methods.items() if chosen is not None and needs_calibration(chosen)}
     if settings["calibration"]["inputs"] != "float":
         shared = {}
-    yield from ({name: one} for name, one in methods.items() if name not in shared)
+    yield from ({name: chosen} for name, chosen in methods.items() if name not in shared)
     for rotation in dict.fromkeys(map(rotation_of, shared.values())):
-        yield {name: one for name, one in shared.items() if rotation_of(one) == rotation}
+        yield {name: chosen for name, chosen in shared.items() if rotation_of(chosen) == rotation}
 
 
 def quantize_all(
@@ -224,15 +226,15 @@ def quantize_all(
     settings: dict[str, Any],
     report: Report,
 ) -> tuple[dict[str, tuple[Decoder, list[str]]], float]:
-    """By the methods' names, decoders and the weights that fell back to plain rounding; how long they took, together.
+    """For each method, the decoder and the weights that fell back to rounding to nearest; the seconds of all together.
 
-    A method alone leaves its finished blocks in the folder `checkpoints`, if there is one, and a killed run goes on
-    from them; not so those that take gradients through the whole model.
+    A single method keeps its finished blocks in the folder `checkpoints`, if there is one, and a killed run resumes
+    from them. Methods that take gradients through the whole model can't resume.
     """
     chosen = {name: plan for name, plan in plans.items() if plan is not None}
-    done = dict.fromkeys(plans, (model.decoder, []))
+    results = dict.fromkeys(plans, (model.decoder, []))
     if not chosen:
-        return done, 0.0
+        return results, 0.0
     sampling = {key: settings["calibration"][key] for key in ("inputs", "passes", "held_out")}
     options = Options(**sampling, devices=devices_of(settings), progress=report)
     begin = time.perf_counter()
@@ -243,17 +245,17 @@ def quantize_all(
         quantized = {name: (written.decoder, written.report)}
     else:
         quantized = quantize_decoders(model.decoder, chosen, calibration, options)
-    done |= {name: (decoder, infos.fallbacks) for name, (decoder, infos) in quantized.items()}
-    return done, time.perf_counter() - begin
+    results |= {name: (decoder, infos.fallbacks) for name, (decoder, infos) in quantized.items()}
+    return results, time.perf_counter() - begin
 
 
 def as_stored(source: QuantizedFile, figures: dict[str, Any]) -> dict[str, Any]:
-    """What a row says of a model that came quantized: there is no float one that it could be compared with."""
+    """The fields of a quantized model's row, which has no float model to compare with."""
     return {**dict.fromkeys(("perplexity_change_percent", "kl", "top1_agreement")), "stored": stored(source, figures)}
 
 
 def stored(source: QuantizedFile, figures: dict[str, Any]) -> str:
-    """How a model that came quantized holds its weights."""
+    """How a quantized model's weights are stored."""
     return f"packed codes of {figures['bits_per_weight']:.3f} bits a weight, quantized from {source.stored_as}"
 
 
@@ -265,7 +267,7 @@ def measure(
     float_scores: Scores,
     report: Report,
 ) -> dict[str, Any]:
-    """What one decoder keeps of the model on one text."""
+    """A decoder's figures on one text, compared with the float model."""
     scores = float_scores
     if decoder is not model.decoder:
         scores = score(decoder, evaluation, reference=reference, progress=report)
@@ -275,7 +277,7 @@ def measure(
 def tokens_per_second(
     model: LanguageModel, decoder: Decoder, generation: dict[str, Any], report: Report
 ) -> float | None:
-    """Greedy decoding speed, batch 1, after the first token: compilation and prompt are not counted."""
+    """Greedy decoding speed at batch 1, without compilation and prompt."""
     if not generation["tokens"]:
         return None
     prompt = model.tokenizer.encode(generation["prompt"])
@@ -296,7 +298,7 @@ def describe(
     settings: dict[str, Any],
     script: str = "experiments.perplexity_table",
 ) -> dict[str, Any]:
-    """Everything a row's figures, which `script` measures, depend on, and a fingerprint of it.
+    """Everything that a row's figures depend on, and its fingerprint; `script` is the module that measures.
 
     `tokens` are the windows of evaluation and calibration (`prepare_tokens`).
     """
@@ -316,7 +318,7 @@ def describe(
 
 
 def evaluated(settings: dict[str, Any], tokens: np.ndarray) -> dict[str, Any]:
-    """What a row's protocol says of the model's name and of the windows that were scored."""
+    """The entries of a row's protocol on the model's name and on the scored windows."""
     return {
         "model": str(settings["model"].get("path") or settings["model"]["name"]),
         "data": str(settings["evaluation"]["data"]),
@@ -330,6 +332,6 @@ def evaluated(settings: dict[str, Any], tokens: np.ndarray) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    from experiments import perplexity_table  # launchers send `main` to other processes, by its module's name
+    from experiments import perplexity_table  # launchers send `main` to other processes by its module's name
 
     run(perplexity_table.main)

@@ -1,4 +1,4 @@
-"""Where a figure comes from: code, packages, machine, and hashes of what went in."""
+"""The origin of a figure: code, packages, machine, and hashes of its inputs."""
 
 import functools
 import hashlib
@@ -22,13 +22,13 @@ PACKAGES = ("jax", "jaxlib", "flax", "numpy", "optax", "gguf", "safetensors", "t
 
 
 def identified(origin: dict[str, Any], methods: Any, script: str) -> dict[str, Any]:
-    """What a row depends on, with the versions, and a fingerprint of what decides its figures.
+    """A row's origin with versions, and a fingerprint of what decides its figures.
 
     Args:
       origin: settings and data.
-      methods: what was quantized by, by name.
-      script: the module that measures. Of others, and of the methods, the code counts that they use
-        (`jquant.provenance`); the commit, comments and a `composition` as it is printed don't.
+      methods: the methods, by name.
+      script: the module that measures. The fingerprint covers its code and the methods', with all that they use
+        (`jquant.provenance`). The commit, comments and the printed `composition` do not count.
     """
     origin = origin | versions()
     deciding = {key: value for key, value in origin.items() if key not in ("code_version", "composition")}
@@ -42,7 +42,7 @@ def fingerprint(value: Any) -> str:
 
 @functools.cache
 def versions() -> dict[str, Any]:
-    """Code, package and device identification of this process."""
+    """This process's code, packages and device."""
     sources = sorted([*(ROOT / "jquant").rglob("*.py"), *(ROOT / "experiments").rglob("*.py")])
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
     return {

@@ -3,7 +3,7 @@
     python -m experiments.quantize
     python -m experiments.quantize model=local model.path=/models/my-llama method=awq bits=3 output=my-llama-awq-3
 
-All settings: configs/quantize.yaml. A process may die at any moment: the same command goes on after the last block.
+All settings: configs/quantize.yaml. A process may die at any moment: the same command resumes after the last block.
 """
 
 import time
@@ -34,10 +34,10 @@ def main(config: DictConfig) -> None:
 
 
 def quantize(settings: dict[str, Any]) -> QuantizedFile:
-    """Writes the checkpoint, or what is missing of it, and tells what it holds.
+    """Writes the checkpoint, or its missing blocks, and prints a summary.
 
     Raises:
-      InputError: a setting can't be meant, or what `quantize_to_folder` finds.
+      InputError: a wrong setting, or what `quantize_to_folder` finds.
     """
     check(settings)
     name, sampling, folder = str(settings["method"]), settings["calibration"], Path(settings["output"])
@@ -64,7 +64,7 @@ def quantize(settings: dict[str, Any]) -> QuantizedFile:
     )
     if fell_back := report.fallbacks:
         console.print(
-            f"Rounded plainly, for want of a finite solution: {len(fell_back)} weights, {', '.join(fell_back)}.",
+            f"Rounded to nearest, because no solution was finite: {len(fell_back)} weights, {', '.join(fell_back)}.",
             highlight=False,
             soft_wrap=True,
         )

@@ -1,10 +1,10 @@
-"""How much a model suffers when one layer, one projection type, or one weight matrix alone is quantized.
+"""The cost of quantizing only one layer, one projection type, or one weight matrix.
 
     python -m experiments.sensitivity
     python -m experiments.sensitivity methods=[rtn] bits=3 evaluation.data=my.txt
 
-Every weight is quantized once, on the inputs that the float model gives it; then each selection of them replaces the
-float weights, the rest staying float. All settings: configs/sensitivity.yaml. Results land in results/<name>/:
+Every weight is quantized once, with the float model's inputs. Then each selection of quantized weights is evaluated,
+with all other weights float. All settings: configs/sensitivity.yaml. Results land in results/<name>/:
 sensitivity.jsonl (one method an object), sensitivity.md and the figure.
 """
 
@@ -52,7 +52,7 @@ def main(config: DictConfig) -> None:
 
 
 def analyse(settings: dict[str, Any]) -> None:
-    """Computes what is missing, writes and prints the tables, draws the figure."""
+    """Computes missing rows, writes and prints the tables, draws the figure."""
     folder = Path(settings["results"]) / str(settings["name"])
     check(settings)
     methods = check_methods(settings)
@@ -94,19 +94,23 @@ def measure(
 ) -> dict[str, Any]:
     """Perplexity and KL with one projection type, one layer, one matrix, and everything quantized."""
     evaluation, calibration = tokens
-    quantized, done = quantize_decoder(decoder, plan, calibration, Options(inputs="float", progress=report))
+    quantized, weights_report = quantize_decoder(decoder, plan, calibration, Options(inputs="float", progress=report))
     float_values, values = _stacks(decoder), _stacks(quantized)
     graph, state = nnx.split(decoder)
     layers = decoder.config.layers
-    wanted = {"projection": len(evaluation), "layer": settings["layer_windows"], "matrix": settings["matrix_windows"]}
-    selections = list(_selections(layers, {kind for kind, windows in wanted.items() if windows}))
+    counts = {
+        "projection": len(evaluation),
+        "layer": settings["layer_windows"],
+        "matrix": settings["matrix_windows"],
+    }
+    selections = list(_selections(layers, {kind for kind, windows in counts.items() if windows}))
     figures: dict[str, Any] = {"all": None, "projections": {}, "layers": [], "matrices": []}
-    figures["fallbacks"] = done.fallbacks
+    figures["fallbacks"] = weights_report.fallbacks
     for count, (kind, path, layer) in enumerate(selections, 1):
         mask = {p: np.isin(np.arange(layers), range(layers) if layer is None else layer) for p in PATHS}
         mask = {p: m if path in (None, p) else np.zeros_like(m) for p, m in mask.items()}
         mixed = nnx.merge(graph, _mix(state, float_values, values, mask))
-        windows = wanted.get(kind, len(evaluation))
+        windows = counts.get(kind, len(evaluation))
         scores = score(mixed, evaluation[:windows], reference=Reference(decoder, reference.hidden[:windows]))
         assert scores.kl is not None
         entry = {"perplexity": scores.perplexity, "perplexity_stderr": scores.stderr, "kl": float(scores.kl.mean())}
@@ -124,7 +128,7 @@ def measure(
 
 
 def _selections(layers: int, kinds: set[str]) -> Iterator[tuple[str, str | None, int | None]]:
-    """(kind, path or all, layer or all), the cheap and telling ones first."""
+    """(kind, path, layer) of each selection; None for all paths or all layers. The few large ones come first."""
     yield "all", None, None
     yield from (("projection", path, None) for path in PATHS)
     if "layer" in kinds:
@@ -135,24 +139,24 @@ def _selections(layers: int, kinds: set[str]) -> Iterator[tuple[str, str | None,
 
 def _stacks(decoder: Decoder) -> Stacks:
     """The blocks' kernels, dequantized."""
-    found: dict[str, list[Array]] = {path: [] for path in PATHS}
+    kernels_of: dict[str, list[Array]] = {path: [] for path in PATHS}
     for block in blocks(decoder):
         for path in PATHS:
             part, projection, _ = path.split(".")
             kernel = getattr(getattr(block, part), projection).kernel.get_value()
-            found[path].append(dequantize(kernel) if isinstance(kernel, QTensor) else kernel)
-    return {path: jnp.stack(kernels) for path, kernels in found.items()}
+            kernels_of[path].append(dequantize(kernel) if isinstance(kernel, QTensor) else kernel)
+    return {path: jnp.stack(kernels) for path, kernels in kernels_of.items()}
 
 
 @partial(jax.jit)
 def _mix(state: Any, float_values: Stacks, values: Stacks, mask: dict[str, Array]) -> Any:
-    """The decoder's state with the quantized values where the mask, `[layers]` a path, says so."""
+    """The decoder's state with quantized values where the mask, `[layers]` for each path, is true."""
     mixed = nnx.to_pure_dict(state)
     for path in PATHS:
         part, projection, _ = path.split(".")
         kept = float_values[path]
-        new = jnp.where(mask[path][:, None, None], values[path].astype(kept.dtype), kept)
-        mixed["segments"][0][part][projection]["kernel"] = new
+        mixed_kernel = jnp.where(mask[path][:, None, None], values[path].astype(kept.dtype), kept)
+        mixed["segments"][0][part][projection]["kernel"] = mixed_kernel
     nnx.replace_by_pure_dict(state, mixed)
     return state
 
@@ -163,8 +167,8 @@ def _short(path: str | None) -> str:
 
 def projection_table(rows: list[dict[str, Any]]) -> Table:
     """Perplexity with one projection type quantized in every layer."""
-    told = rows[0]["protocol"]
-    title = f"Perplexity, one projection type quantized alone (float: {rows[0][FLOAT]:.2f}; {told['windows']} windows)"
+    told2 = rows[0]["protocol"]
+    title = f"Perplexity, one projection type quantized alone (float: {rows[0][FLOAT]:.2f}; {told2['windows']} windows)"
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     names = list(rows[0]["projections"])
     for column in ("method", *names, "all"):

@@ -1,4 +1,4 @@
-"""What every setting takes: checked in one place, for all experiments alike, before any work is done."""
+"""Checks the settings of all experiments before any work is done."""
 
 import os
 import re
@@ -21,7 +21,7 @@ def _whole(least: int) -> Kind:
     return (
         f"takes a whole number from {least}",
         lambda value: type(value) is int and value >= least,
-    )  # True is no number
+    )  # a bool is no number
 
 
 def _number(least: float) -> Kind:
@@ -44,7 +44,7 @@ GROUP: Kind = (
     "takes a whole number from 1, channel or tensor",
     lambda value: value in ("channel", "tensor") or _whole(1)[1](value),
 )
-SECTION: Kind = ("is a section with settings of its own", lambda value: isinstance(value, dict))
+SECTION: Kind = ("is a section of settings", lambda value: isinstance(value, dict))
 ONE_TEXT: Kind = ("is one text here: a name in configs/data/ or the path of a file", TEXT[1])
 TEXTS: Kind = (
     "is a text or a list of some",
@@ -90,10 +90,10 @@ KINDS: dict[str, Kind] = {
 
 
 def check(settings: Settings, kinds: Mapping[str, Kind] = KINDS) -> None:
-    """Finds out which of an experiment's settings can't be meant; those that it does not have are not missed.
+    """Checks those settings that an experiment has.
 
     Raises:
-      InputError: a setting has no value, or one that it does not take; a model or a text is not there.
+      InputError: a setting has no value or a wrong one; a model or a text does not exist.
     """
     for name, (says, takes) in kinds.items():
         value = _find(settings, name)
@@ -110,17 +110,17 @@ def check(settings: Settings, kinds: Mapping[str, Kind] = KINDS) -> None:
 
 
 def _find(settings: Settings, name: str) -> Any:
-    """A setting by its dotted name; this function itself where the experiment has none of it."""
+    """A setting by its dotted name; this function if the experiment has no such setting."""
     *sections, key = name.split(".")
     for section in sections:
         settings = settings.get(section, {})
         if not isinstance(settings, dict):
-            raise InputError(f"{section} is a section, of which {name}=… sets a part; it is not {settings!r}.")
+            raise InputError(f"{section} is a section with settings such as {name}=…, not {settings!r}.")
     return settings.get(key, _find)
 
 
 def _check_text(name: str, text: str) -> None:
-    """As `load_text` finds it, without fetching it."""
+    """Checks that `load_text` would find the text, without fetching it."""
     path = Path(text).expanduser()
     if os.path.isfile(path):
         return
@@ -144,13 +144,13 @@ def _check_model(model: dict[str, Any]) -> None:
 
 
 def check_methods(settings: Settings) -> dict[str, Method | Rules | None]:
-    """The asked-for methods by name; None is the float model.
+    """The methods in the settings by name; None is the float model.
 
     Raises:
       InputError: an unknown method, or bits or a group that no format takes.
     """
-    one = settings.get("method")  # a setting of the perplexity table alone
-    names = settings["methods"] if one is None else [one]
+    single = settings.get("method")  # a setting of the perplexity table alone
+    names = settings["methods"] if single is None else [single]
     if not isinstance(names, list):
         raise InputError(f"methods is a list, e.g. methods=[fp32,gptq], not {names!r}.")
     if not names:
@@ -160,11 +160,11 @@ def check_methods(settings: Settings) -> dict[str, Method | Rules | None]:
 
 
 def check_table(settings: Settings) -> dict[str, Method | Rules | None]:
-    """The methods of a perplexity table, nothing of whose settings would stop a row later (`check`, `check_methods`).
+    """Checks all settings of a perplexity table (`check`, `check_methods`); returns its methods.
 
     Raises:
-      InputError: as of those; held-out windows or quantized inputs that a method needs and does not get; a baseline
-        that is not among the methods.
+      InputError: as of `check` and `check_methods`; missing held-out windows or quantized inputs that a method needs; a
+        baseline that is not among the methods.
     """
     check(settings, KINDS | {"evaluation.data": TEXTS})
     methods, sampling, baseline = check_methods(settings), settings["calibration"], settings["baseline"]

@@ -21,9 +21,9 @@ from jquant.io.files import check_plain, write_text
 from jquant.methods import OPEN
 from paper_figures.rows import FLOAT, Row, by_text, is_float
 
-LOCK = ".lock"  # beside a results file, and never removed: another process may be waiting for it
+LOCK = ".lock"  # beside a results file; never removed, since another process may be waiting for it
 
-# What the rows of each file have at least, as `misfit` reads it.
+# The least that each file's rows have, as a shape for `misfit`.
 _PROTOCOL = {"model": str, "weights_stored_as": str, "dtype": str, "data": str, "windows": int, "context": int}
 _ORIGIN: dict[str, Any] = {
     "method": str,
@@ -59,15 +59,15 @@ ROWS: dict[str, dict[str, Any]] = {
     | {"outlier_features": list},
 }
 
-# Column heading, and how a row fills it; a column that no row fills is left out.
+# Column heading -> a row's cell; a column without cells is left out.
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "method": lambda row: label(row),
-    "settings": lambda row: row.get("settings", ""),  # of a sweep's trial
+    "settings": lambda row: row.get("settings", ""),  # in a sweep: the trial's settings
     "perplexity": lambda row: f"{row['perplexity']:.3f}" + _filled(row["perplexity_stderr"], " ±{:.3f}"),
     "change\n%": lambda row: _filled(row["perplexity_change_percent"], "{:+.2f}"),
     "KL": lambda row: _filled(row["kl"], "{:.4f}"),
     "top-1\n%": lambda row: _filled(row["top1_agreement"], "{:.1%}").rstrip("%"),
-    "fell\nback": lambda row: str(len(row.get("fallbacks") or ()) or ""),  # weights, to plain rounding
+    "fell\nback": lambda row: str(len(row.get("fallbacks") or ()) or ""),  # weights
     "bits/\nweight": lambda row: f"{row['bits_per_weight']:.3f}",
     "MB": lambda row: f"{row['weight_mb']:.0f}",
     "tok/s": lambda row: _filled(row["tokens_per_second"], "{:.1f}"),
@@ -82,34 +82,35 @@ def _filled(value: float | None, form: str) -> str:
 
 
 def label(row: Row) -> str:
-    """What the row is called in a table: the method, with its width where the settings chose it."""
+    """The row's name in a table: the method, with its width if the settings chose it."""
     name = row["method"]
-    if row.get("stored"):  # a model that was quantized before it came here
+    if row.get("stored"):  # a model that was quantized when it was loaded
         return "stored" if name == FLOAT else name
     if name == FLOAT:
         return {"float32": "FP32", "bfloat16": "BF16", "float16": "FP16"}.get(row["protocol"]["dtype"], "float")
+    if "." in name:  # a user's own, by its import path; nothing is imported for what a file of results says
+        return name
     bits = row["config"].get("bits")
-    heading = name if "." in name else name.upper()  # a user's own keeps its import path
-    return f"{heading}-{bits}" if bits is not None and takes_bits(name) else heading
+    return f"{name.upper()}-{bits}" if bits is not None and takes_bits(name) else name.upper()
 
 
 def chosen(row: Row) -> dict[str, Any]:
-    """Of bits, group and symmetric, what the row's method took from the settings, or its name's width."""
-    if row.get("stored"):  # a folder's name, whatever it is
+    """Those of bits, group and symmetric that the row's method took from the settings, or the width in its name."""
+    if row.get("stored") or "." in row["method"]:  # a folder's name, or a user's own method
         return {}
     name, config = row["method"], row["config"]
     stem, _, width = name.rpartition("-")
     try:
-        given = {"bits": int(width)} if width.isdecimal() and takes_bits(stem) else {}
-        return given | {
+        named = {"bits": int(width)} if width.isdecimal() and takes_bits(stem) else {}
+        return named | {
             setting: config[setting] for setting in OPEN if setting in config and leaves_open(name, setting)
         }
-    except InputError:  # no method: the float model, or a file that is gone
+    except InputError:  # not a method: the float model, or a file that was removed
         return {}
 
 
 def seconds(row: Row) -> str:
-    """How long it took to quantize, and with how many methods together, if several."""
+    """Seconds of quantizing, and the number of methods quantized together, if several."""
     together = row.get("quantized_together", 1)
     return f"{row['quantize_seconds']:.1f}" + (f" /{together}" if together > 1 else "")
 
@@ -124,30 +125,30 @@ def paired_change(row: Row, base: Row) -> Change:
     """Change of perplexity against another row on the same windows (`jquant.evaluation.intervals`).
 
     Raises:
-      InputError: the rows were not evaluated on the same tokens; a row that does not tell its windows' likelihoods, as
-        those of older versions do not.
+      InputError: the rows were not evaluated on the same tokens; a row without its windows' likelihoods, such as those
+        of older versions.
     """
-    for one in (row, base):
-        if not one.get("window_nll"):
-            raise InputError(f"The row {one['method']} has no window_nll, so nothing can be compared with it in pairs.")
-    texts = {one["protocol"]["evaluation_sha256"] for one in (row, base)}
+    for compared in (row, base):
+        if not compared.get("window_nll"):
+            raise InputError(f"The row {compared['method']} has no window_nll, so it can't be compared in pairs.")
+    texts = {compared["protocol"]["evaluation_sha256"] for compared in (row, base)}
     if len(texts) > 1 or len(row["window_nll"]) != len(base["window_nll"]):
         raise InputError(f"The rows {row['method']} and {base['method']} were evaluated on different windows.")
     return intervals.paired_change(row["window_nll"], base["window_nll"])
 
 
 def base_of(row: Row, rows: Sequence[Row], baseline: str) -> Row | None:
-    """The row that `baseline` names for this one: the method of that name at the row's own width, or as it stands."""
-    by_name = {one["method"]: one for one in rows}
+    """The row that `baseline` names for this row: that method at the row's width, else without a width."""
+    by_name = {candidate["method"]: candidate for candidate in rows}
     width = row["method"].rpartition("-")[2]
     return by_name.get(f"{baseline}-{width}") or by_name.get(baseline)
 
 
 def read_rows(folder: Path, name: str = "table.jsonl") -> list[Row]:
-    """The rows that earlier runs left in a results folder.
+    """The rows that earlier runs wrote into a results folder.
 
     Raises:
-      InputError: the file is no plain one, or not one JSON object a line with all that a row has (ROWS).
+      InputError: the file is not plain, or has a line that is not a JSON object with a row's entries (ROWS).
     """
     path, rows = folder / name, []
     if not os.path.lexists(path):
@@ -155,11 +156,11 @@ def read_rows(folder: Path, name: str = "table.jsonl") -> list[Row]:
     check_plain(path)
     wrong = f"{path} is damaged ({{}}); move it away or choose another name=."
     try:
-        # Not splitlines(), which cuts at characters that may stand in a text.
+        # Not splitlines(): it also cuts at characters that a text may hold.
         for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
             if line:
                 rows.append(json.loads(line))
-                json.dumps(rows[-1], ensure_ascii=False).encode()  # what can't be written back is no text
+                json.dumps(rows[-1], ensure_ascii=False).encode()  # lone surrogates can't be written back
                 if part := misfit(rows[-1], ROWS.get(name, {}), "the row"):
                     raise InputError(wrong.format(f"line {number}: {part}"))
     except RecursionError:
@@ -170,20 +171,20 @@ def read_rows(folder: Path, name: str = "table.jsonl") -> list[Row]:
 
 
 def misfit(value: Any, shape: Any, name: str) -> str | None:
-    """What of a value from JSON has not the shape that it should have; None if all has.
+    """The first part of a JSON value that does not have its shape, in words; None if all parts do.
 
-    A shape is a type, a dict of what stands under some keys (or may: "key?"), a list with the shape of its elements, or
-    a tuple with that of what may be null. float stands for every finite number.
+    A shape is a type; a dict of shapes by key ("key?" may be missing; other keys may be there); a list with the shape
+    of its elements; or a tuple with the shape of a value that may be null. float means any finite number.
     """
     inner: Iterable[str | None] = ()
     if isinstance(shape, tuple):
         return None if value is None else misfit(value, shape[0], name)
     if isinstance(shape, dict):
         fits = isinstance(value, dict)
-        inner = (_misfit_at(key, one, value) for key, one in shape.items()) if fits else ()
+        inner = (_misfit_at(key, part, value) for key, part in shape.items()) if fits else ()
     elif isinstance(shape, list):
         fits = isinstance(value, list)
-        inner = (misfit(one, shape[0], f"an element of {name}") for one in value) if fits else ()
+        inner = (misfit(part, shape[0], f"an element of {name}") for part in value) if fits else ()
     elif shape is float:
         fits = isinstance(value, int | float) and -1e300 < value < 1e300
     else:
@@ -201,32 +202,32 @@ def _misfit_at(key: str, shape: Any, value: dict[str, Any]) -> str | None:
 
 
 def add_rows(folder: Path, rows: Sequence[Row], name: str = "table.jsonl", without: Iterable[str] = ()) -> None:
-    """Adds rows to a results file, whole or not at all; no row that another process adds meanwhile is lost.
+    """Adds rows to a results file, all or none. Rows that other processes add meanwhile are not lost.
 
     Args:
       folder: of the results.
-      rows: each replaces those that have its fingerprint.
+      rows: each replaces rows with its fingerprint.
       name: of the file.
       without: fingerprints of rows to take out.
 
     Raises:
       InputError: the folder can't be written, or the file is damaged.
     """
-    gone = {row["fingerprint"] for row in rows}.union(without)
-    if not gone:
+    replaced = {row["fingerprint"] for row in rows}.union(without)
+    if not replaced:
         return
     with locked(folder):
-        kept = [row for row in read_rows(folder, name) if row.get("fingerprint") not in gone]
+        kept = [row for row in read_rows(folder, name) if row.get("fingerprint") not in replaced]
         write_text(folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [*kept, *rows]))
 
 
 @contextmanager
 def locked(folder: Path, name: str = LOCK, timeout: float = -1) -> Iterator[None]:
-    """Holds a lock in a folder, which is made; a process that dies lets go of it.
+    """Makes a folder and holds a lock in it; the lock is freed when its process dies.
 
     Raises:
       InputError: the folder can't be written.
-      filelock.Timeout: another process holds it for longer than so many seconds; by default it is waited for.
+      filelock.Timeout: another process holds it for longer than `timeout` seconds; by default there is no limit.
     """
     lock = FileLock(folder / name, timeout)
     try:
@@ -245,12 +246,12 @@ def locked(folder: Path, name: str = LOCK, timeout: float = -1) -> Iterator[None
 def write_table(
     folder: Path, rows: Sequence[Row], baseline: str | None = None, missing: Mapping[str, str] | None = None
 ) -> None:
-    """Writes this run's rows as table.md, a table a text, and table.csv; compared with `baseline` (`base_of`).
+    """Writes rows as table.md, with a table for each text, and table.csv; compared with `baseline` (`base_of`).
 
-    `missing`: why other rows, by their settings, are not there (`missing_lines`).
+    `missing` are reasons for missing rows, by their settings (`missing_lines`).
     """
     sections = by_text(rows)
-    written = [_markdown(its, baseline) for its in sections.values()]
+    written = [_markdown(text_rows, baseline) for text_rows in sections.values()]
     if missing:
         heading, *lines = missing_lines(missing)
         written.append("\n".join([f"**{heading}**", "", *(f"- {line}" for line in lines)]) + "\n")
@@ -266,7 +267,7 @@ def write_table(
 
 
 def _flat(row: Row) -> dict[str, Any]:
-    """A row's figures and texts, its method's choices, its calibration where it had one, and its protocol."""
+    """A row's figures and texts, its method's options, its calibration if any, and its protocol."""
     plain = {key: value for key, value in row.items() if isinstance(value, str | int | float | None)}
     calibration = row["config"].get("calibration", {}) if calibrated(row) else {}
     sampling = {key: calibration.get(key) for key in ("data", "samples", "context", "inputs")}
@@ -281,12 +282,12 @@ def _flat(row: Row) -> dict[str, Any]:
 
 
 def calibrated(row: Row) -> bool:
-    """Whether its method looked at the calibration text."""
+    """Whether its method used the calibration text."""
     return row["protocol"]["calibration_sha256"] is not None
 
 
 def missing_lines(missing: Mapping[str, str]) -> list[str]:
-    """What to say of trials that have no row: how many they are, then why, one by one; nothing if there are none."""
+    """Lines on trials without a row: their number, then the reason for each; none if there are no such trials."""
     return [f"Missing rows: {len(missing)}.", *(f"{name}: {why}" for name, why in missing.items())] if missing else []
 
 
@@ -299,9 +300,9 @@ def _markdown(rows: Sequence[Row], baseline: str | None) -> str:
 
 
 def terminal_table(rows: Sequence[Row], baseline: str | None = None) -> Table:
-    """The table for rich to print; beside a comparison there is no place for what the machine did."""
+    """The table for rich to print; with a baseline it leaves out speed and memory."""
     heading, cells = _cells(rows, baseline, leave_out=("tok/s", "quant\ns", "peak\nMB") if baseline else ())
-    # Bare enough for a terminal of 80 columns.
+    # Fits a terminal of 80 columns.
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
     for index, column in enumerate(heading):
         table.add_column(column, justify="right" if index else "left", no_wrap=index == 0)
@@ -311,13 +312,13 @@ def terminal_table(rows: Sequence[Row], baseline: str | None = None) -> Table:
 
 
 def one_line(row: Row) -> str:
-    """A finished row in one line."""
+    """A row in one line."""
     text = Path(row["protocol"]["data"]).name
     return f"{label(row)} on {text}: perplexity {COLUMNS['perplexity'](row)}, {row['bits_per_weight']:.3f} bits/weight"
 
 
 def caption(rows: Sequence[Row], baseline: str | None = None) -> str:
-    """The protocol of one text's rows, in a few sentences; where rows differ, with the names of those meant."""
+    """The protocol of one text's rows; sentences that hold for some rows only name them."""
     quantized = [row for row in rows if not is_float(row)]
     together = max(row.get("quantized_together") or 1 for row in rows)
     dtypes = " or ".join(dict.fromkeys(row["protocol"]["dtype"] for row in rows))
@@ -339,16 +340,16 @@ def caption(rows: Sequence[Row], baseline: str | None = None) -> str:
 
 
 def _sentences(rows: Sequence[Row], say: Callable[[Row], str], every: Sequence[Row]) -> list[str]:
-    """What the rows say of themselves, each sentence once, with the names of those that say it unless all do."""
-    said: dict[str, list[str]] = {}
+    """The rows' sentences, each once, with the names of its rows unless it holds for all of `every`."""
+    by_sentence: dict[str, list[str]] = {}
     for row in rows:
         if sentence := say(row):
-            said.setdefault(sentence, []).append(label(row))
+            by_sentence.setdefault(sentence, []).append(label(row))
     names = {
-        sentence: "" if {*map(label, every)} == {*its} else f" ({', '.join(dict.fromkeys(its))})"
-        for sentence, its in said.items()
+        sentence: "" if {*map(label, every)} == {*labels} else f" ({', '.join(dict.fromkeys(labels))})"
+        for sentence, labels in by_sentence.items()
     }
-    return [f"{sentence}{names[sentence]}." for sentence in said]
+    return [f"{sentence}{names[sentence]}." for sentence in by_sentence]
 
 
 def _protocol(row: Row) -> str:
@@ -384,7 +385,7 @@ def _groups(row: Row) -> str:
 def _fallbacks(row: Row) -> str:
     names = row.get("fallbacks") or []
     more = f" and {len(names) - 3} more" if names[3:] else ""
-    return f"Rounded plainly, for want of a finite solution: {', '.join(names[:3])}{more}" if names else ""
+    return f"Rounded to nearest, because no solution was finite: {', '.join(names[:3])}{more}" if names else ""
 
 
 def _cells(
@@ -398,7 +399,7 @@ def _cells(
 
 
 def _change_fields(row: Row, rows: Sequence[Row], baseline: str | None) -> dict[str, float | None]:
-    """`paired_change` against the row's baseline by column: no columns without one, None where it can't be had."""
+    """`paired_change` against the row's baseline by column: no columns without a baseline, None if unknown."""
     if baseline is None:
         return {}
     base = base_of(row, rows, baseline)

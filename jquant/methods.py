@@ -1,7 +1,7 @@
-"""The table of named methods: each a point in format × range × rounding × transform.
+"""The table of named methods: each is a point in format × range × rounding × transform.
 
-A new method is a row here. `method("gptq-3", group=32)` fills in what a row leaves open; anything else is written out:
-`Method(Codebook(my_levels), rounding=GPTQ())` is GPTQ on one's own codebook. A plan gives different weights different
+A new method is a row here. `method("gptq-3", group=32)` sets the options that a row leaves open. Any other method is
+written out: `Method(Codebook(my_levels), rounding=GPTQ())` is GPTQ on one's own codebook. Rules give weights different
 methods: `[(r"attention\\.v", "q6_k"), (r"mlp", "gptq-3")]`.
 """
 
@@ -38,12 +38,12 @@ from jquant.transforms import AWQ, SmoothQuant
 
 
 def _fixed(format: Format, **choices) -> Callable[[int, Group, bool], Method]:
-    """A row that leaves nothing open."""
+    """A row without open options."""
     return lambda bits, group, symmetric: Method(format, **choices)
 
 
 _INT8 = Int(8, "channel", symmetric=True)
-_INT8_INT8 = Int(8, "channel", symmetric=True, scale="float32")  # scales as bitsandbytes keeps them
+_INT8_INT8 = Int(8, "channel", symmetric=True, scale="float32")  # scales as in bitsandbytes
 _INT8_TENSOR = Int(8, "tensor", symmetric=True, scale="float32")
 
 METHODS: dict[str, Callable[[int, Group, bool], Method]] = {
@@ -54,7 +54,7 @@ METHODS: dict[str, Callable[[int, Group, bool], Method]] = {
     "gptq_plain": lambda bits, group, symmetric: Method(
         Int(bits, group, symmetric), MinMax(), GPTQ(order="rows"), token_weights="uniform"
     ),
-    # Clips in 21 steps take a twentieth longer, for 0.5 % less KL and 0.05 % more perplexity (noblank, float inputs).
+    # 21 steps take 5 % longer, with 0.5 % less KL and 0.05 % more perplexity (noblank, float inputs).
     "awq": lambda bits, group, symmetric: Method(
         Int(bits, group, symmetric), Search("gram", steps=11), transform=AWQ()
     ),
@@ -64,14 +64,14 @@ METHODS: dict[str, Callable[[int, Group, bool], Method]] = {
     "gptq_loss": lambda bits, group, symmetric: Method(
         Int(bits, group, symmetric), Search("diagonal"), GPTQ(), token_weights="loss"
     ),
-    # A step of the rate moves the outermost code by 1/64 of a unit, whatever the width.
+    # At this rate, a step of Adam moves the outermost code by 1/64 of a unit at every width.
     "gptq_tuned": lambda bits, group, symmetric: Method(
         Int(bits, group, symmetric), Search("diagonal"), GPTQ(), tuning=(Tuning(rate=2.0 ** (-5 - bits)),)
     ),
     "learned": lambda bits, group, symmetric: Method(
         Int(bits, group, symmetric), Search("diagonal"), GPTQ(), tuning=(Tuning(rate=2.0 ** (-5 - bits), text=0.15),)
     ),
-    # Codes need many narrow steps: in few wide ones all that have a steady gradient jump at once.
+    # Codes need many small steps: with few large ones, all codes with a steady gradient jump at once.
     "learned_codes": lambda bits, group, symmetric: Method(
         Int(bits, group, symmetric),
         Search("diagonal"),
@@ -112,11 +112,11 @@ METHODS: dict[str, Callable[[int, Group, bool], Method]] = {
     "w8a8_static": _fixed(_INT8_INT8, activation=Activation(_INT8_TENSOR, static=True)),
 }
 
-# What a user writes to give weights different methods: (regex, method) pairs, of which the first that is found decides.
+# Rules that give weights different methods: (regex, method) pairs; the first regex found in a weight's name decides.
 Rules = Sequence[tuple[str, "str | Method | None"]]
 
 
-# What a row may leave open: the value that it has by default, and another one, which shows whether a row takes it.
+# The options that a row may leave open: the default, and another value, by which `takes` tests whether a row uses it.
 OPEN: dict[str, tuple[Any, Any]] = {"bits": (4, 3), "group": (64, 32), "symmetric": (False, True)}
 
 
@@ -124,18 +124,18 @@ def method(name: str, bits: int | None = None, group: Group | None = None, symme
     """The named method; "gptq-3" is gptq at 3 bits.
 
     Args:
-      name: a row of `METHODS`, with a width behind it or without.
+      name: a row of `METHODS`, with or without a width.
       bits: 2 to 8, 4 by default.
       group: weights that share a scale, 64 by default.
       symmetric: without zero points; False by default.
 
     Raises:
-      InputError: no such method, with the three nearest names; an option that the method has of its own, as nf4 has
-        bits, and "gptq-3".
+      InputError: no such method, with the three nearest names; an option that the method fixes, as nf4 and "gptq-3"
+        fix bits.
     """
     given = _given(bits, group, symmetric)
-    if own := given.keys() - leaves_open(name):
-        raise _has_own(name, min(own), given)
+    if fixed := given.keys() - leaves_open(name):
+        raise _has_own(name, min(fixed), given)
     row, width = split_width(name, METHODS, _takes_bits)
     settings = {setting: usual for setting, (usual, _) in OPEN.items()} | given
     chosen: dict[str, Any] = settings if width is None else settings | {"bits": width}
@@ -143,7 +143,7 @@ def method(name: str, bits: int | None = None, group: Group | None = None, symme
 
 
 def leaves_open(name: str) -> set[str]:
-    """Of "bits", "group" and "symmetric", what a named method does not have of its own.
+    """Those of "bits", "group" and "symmetric" that a named method does not fix.
 
     Raises:
       InputError: no such method.
@@ -155,12 +155,12 @@ def leaves_open(name: str) -> set[str]:
 
 
 def takes(row: Callable[..., Any], setting: str) -> bool:
-    """Whether what a function of bits, group and symmetric gives depends on the one of that name."""
+    """Whether the result of a function of bits, group and symmetric depends on the argument `setting`."""
     usual = {key: value for key, (value, _) in OPEN.items()}
-    found = row(*usual.values())
+    result = row(*usual.values())
     try:
-        return found != row(*(usual | {setting: OPEN[setting][1]}).values())
-    except InputError:  # the method takes the setting, though not this value of it
+        return result != row(*(usual | {setting: OPEN[setting][1]}).values())
+    except InputError:  # the method takes the setting, but not this value
         return True
 
 
@@ -169,7 +169,7 @@ def _takes_bits(row: str) -> bool:
 
 
 def split_width(name: str, known: Container[str], takes_bits: Callable[[str], bool]) -> tuple[str, int | None]:
-    """Splits "gptq-3" into "gptq" and 3, if gptq leaves its width open; other names stay whole, with None."""
+    """Splits "gptq-3" into "gptq" and 3 if gptq leaves its width open; other names are returned with None."""
     row, _, width = name.rpartition("-")
     if name not in known and width.isdecimal() and takes_bits(row):
         return row, int(width)
@@ -177,7 +177,7 @@ def split_width(name: str, known: Container[str], takes_bits: Callable[[str], bo
 
 
 def completed(name: str, bits: int, group: Group, symmetric: bool) -> Method:
-    """The named method with those of the settings that it leaves open.
+    """The named method with the settings that it leaves open; the others are ignored.
 
     Raises:
       InputError: no such method; a value that it does not take.
@@ -187,7 +187,7 @@ def completed(name: str, bits: int, group: Group, symmetric: bool) -> Method:
 
 
 def unknown(name: str, known: Iterable[str]) -> InputError:
-    """What to raise for a name that no method has: it names the three that are spelt most like it."""
+    """The error for an unknown name; it gives the three most similar names."""
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.0)
     return InputError(f"There is no method {name!r}; the nearest names are {', '.join(near)}.")
 
@@ -204,11 +204,11 @@ def _has_own(name: str, option: str, given: dict[str, Any]) -> InputError:
 def complete(
     plan: Any, bits: int | None = None, group: Group | None = None, symmetric: bool | None = None
 ) -> Method | list[tuple[str, Method | None]]:
-    """A method or plan with `Method`s in the places of names; the rest completes what they leave open (`method`).
+    """A method or rules with `Method`s in place of names; the options complete what the names leave open (`method`).
 
     Raises:
-      InputError: an unknown name; something else than a method, its name, or rules (regex, method); an option that
-        nothing in the plan leaves open.
+      InputError: an unknown name; something other than a method, its name, or rules (regex, method); an option
+        that every method fixes.
     """
     given = _given(bits, group, symmetric)
     if isinstance(plan, str):
@@ -222,13 +222,13 @@ def complete(
             raise InputError(f"A plan's rule is a pair (regex, method), not {shown(rule)}.")
     chosen = [(pattern, None if choice is None else _named(choice, given)) for pattern, choice in plan]
     taken = {setting for _, choice in plan if isinstance(choice, str) for setting in leaves_open(choice)}
-    if own := given.keys() - taken:
-        raise _has_own("Every method of the plan", min(own), given)
+    if fixed := given.keys() - taken:
+        raise _has_own("Every method of the plan", min(fixed), given)
     return chosen
 
 
 def _named(choice: Any, given: dict[str, Any]) -> Method:
-    """A plan's choice as a Method; a name is completed by what it leaves open."""
+    """A choice as a Method; a name is completed by the options that it leaves open."""
     if isinstance(choice, str):
         return method(choice, **{setting: value for setting, value in given.items() if setting in leaves_open(choice)})
     if not isinstance(choice, Method):
@@ -240,8 +240,8 @@ def assign(plan: "str | Method | Rules", weights: Iterable[str]) -> dict[str, Me
     """The method of each weight; None where it stays float.
 
     Args:
-      plan: one method for all, or rules (regex, method), of which the first that is found in a weight's name decides. A
-        method may be a name, or None to leave weights alone; those that no rule finds are left alone.
+      plan: one method for all, or rules (regex, method): the first regex found in a weight's name decides. A method may
+        be a name, or None for float. Weights that no rule matches stay float.
       weights: their names, e.g. "layers.3.attention.v.kernel".
 
     Raises:
@@ -252,13 +252,13 @@ def assign(plan: "str | Method | Rules", weights: Iterable[str]) -> dict[str, Me
         return dict.fromkeys(weights, rules)
     chosen: dict[str, Method | None] = {}
     names = left = list(weights)
-    for pattern, one in rules:
+    for pattern, choice in rules:
         try:
-            found = [weight for weight in left if re.search(pattern, weight)]
+            matching = [weight for weight in left if re.search(pattern, weight)]
         except re.error as wrong:
             raise InputError(f"The plan's rule {pattern!r} is not a regular expression: {wrong}.") from None
-        if not found:
+        if not matching:
             raise InputError(f"The plan's rule {pattern!r} decides for no weight; they are called like {names[0]}.")
-        chosen |= dict.fromkeys(found, one)
+        chosen |= dict.fromkeys(matching, choice)
         left = [weight for weight in left if weight not in chosen]
     return chosen | dict.fromkeys(left, None)

@@ -1,4 +1,4 @@
-"""What every part of a method must be: an instance that its axis can use, and a value that never changes."""
+"""Checks that a part of a method keeps its contract and can't change."""
 
 import inspect
 from collections.abc import Mapping
@@ -8,13 +8,13 @@ from typing import Any
 from jquant.errors import InputError
 from jquant.stats import BUILT_IN, Statistic
 
-# The names that a part of each contract may have among its `needs`, beside statistics of its own.
+# The names that `needs` may hold in each contract, beside statistics of one's own.
 NEEDS = {
     "Range": frozenset({"gram", "clips"}),
     "Rounding": frozenset({"gram", "held_out"}),
     "Transform": frozenset({"gram", "abs_mean", "abs_max"}),
 }
-# What each contract is called with before its keywords, in errors.
+# The positional arguments in each contract's call, for error messages.
 CALLS = {"Range": ("w", "format"), "Rounding": ("w", "grid"), "Transform": ("weights", "formats")}
 
 
@@ -22,7 +22,7 @@ def check_part(place: str, part: Any, contract: type) -> None:
     """Raises InputError unless a part keeps its contract.
 
     Args:
-      place: what an error calls it, e.g. "Method's rounding".
+      place: its name in error messages, e.g. "Method's rounding".
       part: what the user gave.
       contract: a run-time checkable Protocol, or a class.
     """
@@ -40,39 +40,39 @@ def check_part(place: str, part: Any, contract: type) -> None:
 
 
 def asked_of(contract: type) -> list[str]:
-    """The names that a contract asks of a part."""
+    """The attributes that a contract asks of a part."""
     return [name for name in vars(contract) if name == "__call__" or not name.startswith("_")]
 
 
 def statistics_of(*parts: Any) -> dict[str, type]:
-    """The statistics that these parts need, by name; those of jquant among them.
+    """The statistics that these parts need, by name: jquant's and one's own.
 
     Raises:
-      InputError: two of one name.
+      InputError: two statistics with one name.
     """
-    found: dict[str, type] = {}
+    by_name: dict[str, type] = {}
     for part in parts:
         for need in () if part is None else part.needs:
             statistic = BUILT_IN.get(need) if isinstance(need, str) else need
-            if statistic is not None and found.setdefault(_name(need), statistic) is not statistic:
+            if statistic is not None and by_name.setdefault(_name(need), statistic) is not statistic:
                 raise InputError(f"{shown(part)} needs another statistic {_name(need)!r} than the parts beside it.")
-    return found
+    return by_name
 
 
 def needs_of_parts(*parts: Any) -> frozenset[str]:
-    """The names of all that these parts need; a part may be None."""
+    """The names of all that these parts need; parts may be None."""
     return frozenset(_name(need) for part in parts if part is not None for need in part.needs)
 
 
 def given(part: Any, seen: Mapping[str, Any]) -> dict[str, Any]:
-    """The keywords with which a part is called: what it needs, by name.
+    """The keyword arguments of a part: the values that it needs, by name.
 
     Args:
       part: a range, rounding or transform.
-      seen: what there is, by name.
+      seen: the values at hand, by name.
 
     Raises:
-      InputError: something that it needs is not there.
+      InputError: a value that it needs is missing.
     """
     for name in sorted(needs_of_parts(part) - seen.keys()):
         raise InputError(f"{shown(part)} needs {name}, which comes from calibration text: give it some.")
@@ -104,7 +104,7 @@ def _check_needs(place: str, part: Any, kind: str) -> None:
 
 
 def _check_call(place: str, part: Any, positional: tuple[str, ...]) -> None:
-    """A part that can't be called would only show it once its first weight is compiled."""
+    """Refuses a part that can't be called before any weight is compiled."""
     names = sorted(needs_of_parts(part))
     try:
         inspect.signature(part).bind(*positional, **dict.fromkeys(names))
@@ -114,21 +114,22 @@ def _check_call(place: str, part: Any, positional: tuple[str, ...]) -> None:
 
 
 def brief(part: Any) -> str:
-    """A part in few words: what it has other than by default; of a long tuple how many there are."""
+    """A part in short: its fields that differ from their defaults; of a long tuple the length."""
     if isinstance(part, tuple) and len(part) > 4:
         return f"<{len(part)} values>"
     if not is_dataclass(part) or isinstance(part, type):
         return shown(part)
     values = {field.name: getattr(part, field.name) for field in fields(part) if field.repr}
     usual = {field.name: field.default for field in fields(part)}
-    given = ", ".join(f"{name}={brief(value)}" for name, value in values.items() if value != usual[name])
-    return f"{type(part).__name__}({given})"
+    changed = ", ".join(f"{name}={brief(value)}" for name, value in values.items() if value != usual[name])
+    return f"{type(part).__name__}({changed})"
 
 
 def _is_value(part: Any) -> bool:
-    """Whether equal parts hash alike: compiled programs are found by hash, and a part that changed would find the old.
+    """Whether a part can't change and equal parts have one hash.
 
-    A class that says nothing of it compares by identity, and may change all the same.
+    Compiled programs are looked up by hash, so a part that changed would run its old program. A class without a hash of
+    its own compares by identity and may change.
     """
     facts = getattr(type(part), "__dataclass_params__", None)
     fixed = facts.frozen if facts else type(part).__hash__ is not object.__hash__

@@ -1,4 +1,4 @@
-"""How a computation says how far it is: bars on a terminal and in Jupyter, elsewhere a line now and then."""
+"""Shows how far a computation is: bars on a terminal and in Jupyter, elsewhere a line every few seconds."""
 
 import math
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
-SECONDS = 10  # between two lines in a log, and before the first
+SECONDS = 10  # between lines in a log, and before the first line
 UNITS = {
     "load": "tensors",
     "observe": "layers",
@@ -25,21 +25,21 @@ UNITS = {
 
 @runtime_checkable
 class Progress(Protocol):
-    """Told by a computation how far it is."""
+    """A function that a computation calls to say how far it is."""
 
     def __call__(self, stage: str, done: int, total: int, /, **figures: float) -> None:
-        """`done` of `total` steps of a stage are over; `figures` are what it can say by then, e.g. error=0.12."""
+        """`done` of `total` steps of a stage are over; `figures` are known by then, e.g. error=0.12."""
         ...
 
 
 @contextmanager
 def showing(progress: Progress | bool, title: str = "", console: Console | None = None) -> Iterator[Progress]:
-    """What a computation tells how far it is, as long as it runs.
+    """Gives a computation the function that shows its progress, while it runs.
 
     Args:
-      progress: True shows it; False shows nothing; a function is told itself. Of several processes the first shows it.
-      title: of what is computed, before the stage's name.
-      console: where it is shown; by default standard error.
+      progress: True shows progress; False shows nothing; a function is passed through. Only process 0 shows it.
+      title: of the computation, shown before the stage's name.
+      console: where to show it; by default standard error.
     """
     if callable(progress):
         yield progress
@@ -60,7 +60,7 @@ def _nothing(stage: str, done: int, total: int, /, **figures: float) -> None:
 
 @contextmanager
 def _bars(title: str, console: Console) -> Iterator[Progress]:
-    """A bar per stage: what, how many of how many, the stage's figures so far, time left."""
+    """A bar per stage: its name, steps done and in all, its figures so far, time left."""
     columns = (
         TextColumn("{task.description:<24}", markup=False),
         BarColumn(bar_width=16),  # the line fits a terminal of 80 columns
@@ -80,11 +80,11 @@ def _bars(title: str, console: Console) -> Iterator[Progress]:
 
 
 class _Lines:
-    """A line every few seconds: the same as a bar's."""
+    """A line every few seconds with the contents of the bar."""
 
     def __init__(self, title: str, console: Console):
         self._title, self._console = title, console
-        self._first: dict[str, tuple[float, int]] = {}  # by stage, when it was first told of, and how much was done
+        self._first: dict[str, tuple[float, int]] = {}  # by stage: time and steps done at its first call
         self._next = monotonic() + SECONDS
 
     def __call__(self, stage: str, done: int, total: int, /, **figures: float) -> None:
@@ -103,6 +103,6 @@ def _named(title: str, stage: str) -> str:
 
 
 def _figures(stage: str, figures: dict[str, float]) -> str:
-    """What the steps are, and the figures that are known."""
+    """The unit of the steps, and the known figures."""
     known = "".join(f", {name} {value:.3g}" for name, value in figures.items() if not math.isnan(value))
     return f"{UNITS.get(stage, '')}{known}"

@@ -20,21 +20,21 @@ from jquant.parts import brief
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class QTensor:
-    """A quantized `[*l, in, out]` weight; `x @ q` multiplies by one of `[in, out]` without ever dequantizing it whole.
+    """A quantized `[*l, in, out]` weight; `x @ q` multiplies by an `[in, out]` one without dequantizing all of it.
 
     Attributes:
       codes: uint8 `[*l, bytes, out]`, packed along `in`: 8 codes take `format.bits` bytes (`formats.pack`).
-      scale: one per block of `format.group`, `[*l, groups, columns]`: an array in the dtype `format.scale`, or a
-        QTensor where that is a format.
+      scale: one per block of `format.group`, `[*l, groups, columns]`: an array of dtype `format.scale`, or a
+        QTensor if that is a format.
       zero: None; or the blocks' integer zeros packed along their columns, uint8 `[*l, groups, bytes]`; or float zeros,
         stored as the scales are.
-      format: what the codes stand for (static).
+      format: what the codes mean (static).
       in_features: rows before packing (static).
-      activation: how the inputs that meet this weight are quantized; None for not at all (static).
-      input_scale: the inputs' calibrated scale, float32 `[*l, 1, 1]`, where that is static.
+      activation: how the weight's inputs are quantized; None if they are not (static).
+      input_scale: the inputs' calibrated scale, float32 `[*l, 1, 1]`, if `activation` is static.
     """
 
-    # Fields are Any because pytree transformations put other things than arrays here (shapes, shardings, None).
+    # Fields are Any because pytree transformations put shapes, shardings or None in place of arrays.
     codes: Any
     scale: Any
     zero: Any
@@ -45,7 +45,7 @@ class QTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the weight this stands for, `[*l, in, out]`."""
+        """Shape of the weight, `[*l, in, out]`."""
         return (*self.codes.shape[:-2], self.in_features, self.codes.shape[-1])
 
     @property
@@ -53,7 +53,7 @@ class QTensor:
         """Bytes of codes, scales and zeros together."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
-    __array_ufunc__ = None  # NumPy arrays, too, leave x @ q to the method below
+    __array_ufunc__ = None  # makes NumPy arrays leave x @ q to the method below
 
     def __rmatmul__(self, x: Float[Array | np.ndarray, "*b in"]) -> Float[Array, "*b out"]:
         """x @ self in x's dtype.
@@ -84,23 +84,23 @@ Stored = Array | QTensor | None
 
 
 def from_codes(codes: UInt8[Array, "*l in out"], scale: Stored, zero: Stored, format: Format) -> QTensor:
-    """Packs one code per weight, and stores the scale and zero of each block as the format says."""
+    """Packs one code per weight; stores each block's scale and zero in the format's types."""
     return QTensor(pack(codes, format.bits), _store(scale, format), _store(zero, format), format, codes.shape[-2])
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Grid:
-    """The values among which a weight's codes choose: a range makes it, a rounding rounds to it.
+    """The values that a weight's codes stand for: a range makes the grid, a rounding rounds to it.
 
     Attributes:
       scale: of each group, `[*l, groups, columns]`, or a QTensor where the format quantizes its scales.
       zero: of each group, likewise; None where the format has none.
-      per_weight: scale and zero of every weight, each broadcastable against `[*l, in, out]`. Quantized scales are as
-        they will be read back. Others are as the range gave them: a format whose codes must know the rounding of its
-        scales' dtype rounds them in `Format.grid` already, ggml's formats don't.
-      nearest: the scale and zero by which `encode` chooses: those of `per_weight`, except under double quantization,
-        where bitsandbytes chooses codes before it quantizes the scales.
+      per_weight: scale and zero of every weight, each broadcastable against `[*l, in, out]`. Quantized scales have
+        their stored values. Other scales are as the range gave them: most formats round them to the stored dtype in
+        `Format.grid`, ggml's formats don't.
+      nearest: the scale and zero that `encode` uses: those of `per_weight`, except under double quantization, where
+        bitsandbytes chooses codes before it quantizes the scales.
       format: what codes mean (static).
     """
 
@@ -115,7 +115,7 @@ class Grid:
         """The grid of a weight of `shape`, from the scale and zero that a range returns.
 
         Raises:
-          InputError: there are not as many scales as groups.
+          InputError: the number of scales is not that of groups.
         """
         chosen = scale
         if not isinstance(format.scale, str):
@@ -137,11 +137,11 @@ class Grid:
         return self.format.encode(w, *self.nearest)
 
     def decode(self, codes: UInt8[Array, "..."]) -> Float[Array, "*l in out"]:
-        """The float32 value of each code; one code is decoded at every place of the grid."""
+        """The float32 value of each code; a scalar code is decoded at every place of the grid."""
         return self.format.decode(codes, *self.per_weight)
 
     def pack(self, codes: UInt8[Array, "*l in out"]) -> QTensor:
-        """The weight that has these codes."""
+        """The quantized weight with these codes."""
         return from_codes(codes, self.scale, self.zero, self.format)
 
 
@@ -152,14 +152,14 @@ def quantize(w: Float[Array, "*l in out"], scale: Stored, zero: Stored, format: 
 
 
 def dequantize(q: QTensor, dtype: Any = jnp.float32) -> Float[Array, "*l in out"]:
-    """The weight that the codes stand for."""
+    """The weight's values."""
     block = block_shape(q.format, q.shape)
     at = jax.tree.map(lambda v: expand(v, block, q.shape), stored_grid(q))
     return q.format.decode(unpack(q.codes, q.format.bits, q.in_features), *at).astype(dtype)
 
 
 def stored_grid(q: QTensor) -> tuple[Array, Array | None]:
-    """Scales and zeros per block, `[*l, groups, columns]`: in the stored dtype, integer zeros unpacked."""
+    """Scales and zeros per block, `[*l, groups, columns]`, in the stored dtype; integer zeros are unpacked."""
     columns = -(-q.shape[-1] // block_shape(q.format, q.shape)[1])
     if is_integer(q.zero):
         return _load(q.scale, columns), _swap(unpack(_swap(q.zero), q.format.bits, columns))
@@ -173,7 +173,7 @@ def bits_per_weight(tree: Any) -> float:
 
 
 def _store(values: Stored, format: Format) -> Stored:
-    """Scales or zeros as the format keeps them: packed integers, a dtype, or a QTensor."""
+    """Scales or zeros as the format stores them: packed integers, a dtype, or a QTensor."""
     if values is None or isinstance(values, QTensor):
         return values
     if is_integer(values):
@@ -184,7 +184,7 @@ def _store(values: Stored, format: Format) -> Stored:
 
 
 def _quantize_scales(values: Float[Array, "*l groups columns"], format: Any) -> QTensor:
-    """Quantizes scales on their own min-max grid, each to its nearest code; a group may be cut short to fit."""
+    """Rounds scales to their own min-max grid; a group longer than the rows is shortened."""
     zero = None
     if _is_centred(format):
         values = _swap(values).reshape(*values.shape[:-2], -1, 1)
@@ -198,7 +198,7 @@ def _quantize_scales(values: Float[Array, "*l groups columns"], format: Any) -> 
 
 
 def _shortened(format: Any, rows: int) -> Any:
-    """The format, its group cut to the rows there are."""
+    """The format with its group no longer than `rows`."""
     return replace(format, group=min(format.group, rows)) if isinstance(format.group, int) else format
 
 
@@ -216,7 +216,7 @@ def _is_centred(format: str | Format) -> bool:
 
 
 def is_integer(values: Any) -> bool:
-    """Whether these zeros are integer codes rather than floats."""
+    """Whether zeros are integer codes, not floats."""
     return not isinstance(values, QTensor) and values is not None and values.dtype == jnp.uint8
 
 

@@ -9,11 +9,11 @@ from jquant.rounding import SolveInfo
 
 
 class Report(dict[tuple[int, str], SolveInfo]):
-    """What was done to each weight, by layer and path within the block."""
+    """(layer, path within the block) -> SolveInfo of each quantized weight."""
 
     @property
     def fallbacks(self) -> list[str]:
-        """The weights for which no factorisation was finite (`SolveInfo.fallback`), "layers.3.mlp.down.kernel"."""
+        """Names of the weights for which no factorisation was finite (`SolveInfo.fallback`)."""
         return [f"layers.{layer}.{path}" for (layer, path), info in self.items() if info.fallback]
 
     def __repr__(self) -> str:
@@ -25,18 +25,18 @@ class Report(dict[tuple[int, str], SolveInfo]):
         worst = max(shares, key=shares.__getitem__)
         return (
             f"{head}: they lose {np.mean(list(shares.values())):.3g} of their outputs' energy on average, {worst} "
-            f"{shares[worst]:.3g}; {len(self.fallbacks)} rounded plainly, for want of a finite solution"
+            f"{shares[worst]:.3g}; {len(self.fallbacks)} rounded to nearest, because no solution was finite"
         )
 
 
 def relative_error(reports: Iterable[Report]) -> float:
-    """Share of the projections' output energy that the rounding loses, averaged over what is done; NaN if unknown."""
+    """Mean share of the projections' output energy that rounding loses; NaN if unknown."""
     shares = [share for report in reports for _, share in _shares(report)]
     return float(np.mean(shares)) if shares else math.nan
 
 
 def _shares(report: Report) -> Iterator[tuple[tuple[int, str], float]]:
-    """Of each weight whose energy is known, the share that is lost."""
+    """(weight, share of its output energy that is lost), for weights whose energy is known."""
     for weight, info in report.items():
         if info.energy > 0:
             yield weight, float(info.error / info.energy)

@@ -1,1 +1,1 @@
-"""One script a figure: it reads results and writes PDF and PNG."""
+"""One script for each figure: it reads results and writes PDF and PNG."""

@@ -1,4 +1,4 @@
-"""Outliers: which tokens and channels carry them, layer by layer, and how the activations are distributed.
+"""Outliers: their tokens and channels, layer by layer, and the distribution of activations.
 
 python -m paper_figures.outliers results/smollm2_135m
 """
@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from paper_figures import style
 from paper_figures.rows import Row, command
 
-# Input -> what it is called and its colour; lines keep it in every panel.
+# Input -> its label, and its colour in all panels.
 LABELS = {
     "residual": ("residual stream", "0.45"),
     "attention_input": ("q, k, v input", "C0"),
@@ -25,7 +25,7 @@ LABELS = {
     "mlp_input": ("gate, up input", "C1"),
     "mlp_output": ("down-projection input", "C3"),
 }
-# Columns of a heat map: more would be thinner than a pixel, and single channels would fade.
+# Columns of a heat map: with more, a column would be thinner than a pixel and single channels would fade.
 COLUMNS = 96
 
 
@@ -39,7 +39,7 @@ def draw(rows: Sequence[Row], folder: str | Path) -> list[Path]:
 
 @style.styled
 def figure(rows: Sequence[Row]) -> Figure:
-    """Above: tokens, layer by layer; below: a heat map layer × channel for each input."""
+    """Above: tokens by layer; below: a heat map, layer × channel, for each input."""
     drawn = Figure(figsize=(8.6, 7), layout="constrained")
     halves: Any = drawn.subfigures(2, 1, height_ratios=(1, 1.1))
     above, below = halves
@@ -60,7 +60,7 @@ def _title(rows: Sequence[Row]) -> str:
 
 
 def _footnote(rows: Sequence[Row]) -> str:
-    """Says what counts as a window's first token, and what its position alone makes of the largest energy."""
+    """Explains a window's first token, and gives the largest energy of position 0 alone."""
     top = max((row for row in rows if row["input"] != "residual"), key=lambda row: row["sink_energy"])
     return (
         "¹ Of each window, with its unbroken repeats, whose states are the same. Position 0 alone: "
@@ -104,7 +104,7 @@ def _waste(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def _finish(axes: Axes, measured: str) -> None:
-    """Names the axes; a legend gets room of its own above what is drawn."""
+    """Labels the axes; a legend gets space above the lines."""
     axes.set(xlabel="layer", ylabel=measured)
     axes.xaxis.set_major_locator(style.few_ticks(integer=True))
     axes.yaxis.set_major_locator(style.few_ticks())
@@ -116,8 +116,8 @@ def _finish(axes: Axes, measured: str) -> None:
 def _heat_maps(drawn: SubFigure, rows: Sequence[Row]) -> None:
     panels = drawn.subplots(1, len(LABELS), sharey=True)
     for axes, (name, (label, _)) in zip(panels, LABELS.items(), strict=True):
-        own = [row for row in rows if row["input"] == name]
-        values = np.array([row["channel_max"] for row in own])
+        input_rows = [row for row in rows if row["input"] == name]
+        values = np.array([row["channel_max"] for row in input_rows])
         layers, channels = values.shape
         high = max(float(values.max()), 1e-30)
         low = min(max(float(np.quantile(values, 0.02)), 1e-7 * high), 0.1 * high)
@@ -132,7 +132,7 @@ def _heat_maps(drawn: SubFigure, rows: Sequence[Row]) -> None:
         )
         layer, channel = np.unravel_index(np.argmax(values), values.shape)
         axes.plot(channel, layer, "o", ms=8, mfc="none", mec="cyan", mew=1.2, clip_on=False)
-        largest = style.number(max(row["max"] for row in own))
+        largest = style.number(max(row["max"] for row in input_rows))
         axes.set_title(f"{label}\nring: {largest}\nlayer {layer}, channel {channel}", fontsize=7.5)
         axes.set_xlabel("channel")
         axes.xaxis.set_major_locator(style.few_ticks(integer=True, most=4))
@@ -144,27 +144,27 @@ def _heat_maps(drawn: SubFigure, rows: Sequence[Row]) -> None:
 
 @style.styled
 def histograms(rows: Sequence[Row]) -> Figure:
-    """One line a layer; the layer with the largest activation for its median stands out."""
+    """One line for each layer; the layer with the largest max / median stands out."""
     drawn = Figure(figsize=(8.6, 3), layout="constrained")
     panels = drawn.subplots(1, len(LABELS), sharex=True, sharey=True)
     shades = ScalarMappable(Normalize(0, max(*(row["layer"] for row in rows), 1)), "viridis")
     for axes, (name, (label, _)) in zip(panels, LABELS.items(), strict=True):
-        own = [row for row in rows if row["input"] == name]
-        for row in own:
+        input_rows = [row for row in rows if row["input"] == name]
+        for row in input_rows:
             axes.step(*_density(row), where="post", color=shades.to_rgba(row["layer"]), lw=0.5)
-        top = max(own, key=lambda row: row["ratio"] or 0)
+        top = max(input_rows, key=lambda row: row["ratio"] or 0)
         axes.step(*_density(top), where="post", color="C3", lw=1.5)
         axes.axvline(rows[0]["config"]["threshold"], color="k", lw=0.8, ls="--")
         largest, ratio = style.number(top["max"]), style.number(top["ratio"] or 0)
         axes.set_title(f"{label}\nlayer {top['layer']}: {largest}\n= {ratio} × median", fontsize=7.5)
         axes.set(xscale="log", yscale="log", xlabel="|x|")
-    # What is all but zero is of no interest here.
+    # Values far below the median are not shown.
     panels[0].set_xlim(left=1e-2 * min(row["median"] for row in rows if row["median"]))
     panels[0].set_ylabel("share of activations per octave")
     style.set_ticks(panels[0].xaxis, style.log_ticks(*panels[0].get_xlim(), most=5))
     style.set_ticks(panels[0].yaxis, style.log_ticks(*panels[0].get_ylim()))
     lines = [
-        Line2D([], [], color="C3", lw=1.5, label="the layer whose largest |x| is the most times its median"),
+        Line2D([], [], color="C3", lw=1.5, label="the layer with the largest max |x| / median"),
         Line2D([], [], color="k", lw=0.8, ls="--", label=f"outliers: |x| ≥ {rows[0]['config']['threshold']:g}"),
     ]
     drawn.legend(handles=lines, loc="outside lower center", ncols=2)
@@ -174,18 +174,18 @@ def histograms(rows: Sequence[Row]) -> Figure:
 
 
 def _density(row: Row) -> tuple[np.ndarray, np.ndarray]:
-    """Left edges of the bins, and the share of values in each per octave, so that no bin's width shapes the line."""
+    """Left edges of the bins, and each bin's share of values per octave, which does not depend on its width."""
     edges, counts = np.array(row["histogram_edges"]), np.array(row["histogram_counts"])
     return edges[:-1], counts / counts.sum() / np.log2(edges[1:] / edges[:-1])
 
 
 def _series(rows: Sequence[Row], name: str, key: str, factor: float) -> tuple[list[int], list[float]]:
-    own = [row for row in rows if row["input"] == name]
-    return [row["layer"] for row in own], [factor * row[key] for row in own]
+    input_rows = [row for row in rows if row["input"] == name]
+    return [row["layer"] for row in input_rows], [factor * row[key] for row in input_rows]
 
 
 def _draw_last(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Draws the rows of the last run; others had other settings."""
+    """Draws the rows of the last run; other runs had other settings."""
     return draw([row for row in rows if row.get("fingerprint") == rows[-1].get("fingerprint")], folder)
 
 

@@ -16,23 +16,23 @@ from matplotlib.transforms import Bbox
 from paper_figures import style
 from paper_figures.rows import Ends, Row, by_text, command, intervals, is_float
 
-# More points than this, or one so many times the best perplexity, make a chart with a line each.
+# With more points, or a perplexity so many times the best, the figure is a chart with a line for each row.
 MOST_POINTS, FARTHEST = 12, 4
-LARGEST_KL = 2.0  # a model beyond is no language model any more
-# Where a label may stand beside its point: distance in points, direction.
+LARGEST_KL = 2.0  # beyond it a model is no usable language model
+# Places of a label beside its point: distance in points, and direction.
 PLACES = [(d, x, y) for d in (6, 11, 17, 24) for x, y in ((1, 0), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1))]
 SIDES = {1: ("left", "bottom"), 0: ("center", "center"), -1: ("right", "top")}
 
 
 def draw(rows: Sequence[Row], folder: str | Path) -> list[Path]:
-    """Draws one point a row and writes <folder>/perplexity_bits.{png,pdf}; many rows make a chart, a line each.
+    """Writes <folder>/perplexity_bits.{png,pdf}: one point for each row, or with many rows a line for each.
 
-    Texts after the first have their name in the file's.
+    Files of further texts also have the text's name.
     """
     paths: list[Path] = []
-    for text, of_text in by_text(rows).items():
+    for text, text_rows in by_text(rows).items():
         stem = f"perplexity_bits-{Path(text).stem}" if paths else "perplexity_bits"
-        paths += style.save(figure(of_text), Path(folder) / stem)
+        paths += style.save(figure(text_rows), Path(folder) / stem)
     return paths
 
 
@@ -71,9 +71,9 @@ def scatter(rows: Sequence[Row]) -> Figure:
 
 
 def _label(axes: Axes, drawn: Figure, points: Sequence[tuple[Row, Ends | None]], lines: Sequence[float]) -> None:
-    """Names each point where the name covers no point, no line and no other name."""
+    """Labels each point where the label covers no point, no line and no other label."""
     renderer = FigureCanvasAgg(drawn).get_renderer()
-    drawn.draw_without_rendering()  # settles the layout, on which the places depend
+    drawn.draw_without_rendering()  # computes the layout, on which the places depend
     spans = [((row["bits_per_weight"],) * 2, pair or (row["perplexity"],) * 2) for row, pair in points]
     spans += [(axes.get_xlim(), (line, line)) for line in lines]
     corners = [axes.transData.transform([(x[0], y[0]), (x[1], y[1])]) for x, y in spans]
@@ -97,7 +97,7 @@ def _label(axes: Axes, drawn: Figure, points: Sequence[tuple[Row, Ends | None]],
 
 
 def labels(rows: Sequence[Row]) -> list[str]:
-    """The rows' names, with a sweep's settings where two would be the same."""
+    """The rows' names, with a sweep's settings if two names are the same."""
     names = [(style.name(row), round(row["bits_per_weight"], 2)) for row in rows]
     alike = Counter(names)
     settings = [row.get("settings") if alike[name] > 1 else None for row, name in zip(rows, names, strict=True)]
@@ -106,14 +106,14 @@ def labels(rows: Sequence[Row]) -> list[str]:
 
 @style.styled
 def ranking(rows: Sequence[Row]) -> Figure:
-    """A line a row, by bits: perplexity on the left, KL on the right; filled where nothing as small is better."""
+    """A line for each row, by bits: perplexity left, KL right; filled if no model of this size or smaller is better."""
     kind, ends = intervals(rows)
     points: list[Row] = [row | {"ends": pair} for row, pair in zip(rows, ends, strict=True) if not is_float(row)]
     points.sort(key=lambda row: (-row["bits_per_weight"], -row["perplexity"]))
     least = min(row["perplexity"] for row in rows)
     limits = {"perplexity": (least, FARTHEST * least)}
     headings = {"perplexity": "perplexity", "kl": "KL to the float model, nats a token"}
-    if any(row["kl"] is not None for row in points):  # None: of a model that came quantized, and is compared with none
+    if any(row["kl"] is not None for row in points):  # None: a stored quantized model without a float one
         limits["kl"] = (min((row["kl"] for row in points if row["kl"]), default=1e-3), LARGEST_KL)
     drawn = Figure(figsize=(8, 0.165 * len(points) + 1.7), layout="constrained")
     panels = drawn.subplots(1, len(limits), sharey=True, squeeze=False, gridspec_kw={"wspace": 0.06})[0]
@@ -136,7 +136,7 @@ def ranking(rows: Sequence[Row]) -> Figure:
 
 
 def _panel(axes: Axes, points: Sequence[tuple[int, Row]], column: str, limits: Ends) -> None:
-    """One column at its lines; a value beyond the limits is an arrow, and doesn't press all others together."""
+    """One column of values; a value beyond the limits is drawn as an arrow, so that the others stay apart."""
     pairs = [(row["ends"] if column == "perplexity" else None) or (row[column],) * 2 for _, row in points]
     low, high = limits[0], max(limits[0] * 1.01, min(limits[1], max(end for _, end in pairs)))
     for (line, row), pair in zip(points, pairs, strict=True):
@@ -161,7 +161,7 @@ def _panel(axes: Axes, points: Sequence[tuple[int, Row]], column: str, limits: E
 
 
 def _markers(arrows: bool, kind: str | None) -> list[Line2D]:
-    """What the markers mean, in words."""
+    """Legend entries of the markers."""
     look = {"color": "0.3", "linestyle": "", "markersize": 4.5}
     return [
         Line2D([], [], marker="o", label="filled: nothing of this size or smaller is better", **look),
@@ -172,7 +172,7 @@ def _markers(arrows: bool, kind: str | None) -> list[Line2D]:
 
 
 def _families(points: Sequence[Row]) -> list[Line2D]:
-    """What the colours mean."""
+    """Legend entries of the colours."""
     colors = dict(map(style.family, reversed(points)))
     return [Line2D([], [], color=color, ls="", marker="s", ms=4.5, label=name) for name, color in colors.items()]
 

@@ -1,4 +1,4 @@
-"""Rows of results: read from a file, told apart, and with the intervals of their perplexities."""
+"""Rows of results: reading, selecting, and intervals of their perplexities."""
 
 import json
 import sys
@@ -19,10 +19,10 @@ def read_rows(path: str | Path) -> list[Row]:
     """The rows of a file of JSON lines.
 
     Raises:
-      ValueError: the file can't be read, has no rows, or has a line that is no JSON object of finite numbers.
+      ValueError: the file can't be read, has no rows, or has a line that is not a JSON object with finite numbers.
     """
     try:
-        # Not splitlines(), which cuts at characters that may stand in a text.
+        # Not splitlines(): it also cuts at characters that a text may hold.
         lines = [line for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
         rows = [json.loads(line, parse_constant=_refuse) for line in lines]
     except (OSError, ValueError, RecursionError) as wrong:
@@ -48,10 +48,10 @@ def by_text(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def intervals(rows: Sequence[Row]) -> tuple[str, list[Ends | None]]:
-    """What the perplexities' intervals are, in words, and the ends of each row's; None where it has none.
+    """A description of the perplexities' intervals, and each row's ends, or None.
 
-    Windows differ much more than methods do. Where all rows hold the likelihoods of the same windows, intervals are
-    therefore those of the change from the float model, paired by window; elsewhere they are standard errors.
+    Windows differ much more than methods do. So if all rows have the likelihoods of the same windows, the intervals are
+    those of the change from the float model, paired by window; otherwise they are standard errors.
     """
     base = next(filter(is_float, rows), None)
     if base and all(row.get("window_nll") and _windows(row) == _windows(base) for row in rows):
@@ -68,9 +68,9 @@ def _windows(row: Row) -> tuple[Any, int]:
 
 
 def command(draw: Callable[[list[Row], Path], list[Path]], name: str) -> None:
-    """A figure's command line: draws the rows of a file, or of the file `name` in a folder, and writes beside them.
+    """A figure's command line: draws the rows of a file, or of the file `name` in a folder, into that folder.
 
-    Ends with status 2 and one sentence where there is nothing to draw.
+    Ends with status 2 and one sentence if the rows can't be drawn.
     """
     try:
         if len(sys.argv) != 2:

@@ -1,4 +1,4 @@
-"""What one projection type, one layer, one matrix costs when it alone is quantized.
+"""The cost of quantizing only one projection type, one layer or one matrix.
 
 python -m paper_figures.sensitivity results/sensitivity
 """

@@ -1,6 +1,6 @@
-"""What all figures share: type and lines, names as readers know them, a colour a method, ticks, and the files written.
+"""What all figures share: fonts, lines, readers' names of methods, a colour for each family, ticks, and saving.
 
-Nothing here goes through pyplot, so importing or drawing a figure leaves matplotlib's backend and settings alone.
+pyplot is not used, so importing or drawing a figure does not change matplotlib's backend and settings.
 """
 
 import io
@@ -18,12 +18,12 @@ from PIL import Image
 
 from paper_figures.rows import FLOAT, Row, is_float
 
-# As a decorator: the function draws in this style, whatever the user's own settings are.
+# As a decorator: the function draws in this style, independent of the user's settings.
 styled = context(
     [
         "default",
         {
-            "pdf.fonttype": 42,  # TrueType; journals refuse matplotlib's own Type 3
+            "pdf.fonttype": 42,  # TrueType; journals refuse matplotlib's default, Type 3
             "figure.dpi": 300,
             "savefig.dpi": 300,
             "font.size": 8,
@@ -80,7 +80,7 @@ NAMES = {
     "mxfp6_e2m3": "MXFP6 E2M3",
     "mxfp6_e3m2": "MXFP6 E3M2",
 }
-# How a method's name begins, its family and the family's colour; the first that fits counts.
+# Start of a method's name (regex) -> its family and the family's colour; the first match counts.
 FAMILIES = {
     "gptq_plain": ("GPTQ as in its paper", "#e69f00"),
     "gptq": ("GPTQ", "#d55e00"),
@@ -107,12 +107,12 @@ TEXTS = {
 
 def stem_and_width(row: Row) -> tuple[str, str]:
     """A method's name without its width, and the width; "gptq-3" and "gptq" with bits=3 are the same."""
-    found = re.fullmatch(r"(.+)-(\d+)", row["method"])
-    return (found[1], found[2]) if found else (row["method"], str(row.get("config", {}).get("bits", "")))
+    match = re.fullmatch(r"(.+)-(\d+)", row["method"])
+    return (match[1], match[2]) if match else (row["method"], str(row.get("config", {}).get("bits", "")))
 
 
 def name(row: Row) -> str:
-    """What readers call the row's method; a user's own keeps the name that it has."""
+    """The readers' name of the row's method; a user's method keeps its name."""
     if row.get("stored"):
         return "as stored" if row["method"] == FLOAT else row["method"]
     if is_float(row):
@@ -124,7 +124,7 @@ def name(row: Row) -> str:
 
 
 def float_name(row: Row) -> str:
-    """What the float model that the row is compared with is called."""
+    """The name of the float model that the row is compared with."""
     return FLOAT_NAMES.get(row["protocol"]["dtype"], "float")
 
 
@@ -134,21 +134,21 @@ def family(row: Row) -> tuple[str, str]:
 
 
 def model(row: Row) -> str:
-    """The model's name, and how its weights were stored: a model that came quantized is not the published one."""
+    """The model's name, and how its weights were stored: a quantized file is not the published model."""
     protocol = row["protocol"]
-    called = Path(protocol["model"]).name
-    return f"{MODELS.get(called, called)}, weights stored as {protocol['weights_stored_as']}"
+    stem = Path(protocol["model"]).name
+    return f"{MODELS.get(stem, stem)}, weights stored as {protocol['weights_stored_as']}"
 
 
 def text(row: Row) -> str:
-    """How much of which text, e.g. "32 × 1,024 tokens of Wikipedia (wiki_utf8)"."""
+    """The size and name of the text, e.g. "32 × 1,024 tokens of Wikipedia (wiki_utf8)"."""
     protocol = row["protocol"]
-    called = Path(protocol["data"]).name
-    return f"{protocol['windows']} × {protocol['context']:,} tokens of {TEXTS.get(called, called)}"
+    stem = Path(protocol["data"]).name
+    return f"{protocol['windows']} × {protocol['context']:,} tokens of {TEXTS.get(stem, stem)}"
 
 
 def number(value: float) -> str:
-    """Three digits, or all of a large number's."""
+    """A number with three digits, or with all digits if it is large."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -158,7 +158,7 @@ def few_ticks(integer: bool = False, most: int = 8) -> MaxNLocator:
 
 
 def log_ticks(low: float, high: float, most: int = 9) -> list[float]:
-    """Three ticks or more for a logarithmic axis: powers of ten over decades, more of each decade over fewer."""
+    """Three ticks or more for a logarithmic axis: powers of ten, and values between them if the range is short."""
     powers = [10.0**k for k in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
     for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8)):
         ticks = [step * power for power in powers for step in steps if low <= step * power <= high]
@@ -168,7 +168,7 @@ def log_ticks(low: float, high: float, most: int = 9) -> list[float]:
 
 
 def set_ticks(axis: Axis, ticks: list[float]) -> None:
-    """Sets all ticks, as plain numbers, or as powers of ten where some would have many digits."""
+    """Sets all ticks, as plain numbers, or as powers of ten if some have many digits."""
     short = all(1e-3 <= tick < 1e5 for tick in ticks)
     texts = [f"{tick:,.6g}" if short else f"$10^{{{round(math.log10(tick), 1):g}}}$" for tick in ticks]
     axis.set_ticks(ticks, labels=texts)
@@ -176,7 +176,7 @@ def set_ticks(axis: Axis, ticks: list[float]) -> None:
 
 
 def float_line(axes: Axes, at: float, label: str, upright: bool = False) -> None:
-    """A dashed line for the float model, named beside the axes, where nothing else is drawn."""
+    """A dashed line for the float model, labelled outside the axes."""
     style: dict[str, Any] = {"color": "0.4", "linewidth": 1, "linestyle": "--", "zorder": 0}
     if upright:
         axes.axvline(at, **style)
@@ -192,7 +192,7 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     png, pdf = (stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "pdf"))
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png")
-    # 256 colours take a third of the bytes; chosen over the whole range, they leave colour maps smooth.
+    # 256 colours take a third of the bytes; MAXCOVERAGE keeps colour maps smooth.
     image = Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
     image.save(png, optimize=True, dpi=(300, 300))
     figure.savefig(pdf, metadata={"CreationDate": None})

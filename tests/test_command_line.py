@@ -209,7 +209,7 @@ def evaluated(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("nll", [math.nan, math.inf, 1e4])
 def test_a_perplexity_that_is_no_number_is_an_error_and_no_json(evaluated, capsys, tmp_path, nll):
-    with refused("no finite perplexity"):
+    with refused("the perplexity is not a finite number"):
         evaluated([2.0, nll])
     assert not capsys.readouterr().out
     assert not (tmp_path / "results").exists()

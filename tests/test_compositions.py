@@ -265,7 +265,7 @@ BAD = {
     "a reference to no setting": (OPEN.replace("${bits}", "${bit}"), "'bit'"),
     "a reference that does not end": (OPEN.replace("${bits}", "${bits"), "bits, group, symmetric"),
     "text that is no YAML": ("{_target_: jquant.Method", "is no YAML"),
-    "a rule that is a name": ("{rules: [rtn]}", "which rtn has not"),
+    "a rule that is a name": ("{rules: [rtn]}", "but rtn has not"),
     "a rule that is a number": ("{rules: 3}", "a rule has weights"),
     "a rule without weights": ("{rules: [{method: rtn}]}", "a rule has weights"),
     "an unknown row": ("{rules: [{weights: '', method: gptqq}]}", "'gptqq'"),

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from experiments.compositions import find_method
 from experiments.own_parts import own_method
 from experiments.perplexity_table import main
+from experiments.tables import chosen, label
 from jquant import GPTQ, Int, Method, MinMax, Nearest, Options, Rounded, Search, load_model, method, quantize_decoder
 from jquant.calibration.windows import Calibration
 from jquant.models.decoder import blocks
@@ -179,7 +180,7 @@ def test_the_table_holds_own_parts_and_their_code_is_in_the_fingerprint(files, f
     assert all(row["kl"] > 0 and row["bits_per_weight"] < 6 for name, row in by_name.items() if name != "fp32")
     assert by_name["my_format.Power"]["bits_per_weight"] == pytest.approx(4.25, abs=0.1)
     said = capsys.readouterr().out
-    assert "my_rounding.HalfUp-3" in said
+    assert "my_rounding.HalfUp " in said
     assert "my_format.Power " in said
 
     changed = FILES["my_rounding.py"].replace("nearer, above, codes", "nearer, codes, codes")
@@ -188,6 +189,13 @@ def test_the_table_holds_own_parts_and_their_code_is_in_the_fingerprint(files, f
     rows = run_table(folder, files, monkeypatch, *names)
     assert [row["method"] for row in rows].count("my_rounding.HalfUp") == 2
     assert len(rows) == 5  # the others are kept
+
+
+def test_nothing_is_imported_for_the_name_in_a_row_of_results(files):
+    (files / "trap.py").write_text("raise SystemExit('imported')")
+    row = {"method": "trap.Part", "config": {"bits": 4, "group": 64, "symmetric": False}, "protocol": {}}
+    assert label(row) == "trap.Part"
+    assert chosen(row) == {}
 
 
 # ------------------------------------------------------------------------------------------------------------ bad parts

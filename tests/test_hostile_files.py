@@ -496,7 +496,7 @@ def test_tensors_that_do_not_follow_each_other_are_refused(tmp_path, written, mo
         (offset,) = struct.unpack_from("<Q", data, at)
         struct.pack_into("<Q", other, at, (offset + moved) % (1 << 64))
         (tmp_path / "x.gguf").write_bytes(other)
-        with refused("x.gguf", "lies at" if offset or moved else name):
+        with refused("x.gguf", "is at" if offset or moved else name):
             read_header(tmp_path / "x.gguf")
 
 
@@ -506,7 +506,7 @@ def test_two_tensors_with_their_places_exchanged_are_refused(tmp_path, written):
     first, second = places["blk.0.attn_q.weight"], places["blk.1.attn_q.weight"]
     data[first : first + 8], data[second : second + 8] = data[second : second + 8], data[first : first + 8]
     (tmp_path / "x.gguf").write_bytes(data)
-    with refused("x.gguf", "lies at"):
+    with refused("x.gguf", "is at"):
         open_model(tmp_path / "x.gguf")
 
 

@@ -544,7 +544,7 @@ def test_config(kind, name):
         assert fields <= set(config)
         re.compile(config.get("strip") or "")
         return
-    assert config["dtype"] in ("float32", "bfloat16")
+    assert config["dtype"] in ("float32", "bfloat16", None)
     if name == "local":
         assert config["path"] == "???"
         return

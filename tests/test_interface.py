@@ -160,11 +160,11 @@ def test_a_format_of_ones_own_is_refused_by_the_weights_name(model, tmp_path):
 def test_a_decoder_that_its_configuration_does_not_describe_is_refused(model, tmp_path):
     decoder = nnx.clone(model.decoder)
     decoder.segments[0].mlp_norm.eps = 1e-3
-    with refused("layers.0 is built otherwise than the model's configuration says"):
+    with refused("layers.0 differs from what the model's configuration describes"):
         replace(model, decoder=decoder).save(tmp_path / "q")
     decoder = nnx.clone(model.decoder)
     decoder.norm.eps = 1e-3
-    with refused("The decoder is built otherwise"):
+    with refused("The decoder differs from"):
         replace(model, decoder=decoder).save(tmp_path / "q")
     with refused("has 1 layers, its configuration 2"):
         decoder = with_blocks(model.decoder, list(blocks(model.decoder))[:1])
@@ -388,7 +388,7 @@ def test_what_can_not_be_compared_is_refused(model, kinds, rounded):
             model, {"GPTQ": "gptq"}, TEXTS[1], **how
         )
     for name in (model.name, FLOAT):
-        with refused(f"'{name}' is what the model is called"):
+        with refused(f"'{name}' is the name of the model"):
             jquant.compare(model, {name: rounded}, TEXTS[1], **how)
 
 

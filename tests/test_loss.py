@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from checkpoints import refused
 from flax import nnx
+from problems import rounded
 
 from jquant.evaluation.perplexity import score
 from jquant.formats import (
@@ -30,7 +31,7 @@ from jquant.pipeline.plan import make_plan
 from jquant.qtensor import QTensor
 from jquant.ranges import LlamaCpp, LossSearch, MinMax, Percentile, Search
 from jquant.ranges.loss import clip_gradient, clipped
-from jquant.rounding import GPTQ
+from jquant.rounding import GPTQ, Nearest
 
 ROWS, OUT = 40, 6  # groups of 16 end in a short one, blocks of 16 × 4 in short ones on both edges
 PATHS = [f"attention.{name}.kernel" for name in "qkvo"] + [f"mlp.{name}.kernel" for name in ("gate", "up", "down")]
@@ -270,8 +271,8 @@ def test_learning_is_refused_without_calibration(decoder):
     assert Method(GRID, LEARNED).needs == {"clips"}
     with refused("calibration"):
         quantize_decoder(decoder, Method(GRID, LEARNED))
-    with refused("LossSearch", "calibration"):
-        LEARNED(jnp.asarray(weight()), GRID)
+    with refused("LossSearch", "needs clips, which comes from calibration text"):
+        rounded(Nearest(), jnp.asarray(weight()), GRID, range=LEARNED)
 
 
 @pytest.mark.parametrize("start", [Search("diagonal"), Search("gram"), LlamaCpp(importance=True), LossSearch()])

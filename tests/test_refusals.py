@@ -27,6 +27,7 @@ from jquant.models.decoder import Decoder
 from jquant.parallel.mesh import Devices
 from jquant.pipeline.in_memory import quantize_decoder
 from jquant.pipeline.plan import make_plan
+from jquant.report import Report
 from jquant.rounding import SolveInfo
 from jquant.rounding.limits import check_scales
 from jquant.stats import Gram
@@ -153,7 +154,7 @@ def test_a_weight_rounded_plainly_for_want_of_a_factorisation_is_marked(rounding
         q, info = jax.jit(rounded, static_argnums=(0, 2))(rounding, w, format, size * jnp.eye(32), jnp.eye(32))
         assert int(info.fallback) == expected
     np.testing.assert_array_equal(q.codes, rounded(Nearest(), w, format)[0].codes)
-    report = {(3, "mlp.up.kernel"): info, (4, "mlp.up.kernel"): SolveInfo(0, 0, 0, 0, 0)}
+    report = Report({(3, "mlp.up.kernel"): info, (4, "mlp.up.kernel"): SolveInfo(0, 0, 0, 0, 0)})
     assert report.fallbacks == ["layers.3.mlp.up.kernel"]
 
 

@@ -242,12 +242,16 @@ def test_outliers_leave_every_input(loaded):
         assert kurtosis(after[name]) < 0.6 * kurtosis(before[name]), name
 
 
-@pytest.mark.parametrize(("where", "name"), [("loud rows", "rtn"), ("loud inputs", "w8a8")])
-def test_a_rotated_decoder_is_quantized_with_less_error(loaded, where, name):
+@pytest.mark.parametrize(
+    ("where", "chosen"),
+    [("loud rows", jquant.method("rtn", 6, "channel")), ("loud inputs", jquant.method("w8a8"))],
+    ids=["loud rows-rtn", "loud inputs-w8a8"],
+)
+def test_a_rotated_decoder_is_quantized_with_less_error(loaded, where, chosen):
     decoder, exact = loaded(where)
     errors = []
     for one in (decoder, rotate(decoder)):
-        logits = np.asarray(forward(quantize_decoder(one, jquant.method(name, 6, "channel"))[0], TOKENS))
+        logits = np.asarray(forward(quantize_decoder(one, chosen)[0], TOKENS))
         errors.append(np.linalg.norm(logits - exact) / np.linalg.norm(exact))
     assert 1e-4 < errors[1] < 0.75 * errors[0]
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from checkpoints import refused
 from jax.sharding import PartitionSpec as P
-from problems import problem
+from problems import problem, rounded
 from test_pipeline import leaves
 
 from benchmarks import scaling
-from jquant import AWQ, GGUF, GPTQ, NF4, Float, Int, LlamaCpp, Method, MinMax, Search, Tuning
+from jquant import AWQ, GGUF, GPTQ, NF4, Float, Int, LlamaCpp, Method, Search, Tuning
 from jquant.calibration.options import Options
 from jquant.evaluation.perplexity import score
 from jquant.formats import unpack
@@ -82,7 +82,7 @@ def test_a_solve_over_columns_has_no_collective(format):
     w, gram, _ = problem((64, 128))
 
     def solve(w, gram, reported: bool):
-        q, info = GPTQ()(w, *MinMax()(w, format), gram, format)
+        q, info = rounded(GPTQ(), w, format, gram)
         return (q, info.error) if reported else q
 
     placed = devices.place(w, None, MODEL), devices.place(gram)

@@ -189,13 +189,13 @@ def test_a_cross_moment_is_its_definition_over_any_leading_axes_and_pieces(weigh
     total = (x * used[:, None]).T.astype(np.float64) @ (exact - x)
     np.testing.assert_array_equal(got.total, total)
     assert got.weight == used.sum()
-    np.testing.assert_allclose(got.mean, total / used.sum(), rtol=1e-6)
+    np.testing.assert_allclose(got.value, total / used.sum(), rtol=1e-6)
     factor = np.array([2, -0.5, 1, 4, 0.25], np.float32)
     np.testing.assert_array_equal(got.scaled(jnp.asarray(factor)).total, total * np.outer(factor, factor))
 
 
 def test_the_cross_moment_of_nothing_is_zero_and_of_bfloat16_float32():
-    assert (np.asarray(Cross.init(FEATURES).mean) == 0).all()
+    assert (np.asarray(Cross.init(FEATURES).value) == 0).all()
     x, exact, weight = (jnp.asarray(a, jnp.bfloat16) for a in lagging(TOKENS))
     got = Cross.init(FEATURES).observe(x, exact, weight)
     assert {leaf.dtype for leaf in jax.tree.leaves(got)} == {jnp.dtype("float32")}
@@ -206,12 +206,12 @@ def test_the_mean_is_over_weights_that_sum_to_less_than_one_too(kind):
     x, exact, weight = (jnp.asarray(a) for a in lagging(TOKENS))
     arrays = (x, exact) if kind is Cross else (x,)
     few, many = (kind.init(FEATURES).observe(*arrays, scale * weight) for scale in (2.0**-20, 1))
-    np.testing.assert_allclose(few.mean, many.mean, rtol=1e-6)
+    np.testing.assert_allclose(few.value, many.value, rtol=1e-6)
 
 
 def test_a_gram_matrix_that_is_a_mean_already_stays_it():
     total = jnp.asarray(inputs(FEATURES, FEATURES))
-    np.testing.assert_array_equal(Gram(total, None).mean, total)
+    np.testing.assert_array_equal(Gram(total, None).value, total)
 
 
 @pytest.mark.parametrize("shape", [(3, 3), (4, 3), (3, 4), (1, 4, 4), (4,)])

@@ -308,7 +308,7 @@ def test_a_trial_that_another_process_is_at_is_left_to_it(job, tmp_path, capsys)
     with tables.locked(place, RUNNING):
         told = job(calls.append, {"attempt": 1, "process": 1})
     assert (calls, told) == ([], {"attempt": 1, "process": 1})
-    assert "another process is at it" in capsys.readouterr().out
+    assert "another process computes it" in capsys.readouterr().out
 
 
 # ---- the table of a sweep -------------------------------------------------------------------------------------------

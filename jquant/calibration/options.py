@@ -1,4 +1,4 @@
-"""How blocks are led through calibration and rounding."""
+"""Options of calibration and rounding."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,20 +13,20 @@ from jquant.progress import Progress
 
 @dataclass(frozen=True)
 class Options:
-    """What `quantize_decoder` and `quantize_to_folder` can be told beside method and tokens.
+    """What `quantize_decoder` and `quantize_to_folder` take beside method and tokens.
 
     Attributes:
-      inputs: whether a block is fitted to what the quantized blocks before it produce, or to what float ones do.
+      inputs: whether a block is fitted to the outputs of the quantized blocks before it, or of the float ones.
       passes: how often a block is rounded. From the second time on, its projections are fitted to the inputs that its
         own quantized projections produce.
       held_out: windows at the end of the tokens that nothing is fitted to: `SolveInfo` has the error on them, and GPTQ
         may choose its damping by it.
       batch: windows per forward pass and device; None for `usual_batch()`.
-      devices: the mesh to compute on: windows are split over one axis, weights' columns over the other; None for where
-        the decoder is.
-      progress: whether it is shown how far the work is; or a function of one's own. It is called with ("quantize",
-        blocks done, blocks in all) and the error so far, the share of their outputs' energy that projections lose,
-        averaged; and with ("tune", steps done, steps in all) and the loss.
+      devices: the mesh to compute on: windows are split over one axis, weights' columns over the other; None computes
+        where the decoder is.
+      progress: whether to show progress; or a function. It is called with ("quantize", blocks done, blocks in all) and
+        the error so far, which is the mean share of their outputs' energy that projections lose; and with ("tune",
+        steps done, steps in all) and the loss.
 
     Raises:
       InputError: an option out of range.
@@ -54,8 +54,8 @@ class Options:
 def usual_batch() -> int:
     """Windows per forward pass and device: 8 on accelerators, 1 on CPUs.
 
-    There a window's activations stay in cache, and a program's buffers small enough for the C library to keep: larger
-    ones go back to the system after every pass, and come as fresh pages that cost a tenth of the time.
+    On a CPU one window's activations stay in cache, and its buffers are small enough for the C library to keep. Larger
+    buffers go back to the system after every pass; the fresh pages then take a tenth of the time.
     """
     return 1 if jax.default_backend() == "cpu" else 8
 

@@ -1,4 +1,4 @@
-"""Where calibration windows wait for their next block: on the host, and past a limit on disk."""
+"""Calibration windows wait for their next block in the host's memory, and above a limit on disk."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -15,10 +15,10 @@ from jquant.errors import InputError
 
 @dataclass(frozen=True)
 class Spill:
-    """What becomes of windows that are more than the host shall hold.
+    """Where windows go that exceed a limit on the host's memory.
 
     Attributes:
-      folder: where their files go, one a batch and device; it must exist, and is the caller's to remove.
+      folder: of their files, one a batch and device; it must exist, and the caller removes it.
       limit: bytes that stay in memory.
     """
 
@@ -27,18 +27,18 @@ class Spill:
 
 
 class Waiting:
-    """Batches of the residual stream, each taken out, moved on by a block, and put back in its place.
+    """Batches of the residual stream: each is read, advanced through a block and stored again.
 
-    On an accelerator they wait in the host's memory, so that its own holds one batch; every process keeps the parts
-    that its devices work on. They stay in the dtype in which the model computes.
+    On an accelerator the batches wait in the host's memory, so that the accelerator holds one batch. Every process
+    keeps the shards of its own devices. Batches keep the model's dtype.
 
     Args:
-      batches: as they lie on the devices.
+      batches: on the devices.
       name: of this stream's files.
-      spill: where batches go that are over the limit; all stay in memory without it.
+      spill: where batches over the limit go; None keeps all in memory.
 
     Raises:
-      InputError: the disk is full or can't be written; of every later assignment too.
+      InputError: the disk is full or can't be written; later assignments raise it too.
     """
 
     def __init__(self, batches: Iterable[Array], name: str = "", spill: Spill | None = None):
@@ -71,7 +71,7 @@ class Waiting:
 
 
 def _moved(x: Array, memory: str) -> Array:
-    """The array in another of its devices' memories; a CPU's are all the same."""
+    """The array in another memory of its devices; a CPU has only one."""
     if next(iter(x.sharding.device_set)).platform == "cpu":
         return x
     return jax.device_put(x, x.sharding.with_memory_kind(memory))
@@ -79,7 +79,7 @@ def _moved(x: Array, memory: str) -> Array:
 
 @dataclass(frozen=True)
 class _Files:
-    """An array on disk, what this process's devices hold of it a file each."""
+    """An array on disk: one file for the shard of each of this process's devices."""
 
     path: Path
     array: jax.ShapeDtypeStruct

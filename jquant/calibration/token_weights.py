@@ -1,4 +1,4 @@
-"""By what the statistics of a weight's inputs count each token."""
+"""How the statistics of a weight's inputs weight each token."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -19,18 +19,18 @@ from jquant.models.families import Site
 
 
 def weighting(site: Site, path: str, chosen: Method) -> str:
-    """By what a weight's statistics count the tokens: the second half of a key of SiteStats."""
+    """How a weight's statistics weight the tokens (`windows.Key.by`)."""
     match chosen.token_weights:
         case "attention":
             return dict(site.token_weights).get(path, "uniform")
         case "loss":
             return path
-        case same:
-            return same
+        case name:
+            return name
 
 
 def token_weight(taps: Taps, tap: str, by: str) -> Float[Array, "b t"] | None:
-    """What each token counts; None where all count the same. `by` is what `weighting` gives."""
+    """Each token's weight; None if all are equal. `by` is what `weighting` returns."""
     if by == "uniform":
         return None
     if by == "norm":
@@ -44,7 +44,7 @@ def token_gradients(decoder: Decoder, tokens: Int[np.ndarray, "b t"]) -> dict[st
     To second order, an error Δ in a weight costs Σₜ (gₜᵀ Δᵀ xₜ)², g the gradient at its output; with g's direction
     averaged out that is Σₜ ‖gₜ‖² ‖Δᵀ xₜ‖²: a Gram matrix whose tokens count ‖gₜ‖² (GuidedQuant, arXiv 2505.07004).
 
-    Cost: a forward pass, and a forward and a backward pass block by block, so that only one block's activations live.
+    Cost: a forward pass, and a forward and a backward pass block by block: one block's activations are alive at a time.
     """
     norms = _token_gradients(*nnx.split(decoder), tokens)
     return {path: np.concatenate([np.asarray(part[path]) for part in norms]) for path in norms[0]}
@@ -53,7 +53,7 @@ def token_gradients(decoder: Decoder, tokens: Int[np.ndarray, "b t"]) -> dict[st
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Probed:
-    """A kernel whose product has a probe added, at 0: the gradient there is the one at the projection's output."""
+    """A kernel that adds a probe of zeros to its product; the probe's gradient is that at the projection's output."""
 
     kernel: Any
     probe: Any
@@ -101,6 +101,6 @@ def _token_gradients(graph: Any, state: Any, tokens: Int[Array, "b t"]) -> list[
                 ".".join(map(str, path)): jnp.sum(g.astype(jnp.float32) ** 2, -1) for path, g in at_outputs.items()
             }
 
-        slope, found = jax.lax.scan(backward, slope, (stack, inputs), reverse=True)
-        norms.insert(0, found)
+        slope, block_norms = jax.lax.scan(backward, slope, (stack, inputs), reverse=True)
+        norms.insert(0, block_norms)
     return norms

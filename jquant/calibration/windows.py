@@ -26,11 +26,11 @@ from jquant.stats import BUILT_IN, Gram
 
 
 class Key(NamedTuple):
-    """By what a statistic of a site is found.
+    """The key of a statistic at a site.
 
     Attributes:
-      name: what parts call it (`Method.needs`).
-      by: what tokens count by: "uniform", "norm", a tap's name, or a weight's path, which stands for its gradients.
+      name: as in `Method.needs`.
+      by: how tokens are weighted: "uniform", "norm", by a tap (its name), or by a weight's gradients (its path).
       statistic: its class.
     """
 
@@ -41,7 +41,7 @@ class Key(NamedTuple):
 
 SiteStats = dict[Key, Any]
 Stats = dict[str, SiteStats]  # by the site's tap
-UNWEIGHTED = ("abs_mean", "abs_max")  # statistics in which all tokens count alike, whatever Method.token_weights says
+UNWEIGHTED = ("abs_mean", "abs_max")  # all tokens count the same, whatever Method.token_weights says
 
 
 def key_of(name: str, site: Site, path: str, chosen: Method) -> Key:
@@ -51,17 +51,17 @@ def key_of(name: str, site: Site, path: str, chosen: Method) -> Key:
 
 
 class Calibration:
-    """Batches of windows, moved on block by block.
+    """The calibration windows in batches, advanced block by block.
 
     Args:
       decoder: float; what lies outside its blocks is enough, unless a method takes gradients.
       layers: the methods of each layer's weights.
       tokens: calibration windows.
-      options: see there.
-      spill: where windows wait that are more than the host shall hold.
+      options: see `Options`.
+      spill: where windows wait that exceed the host's limit.
 
     Raises:
-      InputError: there are no tokens, or not those that the methods need (`check_calibration`).
+      InputError: what `check_calibration` finds.
     """
 
     def __init__(
@@ -72,27 +72,27 @@ class Calibration:
         options: Options = DEFAULTS,
         spill: Spill | None = None,
     ):
-        methods = {one for layer in layers for _, one in layer}
+        methods = {method for layer in layers for _, method in layer}
         needs = needs_of(methods)
         tokens = check_calibration(needs, tokens, options)
         fit, devices = len(tokens) - options.held_out, options.devices
         starts = [*range(0, fit, options.windows_per_pass), *range(fit, len(tokens), options.windows_per_pass)]
-        batches = [devices.windows(one) if devices else one for one in np.split(tokens, starts[1:])]
+        batches = [devices.windows(batch) if devices else batch for batch in np.split(tokens, starts[1:])]
         self.devices, self.inputs = devices, options.inputs
         self.config, self.dtype = decoder.config, decoder.embedding.get_value().dtype
-        self.fit = sum(start < fit for start in starts)  # batches, from the first, that statistics are fitted to
-        by_loss = any(one.token_weights == "loss" for one in methods)
-        self.gradients = [token_gradients(decoder, one) if by_loss else {} for one in batches]
+        self.fit = sum(start < fit for start in starts)  # batches fitted to; the rest are held out
+        by_loss = any(method.token_weights == "loss" for method in methods)
+        self.gradients = [token_gradients(decoder, batch) if by_loss else {} for batch in batches]
         self.rotary = rotary_table(decoder.config, jnp.arange(tokens.shape[1]))
-        self.seen = Waiting((embed(decoder, one) for one in batches), "seen", spill)
-        # What the float model reads: a second stream, where a method looks at both.
-        two = "outputs" in needs or (options.inputs == "quantized" and "cross" in needs)
-        self.exact = Waiting((embed(decoder, one) for one in batches), "exact", spill) if two else None
+        self.seen = Waiting((embed(decoder, batch) for batch in batches), "seen", spill)
+        # The float model's residual stream, if a method compares it with the quantized model's.
+        both_streams = "outputs" in needs or (options.inputs == "quantized" and "cross" in needs)
+        self.exact = Waiting((embed(decoder, batch) for batch in batches), "exact", spill) if both_streams else None
 
     def observe(self, block: Block, exact: Block, choices: Choices, layer: int, advance: bool = False) -> Stats:
-        """Statistics of all windows at the sites of `block`; `exact` is the float block, on the float stream.
+        """Statistics of all windows at the sites of `block`; `exact` is the float block, run on the float stream.
 
-        With `advance` the windows move on through `block` in the same pass.
+        With `advance` the windows advance through `block` in the same pass.
 
         Raises:
           InputError: a statistic that is not finite.
@@ -108,7 +108,7 @@ class Calibration:
                 None if self.exact is None else (exact, self.exact[i]),
             )
             part = {
-                tap: {key: one for key, one in site.items() if (key.name == "held_out") == held_out}
+                tap: {key: statistic for key, statistic in site.items() if (key.name == "held_out") == held_out}
                 for tap, site in stats.items()
             }
             after, seen = observe_batch(block, batch, part, self.devices, advance)
@@ -121,18 +121,18 @@ class Calibration:
         return stats
 
     def advance_exact(self, block: Block) -> None:
-        """Replaces what the float model reads by the float block's outputs, where that is kept."""
+        """Advances the float model's stream, if it is kept, through the float block."""
         if self.exact is not None:
             for i, x in enumerate(self.exact):
                 self.exact[i] = forward(block, x, self.rotary, self.devices)
 
     def advance(self, block: Block) -> None:
-        """Replaces a block's inputs by its outputs: the float block's, or the quantized one's (`self.inputs`)."""
+        """Advances the windows through a block: the float or the quantized one, as `self.inputs` says."""
         for i, x in enumerate(self.seen):
             self.seen[i] = forward(block, x, self.rotary, self.devices)
 
     def windows(self) -> tuple[Float[Array, "n t d"], Float[Array, "n t d"]]:
-        """A block's inputs and, after `advance_exact`, what the float model makes of its own; no held-out windows."""
+        """A block's inputs and, after `advance_exact`, the float block's outputs; without held-out windows."""
         assert self.exact is not None
         fit = range(self.fit)
         return jnp.concatenate([self.seen[i] for i in fit]), jnp.concatenate([self.exact[i] for i in fit])
@@ -160,7 +160,7 @@ def check_calibration(needs: frozenset[str], tokens: np.ndarray | None, options:
 
 
 def no_stats(choices: Choices, config: DecoderConfig, held_out: bool) -> Stats:
-    """Statistics without observations, of every kind and token weighting that the methods of a block ask for."""
+    """Empty statistics, of every kind and token weighting that the methods of a block need."""
     keys: dict[str, set[Key]] = {}
     for site in family_of(config).sites:
         at_site = keys.setdefault(site.tap, set())
@@ -189,7 +189,7 @@ def embed(decoder: Decoder, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
 def forward(
     block: Block, x: Float[Array, "b t d"], rotary: Array, devices: Devices | None = None
 ) -> Float[Array, "b t d"]:
-    """The residual stream after a block; x is used up."""
+    """The residual stream after a block; `x` is donated."""
     through = lambda block, x, rotary: block(x, rotary)[0]  # noqa: E731
     if devices:
         through = devices.on_each(through, (False, True, False), True)
@@ -199,7 +199,7 @@ def forward(
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Batch:
-    """Windows before a block.
+    """A batch of windows before a block.
 
     Attributes:
       x: the residual stream, `[b, t, d]`.
@@ -218,29 +218,29 @@ class Batch:
 def observe_batch(
     block: Block, batch: Batch, stats: Stats, devices: Devices | None = None, advance: bool = False
 ) -> tuple[Float[Array, "b t d"] | None, Stats]:
-    """The stream after the block, with `advance`, and statistics with a batch of windows added to them: one program.
+    """Adds a batch of windows to statistics; with `advance` also returns the stream after the block, else None.
 
     Args:
       block: what the windows go through.
       batch: the windows.
-      stats: used up; on a mesh in pieces (`start_pieces`).
+      stats: donated; on a mesh in pieces (`start_pieces`).
       devices: the mesh over which the windows are split.
-      advance: whether the stream is asked for.
+      advance: whether to return the stream.
     """
     if not devices:
         after, stats = _observe(block, batch, stats)
         return (after if advance else None), stats
 
-    def own(block: Block, batch: Batch, empty: Stats, pieces: Stats) -> Any:
-        after, brought = _observe(block, batch, empty)
-        add = lambda so_far, one: (merge(so_far, one), None)  # noqa: E731
-        brought = exchange(scatter(brought, devices.count))
-        so_far, _ = jax.lax.scan(add, jax.tree.map(itemgetter(0), pieces), brought)
+    def on_device(block: Block, batch: Batch, empty: Stats, pieces: Stats) -> Any:
+        after, added = _observe(block, batch, empty)
+        add = lambda so_far, piece: (merge(so_far, piece), None)  # noqa: E731
+        added = exchange(scatter(added, devices.count))
+        so_far, _ = jax.lax.scan(add, jax.tree.map(itemgetter(0), pieces), added)
         return (after if advance else None), jax.tree.map(lambda leaf: leaf[None], so_far)
 
     empty = _empty(stats, block.attention.config)
     split = Batch(True, False, True, None if batch.exact is None else (False, True))
-    return devices.on_each(own, (False, split, False, True), (True if advance else None, True))(
+    return devices.on_each(on_device, (False, split, False, True), (True if advance else None, True))(
         block, batch, empty, stats
     )
 
@@ -254,19 +254,21 @@ def _observe(block: Block, batch: Batch, stats: Stats) -> tuple[Float[Array, "b 
         inputs = (taps[tap], exact[tap]) if key.name == "cross" else (taps[tap],)
         return so_far.observe(*inputs, weight)
 
-    return after, {tap: {key: observed(tap, key, own) for key, own in site.items()} for tap, site in stats.items()}
+    return after, {tap: {key: observed(tap, key, stat) for key, stat in site.items()} for tap, site in stats.items()}
 
 
 def merge(a: Stats, b: Stats) -> Stats:
-    """Both together."""
-    return {tap: {key: one.merge(b[tap][key]) for key, one in site.items()} for tap, site in a.items()}
+    """Two sets of statistics merged."""
+    return {tap: {key: statistic.merge(b[tap][key]) for key, statistic in site.items()} for tap, site in a.items()}
 
 
 def averaged(stats: Stats) -> Stats:
-    """Complete statistics, Gram matrices with their mean in the total's place; used up."""
-    is_gram = lambda one: isinstance(one, Gram)  # noqa: E731
+    """Replaces the total of every Gram matrix by its mean; the totals are donated."""
+    is_gram = lambda stat: isinstance(stat, Gram)  # noqa: E731
     return jax.tree.map(
-        lambda one: Gram(_mean(one.total, one.weight), None) if is_gram(one) else one, stats, is_leaf=is_gram
+        lambda stat: Gram(_mean(stat.total, stat.weight), None) if is_gram(stat) else stat,
+        stats,
+        is_leaf=is_gram,
     )
 
 
@@ -288,18 +290,20 @@ def check_stats(stats: Stats, layer: int, dtype: Any) -> None:
 
 @jax.jit
 def _finite(stats: Stats) -> dict[str, dict[Key, Array]]:
-    """Whether each statistic is finite; what is wrong with a token or a channel shows on a square matrix's diagonal."""
+    """Whether each statistic is finite; square matrices by their diagonal, where bad tokens and channels show."""
     thin = lambda leaf: jnp.diagonal(leaf) if leaf.ndim == 2 and len(set(leaf.shape)) == 1 else leaf  # noqa: E731
-    return {tap: {key: all_finite(jax.tree.map(thin, one)) for key, one in site.items()} for tap, site in stats.items()}
+    return {
+        tap: {key: all_finite(jax.tree.map(thin, stat)) for key, stat in site.items()} for tap, site in stats.items()
+    }
 
 
 def start_pieces(empty: Stats, devices: Devices) -> Stats:
-    """Statistics without observations, every device with a piece `[1, piece]` of them."""
+    """Empty statistics, of which every device holds a piece `[1, piece]`."""
     return devices.place(scatter(empty, devices.count), BOTH)
 
 
 @partial(jax.jit, static_argnames=("config", "devices"), donate_argnames="pieces")
 def join_pieces(pieces: Stats, config: DecoderConfig, devices: Devices) -> Stats:
-    """The statistics whose pieces the devices hold, whole on every one."""
+    """Joins the devices' pieces; every device then holds the whole statistics."""
     like = jax.eval_shape(lambda: _empty(pieces, config))
     return devices.on_each(lambda pieces: gather_pieces(pieces, like), (True,), False)(pieces)

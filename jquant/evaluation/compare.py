@@ -1,4 +1,4 @@
-"""What models are worth beside the one that they were made from, on one text."""
+"""Models compared with the one that they were made from, on one text."""
 
 import html
 import math
@@ -17,7 +17,7 @@ from jquant.parts import shown
 from jquant.progress import Progress, showing
 from jquant.provenance import array_digest
 
-FLOAT = "fp32"  # what rows of results call the model that the others are compared with
+FLOAT = "fp32"  # in rows of results, the model that the others are compared with
 HEADINGS = ("model", "perplexity", "change, %", "KL", "top-1, %", "bits/weight", "MB")
 
 
@@ -26,11 +26,11 @@ class Compared:
     """One model's figures.
 
     Attributes:
-      perplexity: with its protocol.
+      perplexity: the model's, with its protocol.
       change: of the perplexity against the base, with its 95 % interval, paired by window; None without a base.
       kl: KL(base ‖ model) of the next-token distribution, nats, mean over the scored tokens; None without a base.
       top1: share of the scored tokens where base and model have the same most likely token; None without a base.
-      size: bits per weight, and megabytes.
+      size: bits per weight and megabytes.
       window_nll: each window's mean negative log likelihood, float64 `[windows]`.
     """
 
@@ -42,7 +42,7 @@ class Compared:
     window_nll: np.ndarray = field(repr=False)
 
     def row(self) -> dict[str, Any]:
-        """The figures as rows of results name them, ready for JSON."""
+        """The figures by their names in rows of results, ready for JSON."""
         return {
             "perplexity": float(self.perplexity),
             "perplexity_stderr": None if math.isnan(self.perplexity.stderr) else self.perplexity.stderr,
@@ -56,7 +56,7 @@ class Compared:
 
 
 def compared(scores: Scores, base: Scores | None, size: Size, bos: bool) -> Compared:
-    """The figures of a model: `scores` with the base as their reference, or those of the base itself."""
+    """A model's figures. `scores` have the base as reference, or are the base's own; `base` is None without a base."""
     change = kl = top1 = None
     if base is not None:
         change = paired_change(scores.window_nll, base.window_nll)
@@ -67,11 +67,11 @@ def compared(scores: Scores, base: Scores | None, size: Size, bos: bool) -> Comp
 
 @dataclass(frozen=True, repr=False)
 class Comparison:
-    """What `compare` found.
+    """The result of `compare`.
 
     Attributes:
       models: the figures by the models' names, the base first.
-      protocol: of the measurement: model, dtype, windows and so on, as rows of results have it.
+      protocol: of the measurement, as in rows of results: model, dtype, windows and so on.
     """
 
     models: dict[str, Compared]
@@ -81,7 +81,7 @@ class Comparison:
         return self.models[name]
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row a model, ready for JSON, as the figures in `paper_figures` take them; the base is called "fp32"."""
+        """One row a model, ready for JSON and for `paper_figures`; the base is called "fp32"."""
         names = [FLOAT, *list(self.models)[1:]]
         return [
             {"method": name, **model.row(), "protocol": self.protocol}
@@ -141,41 +141,41 @@ def compare(
 
     Args:
       model: what the others are compared with, usually float.
-      others: by the names that they shall have, e.g. {"GPTQ": q}.
-      text: what to score; this and the rest as in `perplexity`.
+      others: models by name, e.g. {"GPTQ": q}.
+      text: what to score; see `perplexity` for this and the next arguments.
       context: tokens per window.
       windows: how many, from the start; all by default.
       bos: begin every window with the tokenizer's BOS.
-      allow_overlap: whether the text may occur in the one that `quantize` fitted the weights to.
+      allow_overlap: whether the text may occur in the calibration text.
       progress: see `perplexity`.
 
     Raises:
-      InputError: what `perplexity` finds; a model with another tokenizer; a name of two models.
+      InputError: what `perplexity` finds; a model with another tokenizer; a name that the base has.
     """
     tokens = evaluation_windows(model, text, context, windows, bos)
     for name, other in others.items():
         _check_name(name, other, model)
-        same = other.tokenizer is model.tokenizer
-        if not same and not np.array_equal(evaluation_windows(other, text, context, windows, bos), tokens):
+        same_tokenizer = other.tokenizer is model.tokenizer
+        if not same_tokenizer and not np.array_equal(evaluation_windows(other, text, context, windows, bos), tokens):
             raise InputError(f"{name} reads the text as other tokens than {model.name}: they can't be compared.")
-    for each in () if allow_overlap else (model, *others.values()):
-        check_overlap(each, tokens, bos)
+    for judged in () if allow_overlap else (model, *others.values()):
+        check_overlap(judged, tokens, bos)
     with showing(progress) as tell:
         base = score(model.decoder, tokens, progress=tell)
         reference = Reference(model.decoder, base.hidden)
-        found = {model.name: compared(base, base, size_of(model.decoder), bos)}
+        figures = {model.name: compared(base, base, size_of(model.decoder), bos)}
         for name, other in others.items():
             scores = score(other.decoder, tokens, reference=reference, progress=tell)
-            found[name] = compared(scores, base, size_of(other.decoder), bos)
-    return Comparison(found, _protocol(model, tokens, bos))
+            figures[name] = compared(scores, base, size_of(other.decoder), bos)
+    return Comparison(figures, _protocol(model, tokens, bos))
 
 
 def _check_name(name: Any, other: Any, model: LanguageModel) -> None:
-    """Raises InputError for what is no model, or has a name that would not tell it from the base."""
+    """Raises InputError for a value that is no model, or a name that the base has."""
     if not isinstance(other, LanguageModel):
         raise InputError(f"compare takes models by their names, {{'GPTQ': q}}; {name!r} is {shown(other)}.")
     if name in (model.name, FLOAT):
-        raise InputError(f"{name!r} is what the model is called that the others are compared with: choose another.")
+        raise InputError(f"{name!r} is the name of the model that the others are compared with: choose another.")
 
 
 def _protocol(model: LanguageModel, tokens: np.ndarray, bos: bool) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def generate(
     Args:
       model: float or quantized.
       prompt: text to continue.
-      tokens: most to generate; an end-of-sequence token ends it earlier.
+      tokens: the most to generate; an end-of-sequence token ends the text earlier.
       temperature: 0 takes the most likely token; otherwise logits are divided by it and sampled.
       top_k: sample among the k most likely tokens only.
       seed: of the sampling.
@@ -91,7 +91,7 @@ def generate_ids(
 def unstack(decoder: Decoder) -> tuple[Block, ...]:
     """The decoder's layers one by one.
 
-    Decoding is bound by the weights' bytes, and slicing a layer out of the stack inside a scan copies each once more.
+    Reading the weights' bytes bounds decoding. Slicing a layer out of the stack inside a scan copies each once more.
     """
     layers = []
     for segment in decoder.segments:
@@ -109,10 +109,10 @@ def _split(stack: Any, count: int) -> list[Any]:
 def step(
     structure: Any, leaves: list[Array], tokens: Int[Array, "b t"], cache: Cache
 ) -> tuple[Float[Array, "b vocab"], Cache]:
-    """Logits after the last of `tokens`, which follow what the cache holds, and the longer cache.
+    """Appends `tokens` to the cache; returns the float32 logits after the last of them, and the cache.
 
     `leaves` and `structure` are the flattened pair of the decoder and its unstacked layers; the decoder's own stack is
-    not touched. Flattening 30 Flax modules anew takes 3 ms a token, a sixth of the default model's whole step.
+    not touched. Flattening 30 Flax modules for every token would take 3 ms, a sixth of the default model's step.
     """
     decoder, layers = jax.tree.unflatten(structure, leaves)
     x = decoder.embed(tokens)

@@ -1,4 +1,4 @@
-"""Confidence intervals of what was measured on the same windows."""
+"""Confidence intervals of measurements on the same windows."""
 
 from typing import Any, NamedTuple
 
@@ -7,7 +7,7 @@ from scipy.special import stdtrit
 
 
 class Change(NamedTuple):
-    """A change of perplexity in percent, and the ends of its 95 % interval; NaN where one window alone gives none."""
+    """A change of perplexity in percent, and the ends of its 95 % interval; the ends are NaN for a single window."""
 
     percent: float
     low: float
@@ -28,13 +28,13 @@ def mean_and_half(values: Any) -> tuple[float, float]:
 def paired_change(window_nll: Any, base: Any) -> Change:
     """Change of perplexity against a base on the same windows, percent, with its 95 % interval.
 
-    Both score the same tokens, so most of what makes windows differ cancels in the differences of the windows' mean
-    negative log likelihoods. The interval of their mean is Student's, windows taken as independent; exp turns it into
-    one of the perplexities' ratio.
+    Both models score the same tokens, so most of the variation between windows cancels in the differences of the
+    windows' mean negative log likelihoods. Their mean has a Student's t interval, with windows taken as independent;
+    exp turns it into an interval of the ratio of perplexities.
 
     Args:
       window_nll: `Scores.window_nll`.
-      base: the base's.
+      base: `Scores.window_nll` of the base.
     """
     mean, half = mean_and_half(np.subtract(window_nll, base))
     return Change(*(float(100 * np.expm1(mean + shift)) for shift in (0, -half, half)))

@@ -1,16 +1,16 @@
 """Where a model's activations are large: outlier features, massive activations, attention sinks, wasted levels.
 
-One pass streams a text through the blocks, one block's inputs alive at a time. Of each input it keeps the largest value
-per channel and per token, the energy of each token, and a histogram; what the literature calls an outlier is read off
-those afterwards:
+One pass streams a text through the blocks, with one block's inputs alive at a time. For each input it keeps the largest
+value per channel and per token, the energy of each token, and a histogram. From these follow the outliers of the
+literature:
 
 - an *outlier feature* is a channel with |x| ≥ 6 in at least 6 % of the tokens (LLM.int8(), arXiv 2208.07339 §4); the
   channels that LLM.int8() would keep in 16 bits for this text are the wider set with |x| ≥ 6 in any token;
 - a *massive activation* is larger than 100 and than 1,000 times the median |x| (arXiv 2402.17762 §2, there of the
   residual stream, here of every input);
 - the *attention sink* is the first token of a window, which draws attention whatever it says (arXiv 2309.17453 §3.1).
-  Unbroken repeats of it belong to it: causal attention among equal values returns that value, so that their states are
-  the same at every layer. (A window that begins inside 2000 has three sinks of the same height.)
+  Its unbroken repeats count too: causal attention among equal values returns that value, so their states are equal at
+  every layer. (A window that begins with the zeros of 2000 has three equal sinks.)
 """
 
 import operator
@@ -36,13 +36,13 @@ from jquant.models.families import family_of
 from jquant.progress import Progress, showing
 from jquant.qtensor import QTensor, dequantize
 
-# What is looked at in each block: the residual stream that enters it, and the distinct inputs of its projections.
+# The inputs observed in each block: the residual stream that enters it, and the distinct inputs of its projections.
 RESIDUAL = "residual"
 INPUTS = (RESIDUAL, *TAPS)
 
-# LLM.int8(), §4: a feature counts when it is an outlier in this share of the tokens, in this share of the layers.
+# LLM.int8(), §4: a channel is an outlier feature if it is one in this share of the tokens and of the layers.
 TOKEN_SHARE, LAYER_SHARE = 0.06, 0.25
-# Massive activations, §2: larger than this, and than so many times the median.
+# Massive activations, §2: larger than the first, and than the second times the median.
 MASSIVE, MASSIVE_RATIO = 100.0, 1000.0
 
 # A histogram bin is a float32's exponent and the first 5 bits of its mantissa: 32 bins an octave over the whole range,
@@ -53,7 +53,7 @@ _EDGES = (np.arange(2 ** (31 - _SHIFT) + 1, dtype=np.uint32) << _SHIFT).view(np.
 
 @dataclass(frozen=True)
 class Criteria:
-    """What counts as an outlier, and on which grid levels count as wasted.
+    """What counts as an outlier, and the grid whose wasted levels are counted.
 
     Attributes:
       threshold: magnitude from which an activation is an outlier.
@@ -88,7 +88,7 @@ class Criteria:
 
 @dataclass(frozen=True)
 class InputOutliers:
-    """One input of one layer over all tokens.
+    """An input of a layer, over all tokens.
 
     Attributes:
       channel_max: float32 `[in]`, the largest |x| of each channel.
@@ -96,9 +96,9 @@ class InputOutliers:
       token_max: float32 `[windows, context]`, the largest |x| of each token.
       token_energy: float32 `[windows, context]`, Σ x² of each token: its part of the Gram matrix's trace.
       in_sink: bool `[windows, context]`, the first token of each window and its unbroken repeats.
-      token_waste: float32 `[windows, context]`, `wasted_levels` of the token's groups of channels, their mean.
+      token_waste: float32 `[windows, context]`, mean `wasted_levels` of the token's groups of channels.
       histogram: int64 `[bins]`, how many |x| lie in each bin; `histogram_by` gives edges.
-      weight_waste: `wasted_levels` of the groups of the weights that read this input, the mean and the worst; None for
+      weight_waste: `wasted_levels` of the groups of the weights that read this input, mean and maximum; None for
         the residual stream, which no weight reads.
       threshold: magnitude from which an activation is an outlier.
     """
@@ -139,7 +139,7 @@ class InputOutliers:
 
     @property
     def mixed_precision_features(self) -> np.ndarray:
-        """Channels with |x| ≥ threshold in any token: what LLM.int8() keeps in 16 bits, were this text one batch."""
+        """Channels with |x| ≥ threshold in any token: LLM.int8() keeps them in 16 bits if the text is one batch."""
         return np.flatnonzero(self.channel_share > 0)
 
     @property
@@ -168,7 +168,7 @@ class InputOutliers:
 
     @property
     def sink_energy(self) -> float:
-        """The same with the first tokens' unbroken repeats."""
+        """`first_token_energy` with the first tokens' unbroken repeats included."""
         return _share(self.token_energy, self.in_sink)
 
     def largest_tokens(self, count: int) -> np.ndarray:
@@ -212,13 +212,13 @@ class InputOutliers:
 
 @dataclass(frozen=True)
 class Outliers:
-    """What `outliers` found, with the protocol it was measured by.
+    """The result of `outliers`, with the protocol it was measured by.
 
     Attributes:
       inputs: (layer, input) -> `InputOutliers`; the inputs are those of `INPUTS`.
       attention_received: float32 `[layers, windows, context]`: the attention each token receives, summed over the
         window's queries, averaged over heads. A window's tokens sum to `context`.
-      tokens: int32 `[windows, context]`, the ids looked at.
+      tokens: int32 `[windows, context]`, the ids observed.
       criteria: what counted as an outlier.
       bos: whether the windows begin with the tokenizer's BOS.
     """
@@ -236,7 +236,7 @@ class Outliers:
     def sink_attention(self) -> np.ndarray:
         """Float64 `[layers]`: the share of all attention that first tokens and their unbroken repeats receive.
 
-        Attention spread evenly over what each query sees would give a first token
+        If each query attended evenly to all that it sees, a first token would receive
         (1 + 1/2 + … + 1/context) / context.
         """
         sink = first_tokens(self.tokens)
@@ -246,13 +246,15 @@ class Outliers:
         """One row a layer and input: `InputOutliers.summary`, and the layer's `sink_attention`."""
         attention = self.sink_attention.tolist()
         return [
-            {"layer": layer, "input": name, **found.summary(), "sink_attention": attention[layer]}
-            for (layer, name), found in self.inputs.items()
+            {"layer": layer, "input": name, **outliers.summary(), "sink_attention": attention[layer]}
+            for (layer, name), outliers in self.inputs.items()
         ]
 
     def systematic_features(self, name: str) -> np.ndarray:
         """Channels of an input that are outlier features in at least a quarter of the layers (LLM.int8(), §4)."""
-        shares = np.stack([found.channel_share for (_, one), found in self.inputs.items() if one == name])
+        shares = np.stack(
+            [outliers.channel_share for (_, input_name), outliers in self.inputs.items() if input_name == name]
+        )
         return np.flatnonzero((shares >= TOKEN_SHARE).mean(0) >= LAYER_SHARE)
 
 
@@ -272,14 +274,14 @@ def outliers(
 
     Args:
       model: float or quantized.
-      text: tokenized whole without special tokens and cut into non-overlapping windows, as for `perplexity`.
+      text: tokenized without special tokens and cut into non-overlapping windows, as for `perplexity`.
       context: tokens per window.
       windows: how many, from the start; None for all.
       threshold: magnitude from which an activation is an outlier.
       bits: of the symmetric grid whose wasted levels are counted, 2 to 8.
       group: neighbours along `in` that share that grid, 2 or more.
       bos: begin every window with the tokenizer's BOS.
-      progress: whether it is shown how far the work is; or a function, called with ("observe", layers done, layers in
+      progress: whether to show progress; or a function, called with ("observe", layers done, layers in
         all).
 
     Raises:
@@ -290,8 +292,8 @@ def outliers(
     criteria.check_widths(model.decoder.config)
     tokens = evaluation_windows(model, text, context, windows, bos)
     with showing(progress) as tell:
-        found, received = observe(model.decoder, tokens, criteria, progress=tell)
-    return Outliers(found, received, tokens, criteria, bos)
+        inputs, received = observe(model.decoder, tokens, criteria, progress=tell)
+    return Outliers(inputs, received, tokens, criteria, bos)
 
 
 def observe(
@@ -308,12 +310,12 @@ def observe(
     check_tokens(tokens, decoder.config, "Windows")
     rotary = rotary_table(decoder.config, jnp.arange(tokens.shape[1]))
     states = [embed(decoder, tokens[begin : begin + batch]) for begin in range(0, len(tokens), batch)]
-    sink, found, received = first_tokens(tokens), {}, []
+    sink, inputs, received = first_tokens(tokens), {}, []
     for layer, block in enumerate(blocks(decoder)):
         parts, masses = [], []
         for index, x in enumerate(states):
             states[index], seen, mass = _observe(block, x, rotary, criteria)
-            # On the host at once: counts add up in 64 bits, and a device never holds more than a batch's.
+            # # Moved to the host: counts add up in 64 bits there, and a device holds those of one batch only.
             parts.append(jax.device_get(seen))
             masses.append(np.asarray(mass))
         wastes = jax.device_get(_weight_waste(block, criteria))
@@ -321,11 +323,11 @@ def observe(
             merged = _merge([part[name] for part in parts], sink, wastes.get(name), criteria.threshold)
             if not np.isfinite(merged.token_energy).all():
                 raise InputError(f"{name} of layer {layer} holds NaN or infinite values: nothing can be said about it.")
-            found[layer, name] = merged
+            inputs[layer, name] = merged
         received.append(np.concatenate(masses))
         if progress:
             progress("observe", layer + 1, decoder.config.layers)
-    return found, np.stack(received)
+    return inputs, np.stack(received)
 
 
 def first_tokens(tokens: Int[np.ndarray, "windows context"]) -> Bool[np.ndarray, "windows context"]:
@@ -334,11 +336,11 @@ def first_tokens(tokens: Int[np.ndarray, "windows context"]) -> Bool[np.ndarray,
 
 
 def wasted_levels(x: Float[Array, "*b in"], bits: int, group: int) -> Float[Array, "*b groups"]:
-    """The share of each group's levels that its largest member alone puts out of the others' reach.
+    """The share of each group's levels that only its largest member reaches.
 
     A symmetric grid has 2L + 1 levels, L = 2^(bits−1) − 1, from −m to m, m the group's largest magnitude. The other
-    members go no further than the second largest magnitude s, that is to level round(L·s/m) on either side, so
-    2·(L − round(L·s/m)) levels serve the largest member alone: none if s = m, all but level 0 if s ≪ m.
+    members reach at most the second largest magnitude s, level round(L·s/m) on either side. So 2·(L − round(L·s/m))
+    levels serve the largest member alone: none if s = m, all but level 0 if s ≪ m.
 
     Groups run along the last axis; the last one may be short, and is left out where a single member remains.
     """
@@ -353,7 +355,7 @@ def wasted_levels(x: Float[Array, "*b in"], bits: int, group: int) -> Float[Arra
 
 
 class _Seen(NamedTuple):
-    """What a batch shows of one input; fields as in `InputOutliers`, sums in place of shares."""
+    """A batch's observations of an input; fields as in `InputOutliers`, with counts in place of shares."""
 
     channel_max: Array
     channel_count: Array
@@ -367,7 +369,7 @@ class _Seen(NamedTuple):
 def _observe(
     block: Block, x: Float[Array, "b t d"], rotary: Array, criteria: Criteria
 ) -> tuple[Float[Array, "b t d"], dict[str, _Seen], Float[Array, "b t"]]:
-    """The block's output, what its inputs look like, and the attention each token receives."""
+    """The block's output, the observations of its inputs, and the attention each token receives."""
     out, taps, _ = block(x, rotary)
     seen = {name: _look(tap, criteria) for name, tap in ({RESIDUAL: x} | taps).items() if name in INPUTS}
     return out, seen, taps["attention_mass"]
@@ -403,7 +405,7 @@ def _weight_waste(block: Block, criteria: Criteria) -> dict[str, tuple[Array, Ar
 def _merge(
     parts: Sequence[_Seen], in_sink: np.ndarray, weight_waste: tuple[Any, Any] | None, threshold: float
 ) -> InputOutliers:
-    """All batches of one input together."""
+    """Joins the batches of an input."""
     all_of = {name: [getattr(part, name) for part in parts] for name in _Seen._fields}
     token_max = np.concatenate(all_of["token_max"])
     return InputOutliers(
@@ -420,6 +422,6 @@ def _merge(
 
 
 def _share(values: np.ndarray, chosen: np.ndarray) -> float:
-    """The share of a sum that the chosen ones make up; 0 of nothing."""
+    """The share of a sum that the chosen values make up; 0 if the sum is 0."""
     total = values.sum(dtype=np.float64)
     return float(values.sum(dtype=np.float64, where=chosen) / total) if total else 0.0

@@ -1,4 +1,4 @@
-"""Perplexity, and how far a model's predictions lie from a reference's."""
+"""Perplexity, and the distance of a model's predictions from a reference's."""
 
 import math
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ class Scores:
       nll: −log p(token), nats.
       kl: KL(reference ‖ model) of the next-token distribution, nats; None without a reference.
       agrees: whether model and reference have the same most likely token; None without a reference.
-      hidden: final states, `[windows, context, d]`: what makes this model a reference for others.
+      hidden: final states, `[windows, context, d]`, for use as a `Reference`.
     """
 
     nll: np.ndarray
@@ -46,29 +46,29 @@ class Scores:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean negative log likelihood; InputError where that is too large for a number."""
+        """exp of the mean negative log likelihood; InputError if that overflows."""
         mean = self.nll.mean(dtype=np.float64)
         with np.errstate(over="ignore"):
             value = float(np.exp(mean))
         if not np.isfinite(value):
             raise InputError(
-                f"The mean negative log likelihood is {mean:.4g} nats: no finite perplexity belongs to it."
+                f"The mean negative log likelihood is {mean:.4g} nats: the perplexity is not a finite number."
             )
         return value
 
     def with_protocol(self, bos: bool) -> "Perplexity":
-        """The perplexity with how it was measured; `bos` says whether windows begin with BOS."""
+        """The perplexity with its protocol; `bos` says whether windows begin with BOS."""
         windows, context = self.hidden.shape[:2]
         return Perplexity(self.perplexity, self.stderr, windows, context, self.nll.size, bos)
 
     @property
     def window_nll(self) -> np.ndarray:
-        """Each window's mean negative log likelihood, float64 `[windows]`: what two models are compared by in pairs."""
+        """Each window's mean negative log likelihood, float64 `[windows]`; see `paired_change`."""
         return self.nll.mean(-1, dtype=np.float64)
 
     @property
     def stderr(self) -> float:
-        """Its standard error by the delta method, tokens taken as independent (as llama.cpp reports it).
+        """The perplexity's standard error by the delta method, tokens taken as independent (as llama.cpp reports it).
 
         NaN for one token.
         """
@@ -79,7 +79,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Reference:
-    """A model to compare with: its decoder, of which the head is used, and its final states of the same windows."""
+    """A model to compare with: its decoder, of which the head is used, and its final states on the same windows."""
 
     decoder: Decoder
     hidden: np.ndarray
@@ -87,7 +87,7 @@ class Reference:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Perplexity(float):
-    """A perplexity, a number like others, with the protocol it was measured by.
+    """A perplexity: a float that also holds the protocol it was measured by.
 
     Attributes:
       value: the number itself.
@@ -106,7 +106,7 @@ class Perplexity(float):
     bos: bool
 
     def __new__(cls, value: float, *protocol: Any, **named: Any) -> "Perplexity":
-        """The number; the fields are set after it."""
+        """The float; the dataclass sets the fields."""
         return super().__new__(cls, value)
 
     def __repr__(self) -> str:
@@ -127,7 +127,7 @@ def perplexity(
     allow_overlap: bool = False,
     progress: Progress | bool = True,
 ) -> Perplexity:
-    """Perplexity of a text, tokenized whole without special tokens and cut into non-overlapping windows.
+    """Perplexity of a text, tokenized without special tokens and cut into non-overlapping windows.
 
     Every prediction inside a window is scored, context − 1 of them.
 
@@ -137,9 +137,8 @@ def perplexity(
       context: tokens per window.
       windows: how many, from the start; all by default.
       bos: begin every window with the tokenizer's BOS.
-      allow_overlap: whether the text may occur in the one that `quantize` fitted the weights to: such a figure says
-        little about other texts.
-      progress: whether it is shown how far the work is; or a function, called with ("evaluate", windows done, windows
+      allow_overlap: whether the text may occur in the calibration text; such a figure says little about other texts.
+      progress: whether to show progress; or a function, called with ("evaluate", windows done, windows
         in all).
 
     Raises:
@@ -155,7 +154,7 @@ def perplexity(
 
 
 def check_overlap(model: LanguageModel, tokens: Int[np.ndarray, "n context"], bos: bool) -> None:
-    """Raises InputError for evaluation windows that occur in what the model was calibrated on."""
+    """Raises InputError for evaluation windows that occur in the model's calibration text."""
     if model.calibrated_on is not None:
         way_out = "judge on another text, or set allow_overlap=True"
         check_unseen(tokens[:, 1:] if bos else tokens, model.calibrated_on, "The evaluation text", way_out)
@@ -211,15 +210,15 @@ def score_from_disk(
 ) -> Scores:
     """`score` of a model that does not fit into memory: all windows go through one block, and then through the next.
 
-    What is alive: a block and the next one as it is read, every window's residual stream, embedding and head.
+    In memory are a block and the next one as it is read, every window's residual stream, embedding and head.
 
     Args:
       source: the model's files (`open_model`).
       tokens: windows.
-      reference: what to compare with; its decoder's blocks are not used, so that `source.outside()` does.
+      reference: what to compare with; its decoder's blocks are not used, so `source.outside()` will do.
       batch: windows per forward pass, and device.
-      devices: the mesh over which windows are split, filled up with copies that don't count where they don't divide;
-        every device computes with whole blocks.
+      devices: the mesh over which windows are split; if they don't divide, copies that don't count fill up the last
+        devices. Every device holds whole blocks.
       progress: called with ("evaluate", blocks done, blocks in all).
 
     Raises:
@@ -252,21 +251,21 @@ def score_from_disk(
 
 
 def _filled(windows: np.ndarray, count: int) -> np.ndarray:
-    """Windows `[n, …]` whose number `count` divides: copies of the first are put at the end."""
+    """Windows `[n, …]` filled up with copies of the first until `count` divides their number."""
     return np.concatenate([windows, np.repeat(windows[:1], -len(windows) % count, 0)])
 
 
 def _figures(
     decoder: Decoder, hidden: Array, tokens: Any, reference: Reference | None, other_hidden: Array | None
 ) -> tuple[Array, Array | None, Array | None]:
-    """Of each scored token the likelihood, and the divergence from a reference and whether the most likely agree."""
+    """For each scored token the negative log likelihood and, with a reference, KL and whether the top tokens agree."""
     if reference is None:
         return _nll(decoder, hidden, tokens), None, None
     return _compare(decoder, hidden, reference.decoder, other_hidden, tokens)
 
 
 def _joined(results: Sequence[tuple[Any, Any, Any, Any]], count: int) -> Scores:
-    """The figures of all batches together, of the first `count` windows."""
+    """The figures of all batches, for the first `count` windows."""
     parts = zip(*results, strict=True)
     nll, kl, agrees, hidden = (None if part[0] is None else np.concatenate(part)[:count] for part in parts)
     assert nll is not None

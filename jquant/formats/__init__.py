@@ -1,12 +1,11 @@
-"""What a code means: frozen, hashable specifications that map weights to integer codes and back.
+"""Formats: frozen, hashable specifications that map weights to integer codes and back.
 
-A format knows four things and nothing else: which values its codes stand for (`encode`, `decode`), how the end points
-of a group become a scale and zero (`grid`), which weights share them (`group`), and how codes and scales are stored
-(`bits`, `scale`: a dtype, or another format). Who chooses the end points is a range (`ranges/`); who chooses the codes
-is a rounding (`rounding/`).
+A format defines four things: the values of its codes (`encode`, `decode`), how the end points of a group become a scale
+and zero (`grid`), which weights share them (`group`), and how codes and scales are stored (`bits`, `scale`: a dtype, or
+another format). A range (`ranges/`) chooses the end points; a rounding (`rounding/`) chooses the codes.
 
 Weights are `[*l, in, out]` throughout. Groups run along `in`: row i belongs to group i // group, and the last group may
-be short. Formats are values, so equal ones share one jit compilation.
+be short. Formats compare by value, so equal formats share a jit compilation.
 """
 
 from jquant.formats.base import Block, Format, Group, block_shape, expand, grouped, real_members

@@ -1,4 +1,4 @@
-"""What every format offers, and how a matrix falls into the blocks that share a scale."""
+"""The contract of every format, and a matrix's division into blocks that share a scale."""
 
 from typing import Literal, Protocol, runtime_checkable
 
@@ -28,12 +28,12 @@ class Format(Protocol):
 
     @property
     def has_zero(self) -> bool:
-        """Whether a group stores a zero beside its scale, so that both ends of its range are free."""
+        """Whether a group stores a zero beside its scale, so both ends of its range are free."""
         ...
 
     @property
     def scale(self) -> "str | Format":
-        """How scales (and float zeros) are stored: a dtype, or a format under which they are quantized in turn."""
+        """How scales (and float zeros) are stored: a dtype, or the format in which they are quantized."""
         ...
 
     def grid(self, low: Array, high: Array) -> tuple[Array, Array | None]:
@@ -45,7 +45,7 @@ class Format(Protocol):
         ...
 
     def decode(self, codes: Array, scale: Array, zero: Array | None) -> Float[Array, "..."]:
-        """Float32 value of each code under the scale as stored, linear in it; all arguments broadcast."""
+        """Float32 value of each code, linear in the stored scale; all arguments broadcast."""
         ...
 
 
@@ -86,20 +86,20 @@ def grouped(w: Shaped[Array, "*l in out"], block: Block) -> Shaped[Array, "*l gr
 
 
 def real_members(shape: tuple[int, ...], block: Block) -> Float[Array, "groups members columns"]:
-    """1 for the members that `grouped` took from the weight, 0 for its filling; broadcasts over columns."""
+    """1 for the members that `grouped` took from the weight, 0 for its padding; broadcasts over columns."""
     return grouped(jnp.ones(shape[-2:] if block[1] > 1 else (shape[-2], 1), jnp.float32), block)
 
 
 def expand(values: Shaped[Array, "*l groups columns"], block: Block, shape: tuple[int, ...]) -> Array:
     """Per-block values repeated so that they broadcast against the weight `[*l, in, out]`."""
     for axis, size in ((-2, block[0]), (-1, block[1])):
-        if values.shape[axis] > 1 and size > 1:  # a single one broadcasts
+        if values.shape[axis] > 1 and size > 1:  # a single value broadcasts
             values = jnp.repeat(values, size, axis)
     return values[..., : shape[-2], : shape[-1]]
 
 
 def check_group(group: Group) -> None:
-    """Raises InputError unless `group` is one."""
+    """Raises InputError unless `group` is a `Group`."""
     if isinstance(group, str) and group in ("channel", "tensor"):
         return
     sizes = group if isinstance(group, tuple) and len(group) == 2 else (group,)
@@ -135,16 +135,16 @@ def ratio(w: Array, scale: Array) -> Array:
 def times_inverse(w: Array, scale: Array) -> Array:
     """w · (1 / scale) in float32, as bitsandbytes and llama.cpp compute it, 0 where the scale is 0.
 
-    It differs from `ratio` in the last place, which decides where a weight lies next to a midpoint.
+    It differs from `ratio` in the last place, which decides the code of a weight next to a midpoint.
     """
     scale = scale.astype(jnp.float32)
     product = w.astype(jnp.float32) * jnp.where(scale == 0, 0, 1 / jnp.where(scale == 0, 1, scale))
-    # Finite values never reach the bound, but XLA can't know, and so rounds the product before anything is added to it.
+    # Finite values never reach the bound, but XLA can't know that, so it rounds the product before a sum follows.
     return jnp.minimum(product, float(jnp.finfo(jnp.float32).max))
 
 
 def round_scale(scale: Array, dtype: str) -> Array:
-    """Rounds a scale to its stored dtype, sign kept; one that is not zero never becomes 0 or infinite."""
+    """Rounds a scale to its stored dtype and keeps its sign; only 0 becomes 0, none becomes infinite."""
     limits = jnp.finfo(dtype)
     wide = scale.astype(jnp.float32)
     least = max(float(limits.smallest_subnormal), 2.0**-149)
@@ -153,10 +153,10 @@ def round_scale(scale: Array, dtype: str) -> Array:
 
 
 def as_stored(values: Array, scale: "str | Format") -> Array:
-    """Float32 value of scales or zeros after a trip through their dtype; quantized ones come dequantized already."""
+    """Float32 value of scales or zeros rounded to their dtype; quantized ones are already dequantized here."""
     return (values.astype(scale) if isinstance(scale, str) else values).astype(jnp.float32)
 
 
 def extreme(low: Array, high: Array) -> Array:
-    """The end that lies farther from 0, with its sign."""
+    """The end farther from 0, with its sign."""
     return jnp.where(-low > high, low, high)

@@ -18,12 +18,11 @@ class Codebook:
     """A table of levels: value = scale · levels[code], scale = absmax / max |level|.
 
     Attributes:
-      levels: ascending, finite, 2 to 256 of them; any sequence, kept as a tuple.
+      levels: 2 to 256, ascending and finite; any sequence, kept as a tuple.
       group: weights that share a scale.
       scale: how the scale is stored; float32 by default, as in bitsandbytes.
-      centred: only for values that are scales themselves. Their mean is subtracted first and kept as one zero, and
-        groups run through the transposed matrix read row by row, past its columns' ends: bitsandbytes' double
-        quantization.
+      centred: for scales only, as in bitsandbytes' double quantization: their mean is subtracted first and kept as one
+        zero, and groups are runs of the flattened transposed matrix.
     """
 
     levels: tuple[float, ...]
@@ -32,7 +31,7 @@ class Codebook:
     centred: bool = False
 
     def __post_init__(self) -> None:
-        # A list or an array of levels would not hash.
+        # Lists and arrays do not hash.
         object.__setattr__(self, "levels", tuple(map(float, self.levels)))
         if not 2 <= len(self.levels) <= 256:
             raise InputError(f"Codebook takes 2 to 256 levels, not {len(self.levels)}.")
@@ -45,12 +44,12 @@ class Codebook:
 
     @property
     def bits(self) -> int:
-        """Smallest width that numbers every level."""
+        """The smallest width with a code for every level."""
         return (len(self.levels) - 1).bit_length()
 
     @property
     def has_zero(self) -> bool:
-        """Never: the levels place zero."""
+        """False: the levels fix where zero is."""
         return False
 
     def grid(self, low: Array, high: Array) -> tuple[Array, Array | None]:
@@ -59,12 +58,12 @@ class Codebook:
         return round_scale(scale, self.scale) if isinstance(self.scale, str) else scale, None
 
     def encode(self, w: Array, scale: Array, zero: Array | None) -> Array:
-        """See `Format.encode`; a weight halfway between two levels takes the lower, as in bitsandbytes."""
+        """See `Format.encode`; a weight halfway between two levels takes the lower level, as in bitsandbytes."""
         levels = jnp.asarray(self.levels, jnp.float32)
         steps, midpoints = times_inverse(w, scale), (levels[1:] + levels[:-1]) / 2
         if self.bits > 4:
             return jnp.searchsorted(midpoints, steps, side="left").astype(jnp.uint8)
-        # Counting the midpoints below beats a binary search: 15 vectorised comparisons fuse into one pass.
+        # Faster than a binary search: 15 vectorised comparisons fuse into one pass.
         codes = jnp.zeros(steps.shape, jnp.uint8)
         for midpoint in midpoints:
             codes += (steps > midpoint).astype(jnp.uint8)
@@ -75,13 +74,13 @@ class Codebook:
         values = self._look_up(codes) * as_stored(scale, self.scale)
         if zero is None:
             return values
-        # The bound keeps compilers from fusing product and sum, which would round once; bitsandbytes rounds twice.
+        # The bound keeps compilers from fusing product and sum into one rounding; bitsandbytes rounds twice.
         return jnp.minimum(values, jnp.finfo(jnp.float32).max) + zero
 
     def _look_up(self, codes: Array) -> Array:
         if self.bits > 4:
             return jnp.asarray(self.levels, jnp.float32)[codes]
-        # A tree of selects vectorises; a gather takes one element at a time on a CPU and is worse on a TPU.
+        # A tree of selects vectorises; a gather takes one element at a time on a CPU and is slower still on a TPU.
         values = [jnp.float32(level) for level in self.levels]
         for bit in range(self.bits):
             odd = (codes >> bit) & 1 == 1
@@ -126,9 +125,9 @@ def normal_float_levels(bits: int, tail: float = 0.9677083) -> tuple[float, ...]
 def dynamic_levels() -> tuple[float, ...]:
     """The signed 8-bit dynamic data type of bitsandbytes (arXiv 2110.02861, §2.1): 256 levels, among them 0 and 1.
 
-    Decades from 10⁻⁶ to 1, the n-th of them with 2ⁿ levels on either side of zero: the midpoints between neighbours of
-    an even division of [0.1, 1]. In float32 throughout, and divided as `torch.linspace` does it on a CPU, from both
-    ends with fused multiply-adds: the levels are those of bitsandbytes' `create_dynamic_map` to the last bit.
+    Seven decades from 10⁻⁶ to 1: the n-th has 2ⁿ levels on either side of zero, the midpoints of an even division of
+    [0.1, 1]. All is float32, divided like `torch.linspace` on a CPU, from both ends with fused multiply-adds, so the
+    levels equal those of bitsandbytes' `create_dynamic_map` bit by bit.
     """
     positive = []
     for n in range(7):
@@ -151,10 +150,10 @@ def NF3(group: Group = 64, scale: str | Format = "float32") -> Codebook:
 
 
 def FP4(group: Group = 64, scale: str | Format = "float32") -> Codebook:
-    """bitsandbytes' 4-bit float; `MXFP4` has the one of the OCP specification."""
+    """bitsandbytes' 4-bit float; `MXFP4` has that of the OCP specification."""
     return Codebook(FP4_LEVELS, group, scale)
 
 
 def double_quantized(group: int = 256) -> Codebook:
-    """The format in which bitsandbytes stores scales under double quantization (QLoRA, §3), for `scale=` of another."""
+    """The format of bitsandbytes' scales under double quantization (QLoRA, §3), for `scale=` of another format."""
     return Codebook(dynamic_levels(), group, "float32", centred=True)

@@ -9,23 +9,23 @@ from jax import Array
 from jquant.errors import InputError
 from jquant.formats.base import Format, Group, as_stored, check_group, check_scale, ratio, round_scale
 
-# Largest finite magnitude code by (exponent, mantissa) bits: E4M3 gives up one code for NaN (OCP FP8), E5M2 a whole
-# exponent for infinities and NaNs (IEEE), the shorter ones none.
+# Largest finite magnitude code by (exponent, mantissa) bits: E4M3 has one code for NaN (OCP FP8), E5M2 a whole exponent
+# for infinities and NaNs (IEEE), the shorter formats none.
 _LARGEST = {(4, 3): 0x7E, (5, 2): 0x7B, (2, 3): 0x1F, (3, 2): 0x1F, (2, 1): 0x07}
 
 
 @dataclass(frozen=True)
 class Float:
-    """Sign, exponent and mantissa: value = scale · element, codes being the elements' bit patterns.
+    """Sign, exponent and mantissa: value = scale · element; codes are the elements' bit patterns.
 
-    Halves go to the even mantissa, values beyond the largest element saturate (OCP MX v1.0, §5.3 and §6.3).
+    Ties go to the even mantissa, values beyond the largest element saturate (OCP MX v1.0, §5.3 and §6.3).
 
     Attributes:
-      exponent: bits of it.
-      mantissa: bits of it.
+      exponent: its bits.
+      mantissa: its bits.
       group: weights that share a scale.
-      scale: how it is stored. "float8_e8m0fnu", the powers of two of MX, takes 2^(⌊log₂ absmax⌋ − largest exponent), so
-        that the absmax may saturate; any other takes absmax / largest element.
+      scale: how it is stored. "float8_e8m0fnu" (powers of two, MX) has the scale 2^(⌊log₂ absmax⌋ − largest exponent),
+        so the absmax may saturate; every other has absmax / largest element.
     """
 
     exponent: int
@@ -42,12 +42,12 @@ class Float:
 
     @property
     def bits(self) -> int:
-        """Sign, exponent and mantissa together."""
+        """Bits of sign, exponent and mantissa together."""
         return 1 + self.exponent + self.mantissa
 
     @property
     def has_zero(self) -> bool:
-        """Never: the elements lie symmetrically."""
+        """False: the elements are symmetric."""
         return False
 
     @property
@@ -58,7 +58,7 @@ class Float:
 
     @property
     def _ulp(self) -> int:
-        """log₂ of the smallest element: of the exponent's bias and the mantissa's width."""
+        """log₂ of the smallest element, from the exponent's bias and the mantissa's width."""
         return 2 - 2 ** (self.exponent - 1) - self.mantissa
 
     def grid(self, low: Array, high: Array) -> tuple[Array, Array | None]:
@@ -66,7 +66,7 @@ class Float:
         absmax = jnp.maximum(-low, high).astype(jnp.float32)
         if self.scale == E8M0:
             largest_exponent = (_LARGEST[self.exponent, self.mantissa] >> self.mantissa) - 1 + self._ulp + self.mantissa
-            # E8M0 goes down to −127, where XLA's CPU backend already flushes to zero.
+            # E8M0 reaches −127, but XLA's CPU backend flushes that to zero.
             return _power_of_two(jnp.clip(_exponent(absmax) - largest_exponent, -126, 127)).astype(E8M0), None
         scale = absmax / self.largest
         return round_scale(scale, self.scale) if isinstance(self.scale, str) else scale, None
@@ -75,7 +75,7 @@ class Float:
         """See `Format.encode`."""
         value = ratio(w, scale)
         size = jnp.minimum(jnp.abs(value), self.largest)
-        # An element's magnitude code counts its binade's steps: consecutive codes, also across binades.
+        # A magnitude code counts the steps from 0: consecutive codes are consecutive elements, across binades too.
         binade = jnp.maximum(_exponent(size) - self.mantissa - self._ulp, 0)
         steps = jnp.round(size * _power_of_two(-(binade + self._ulp))).astype(jnp.int32)
         sign = jnp.signbit(value).astype(jnp.int32)

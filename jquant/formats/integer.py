@@ -23,7 +23,7 @@ from jquant.formats.base import (
 
 @dataclass(frozen=True)
 class Int:
-    """Uniform integers: value = scale · (code − zero), or scale · code + zero where the zero is a float.
+    """Uniform integers: value = scale · (code − zero), or scale · code + zero if the zero is a float.
 
     Attributes:
       bits: 2 to 8.
@@ -31,11 +31,11 @@ class Int:
       symmetric: without a zero; scale = absmax / (2^(bits−1) − 1), codes −2^(bits−1) … 2^(bits−1) − 1 stored with that
         offset. Otherwise the range [low, high] is split into 2^bits − 1 steps.
       scale: how the scale is stored; codes are chosen for the scale as stored.
-      zero: "integer": the range is extended to hold 0 and the zero is a code, so that 0 is always exact. "float": the
+      zero: "integer": the range is extended to contain 0 and the zero is a code, so 0 is exact. "float": the
         zero is the range's lower end itself, stored as the scale is (llama.cpp's Q4_1).
-      full_range: whether a symmetric grid has the code −2^(bits−1), which only clipping and GPTQ come to use.
-      ties: where halves go: to the "even" multiple of the scale, or as ggml rounds, "up" or "away" from zero. Those two
-        multiply by the reciprocal of the scale as the range gave it, not yet rounded to its dtype, as ggml does.
+      full_range: whether a symmetric grid has the code −2^(bits−1), which only clipping and GPTQ use.
+      ties: where ties go: to the "even" multiple of the scale, or as in ggml, "up" or "away" from zero. With these two
+        the weight is multiplied by the reciprocal of the range's scale, not yet rounded to its dtype, as in ggml.
     """
 
     bits: int
@@ -57,7 +57,7 @@ class Int:
 
     @property
     def has_zero(self) -> bool:
-        """Asymmetric grids store one."""
+        """True for asymmetric grids."""
         return not self.symmetric
 
     @property
@@ -102,7 +102,7 @@ class Int:
         return jnp.sign(steps) * jnp.floor(jnp.abs(steps) + 0.5) + origin
 
     def _round(self, scale: Array) -> Array:
-        # ggml chooses its codes before it rounds the scale, and quantized scales are rounded by their own format.
+        # ggml chooses codes before it rounds the scale; quantized scales are rounded by their own format.
         if isinstance(self.scale, Format) or self.ties != "even":
             return scale
         return round_scale(scale, self.scale)
@@ -112,12 +112,12 @@ class Int:
 class UInt:
     """Multiples of a signed scale without an offset: value = scale · code, all of one sign within a group.
 
-    What k-quants store the scales and minima of their sub-blocks in.
+    k-quants store the scales and minima of their sub-blocks in it.
 
     Attributes:
       bits: 2 to 8.
       group: values that share a scale.
-      scale: how that scale is stored; codes are chosen before it is rounded, as ggml does.
+      scale: how that scale is stored; codes are chosen before it is rounded, as in ggml.
     """
 
     bits: int
@@ -131,7 +131,7 @@ class UInt:
 
     @property
     def has_zero(self) -> bool:
-        """Never: the first code is zero."""
+        """False: the first code is zero."""
         return False
 
     def grid(self, low: Array, high: Array) -> tuple[Array, Array | None]:

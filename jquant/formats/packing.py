@@ -1,4 +1,4 @@
-"""Codes of 1 to 8 bits as a little-endian bit stream: the bytes in memory are the bytes of the format."""
+"""Packs codes of 1 to 8 bits into a little-endian bit stream."""
 
 import jax.numpy as jnp
 from jax import Array

@@ -1,17 +1,18 @@
-"""Checkpoints: a folder with one item a block, each there whole or not at all.
+"""Checkpoints: a folder with one item a block; each item is written completely or not at all.
 
     manifest.json      what the checkpoint holds and was made from
     tokenizer.json
     calibration.safetensors   hashes of the runs of tokens that the weights were fitted to (`data.run_hashes`)
-    outside/ …         embedding, last norm and head, an item each: they are the largest arrays of all
+    outside/ …         embedding, last norm and head, an item each
     blocks/00000/ …    a block's parameters, packed as they are in memory
 
-An item is a folder of arrays as Orbax writes them (zarr; lazily read, and onto another mesh than they came from) beside
-item.json: the formats, which are no arrays, size and SHA-256 of every file, and what quantization did. It is written
-under another name, synced and renamed, so a process may die at any moment.
+An item is a folder of arrays written by Orbax (zarr: read lazily, and onto any mesh) and item.json. item.json holds the
+formats, size and SHA-256 of every file, and the report of quantization. An item is written under another name, synced
+and renamed, so a process may die at any moment.
 
-manifest.json has size and SHA-256 of the two files beside it; both kinds of JSON end with their own. What is read is
-compared with what the model's shape asks for, so that a file whose checksums were made to fit ends in a sentence, too.
+manifest.json has size and SHA-256 of the two files beside it. Both kinds of JSON end with a checksum of themselves.
+Arrays must also have the shapes and dtypes that the model's configuration asks for: a file with forged checksums ends
+in an error message, too.
 """
 
 import hashlib
@@ -57,7 +58,7 @@ Place = Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding]
 
 
 class TokenizerFacts(TypedDict):
-    """What a tokenizer knows beyond tokenizer.json."""
+    """What a tokenizer holds beyond tokenizer.json."""
 
     bos_id: int | None
     eos_ids: list[int]
@@ -66,9 +67,9 @@ class TokenizerFacts(TypedDict):
 
 
 class Manifest(TypedDict):
-    """manifest.json; `files` has [size, SHA-256] by name, `run` what decides the codes of a run that can go on.
+    """manifest.json. `files` has [size, SHA-256] by name.
 
-    A model that was saved from memory is no run: None.
+    `run` is what decides the codes of a run that can resume; None for a model saved from memory.
     """
 
     version: int
@@ -81,7 +82,7 @@ class Manifest(TypedDict):
 
 
 class Item(TypedDict):
-    """item.json; `weights` has what of each parameter is no array, `files` [size, SHA-256] by name."""
+    """item.json. `weights` describes each parameter except its arrays; `files` has [size, SHA-256] by name."""
 
     weights: dict[str, Any]
     files: dict[str, list[Any]]
@@ -90,48 +91,48 @@ class Item(TypedDict):
 
 
 def write_item(folder: Path, params: Params, facts: Mapping[str, Any]) -> None:
-    """Writes parameters as an item: afterwards it is there, or nothing is.
+    """Writes parameters as an item, completely or not at all.
 
     Args:
-      folder: its place; must not exist.
-      params: arrays and QTensors by name, whole in this process. They are written as NumPy arrays: the files don't
-        depend on the devices that the arrays lay on.
-      facts: what else to remember, as JSON.
+      folder: the item's; must not exist.
+      params: arrays and QTensors by name, all of each in this process. They are written as NumPy arrays, so the files
+        don't depend on the arrays' devices.
+      facts: further entries of item.json.
 
     Raises:
       InputError: the disk is full or can't be written.
     """
-    beside = folder.with_name(f".{folder.name}")
+    temporary = folder.with_name(f".{folder.name}")
     try:
-        shutil.rmtree(beside, ignore_errors=True)  # what a killed process left
-        beside.mkdir(parents=True)
+        shutil.rmtree(temporary, ignore_errors=True)  # what a killed process left
+        temporary.mkdir(parents=True)
         arrays = unflatten_mapping({tuple(path.split(".")): _parts(leaf) for path, leaf in params.items()})
         arrays = jax.tree.map(np.asarray, arrays)
         pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK), arrays)
-        _handler().save(epath.Path(beside.absolute()), args=ocp.args.PyTreeSave(arrays, save_args=pieces))
-        files = {name: checksum(beside / name) for name in sorted(_files(beside))}
+        _handler().save(epath.Path(temporary.absolute()), args=ocp.args.PyTreeSave(arrays, save_args=pieces))
+        files = {name: checksum(temporary / name) for name in sorted(_files(temporary))}
         item = {"weights": {path: _static(leaf) for path, leaf in params.items()}, "files": files, **facts}
-        write_sealed(beside / ITEM, item)
-        for path in [*beside.rglob("*"), beside]:
+        write_sealed(temporary / ITEM, item)
+        for path in [*temporary.rglob("*"), temporary]:
             sync(path)
-        beside.rename(folder)
+        temporary.rename(folder)
         sync(folder.parent)
     except (OSError, ValueError) as failed:  # tensorstore reports a full disk as a ValueError
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         reason = getattr(failed, "strerror", None) or str(failed).splitlines()[0]
         raise InputError(f"{folder} can't be written ({reason}).") from None
 
 
 def read_item(folder: Path, shapes: Mapping[str, tuple[int, ...]], place: Place | None = None) -> Params:
-    """The parameters of an item, checked against its checksums and against what they must be.
+    """The parameters of an item, checked against its checksums and the expected shapes.
 
     Args:
-      folder: its place.
-      shapes: of all its parameters, by name.
-      place: where each array goes, by name and shape; the first device by default.
+      folder: the item's.
+      shapes: the expected shape of each of its parameters, by name.
+      place: gives each array's sharding from its name and shape; by default the first device.
 
     Raises:
-      InputError: what `check_item` finds; other parameters than those of `shapes`, or arrays that don't suit them.
+      InputError: what `check_item` finds; parameters other than those of `shapes`, or arrays that don't fit them.
     """
     weights = check_item(folder)["weights"]
     wrong = partial(damaged, folder / ITEM, rewritable=folder)
@@ -141,22 +142,24 @@ def read_item(folder: Path, shapes: Mapping[str, tuple[int, ...]], place: Place 
     for name, shape in shapes.items():
         try:
             leaves[name] = _expected(name, weights[name], shape)
-        except (InputError, RecursionError) as found:
-            raise wrong(f"{name}: {found}") from None
+        except (InputError, RecursionError) as error:
+            raise wrong(f"{name}: {error}") from None
     expected = flatten_mapping(
         unflatten_mapping({tuple(name.split(".")): _parts(leaf) for name, leaf in leaves.items()})
     )
     path = epath.Path(folder.absolute())
     try:
         stored = flatten_mapping(_handler().metadata(path).tree)  # pyright: ignore[reportArgumentType]
-        found = {key: (array.shape, jnp.dtype(array.dtype)) for key, array in stored.items()}
-    except Exception as broken:  # whatever Orbax and tensorstore make of files that are not theirs
+        actual = {key: (array.shape, jnp.dtype(array.dtype)) for key, array in stored.items()}
+    except Exception as broken:  # Orbax and tensorstore raise many types
         raise damaged(folder, f"its arrays can't be read: {_first_line(broken)}", folder) from None
-    for key in sorted(found.keys() | expected.keys()):
-        asked = (expected[key].shape, expected[key].dtype) if key in expected else None
-        if found.get(key) != asked:
+    for key in sorted(actual.keys() | expected.keys()):
+        needed = (expected[key].shape, expected[key].dtype) if key in expected else None
+        if actual.get(key) != needed:
             raise damaged(
-                folder, f"{'.'.join(key)} is {_in_words(found.get(key))}, where {_in_words(asked)} belongs", folder
+                folder,
+                f"{'.'.join(key)} is {_in_words(actual.get(key))}, where {_in_words(needed)} belongs",
+                folder,
             )
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     sharded = {
@@ -173,7 +176,7 @@ def read_item(folder: Path, shapes: Mapping[str, tuple[int, ...]], place: Place 
 
 
 def check_storable(params: Params, prefix: str = "") -> None:
-    """Raises InputError, which names the weight, for a parameter that `read_item` could not read again."""
+    """Raises InputError that names a parameter which `read_item` could not read again."""
     for name, leaf in params.items():
         try:
             _expected(name, _static(leaf), leaf.shape)
@@ -182,15 +185,15 @@ def check_storable(params: Params, prefix: str = "") -> None:
 
 
 def check_item(folder: Path) -> Item:
-    """item.json of an item whose files are all as they were written, and no others.
+    """item.json of an item, after a check that its files are those that were written.
 
     Raises:
-      InputError: it is not there, or a file of it is missing, truncated, changed or not listed.
+      InputError: the item is missing, or one of its files is missing, truncated, changed or not listed.
     """
-    item, lying = read_item_json(folder), _files(folder) - {ITEM}
-    for name in sorted(item["files"].keys() | lying):
-        # A path that leads out of the folder is none that lies in it.
-        if name not in lying or checksum(folder / name) != item["files"].get(name):
+    item, present = read_item_json(folder), _files(folder) - {ITEM}
+    for name in sorted(item["files"].keys() | present):
+        # A listed path that leads out of the folder is not in `present`, so it is refused.
+        if name not in present or checksum(folder / name) != item["files"].get(name):
             listed = name in item["files"]
             what = "it is missing, or its checksum differs" if listed else f"{ITEM} has no such file"
             raise damaged(Path(f"{folder}/{name}"), what, folder)
@@ -198,7 +201,7 @@ def check_item(folder: Path) -> Item:
 
 
 def read_item_json(folder: Path) -> Item:
-    """item.json alone; errors as of `check_item`."""
+    """item.json, its files unchecked. Raises InputError if it is missing or changed."""
     item: Any = read_sealed(folder / ITEM, folder)
     if not fits(item, Item):
         raise damaged(folder / ITEM, "a key of it is missing, or of another type", folder)
@@ -206,10 +209,10 @@ def read_item_json(folder: Path) -> Item:
 
 
 def read_rotation(folder: Path, size: int) -> Rotation | None:
-    """The rotation that an item's block, or the residual stream, has.
+    """The rotation in item.json: of the block, or of the residual stream.
 
     Raises:
-      InputError: it is no rotation of that size.
+      InputError: it is not a rotation of that size.
     """
     try:
         rotation = from_json(read_item_json(folder)["rotation"])
@@ -221,10 +224,10 @@ def read_rotation(folder: Path, size: int) -> Rotation | None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """manifest.json, as it was written.
+    """manifest.json.
 
     Raises:
-      InputError: it is not there, was changed, or was written by another version of jquant.
+      InputError: it is missing, was changed, or was written by another version of jquant.
     """
     path = folder / MANIFEST
     version = read_json(path).get("version")
@@ -242,14 +245,14 @@ def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_sealed(path: Path, rewritable: Path | None = None) -> dict[str, Any]:
-    """A JSON object that `write_sealed` wrote, its checksum taken out.
+    """A JSON object that `write_sealed` wrote, without its checksum.
 
     Args:
       path: of the file.
       rewritable: see `damaged`.
 
     Raises:
-      InputError: it is not there, or not byte for byte what was written.
+      InputError: it is missing, or not byte for byte what was written.
     """
     content = read_json(path)
     content.pop("sha256", None)
@@ -262,12 +265,12 @@ def read_sealed(path: Path, rewritable: Path | None = None) -> dict[str, Any]:
 
 
 def damaged(path: Path, what: str, rewritable: Path | None = None) -> InputError:
-    """What to raise for a file or folder that is not what was written.
+    """The error for a file or folder that is not what was written.
 
     Args:
       path: of the file or folder.
-      what: is wrong with it.
-      rewritable: what of the checkpoint quantizing can write again.
+      what: what is wrong with it.
+      rewritable: the part of the checkpoint that quantizing again would write.
     """
     way = "write the model into another folder"
     if rewritable:
@@ -276,31 +279,31 @@ def damaged(path: Path, what: str, rewritable: Path | None = None) -> InputError
 
 
 def block_folder(folder: Path, layer: int) -> Path:
-    """Where a block lies."""
+    """The folder of a block's item."""
     return folder / BLOCKS / f"{layer:05}"
 
 
 def to_json(value: Any) -> Any:
-    """Formats, activations, rotations and what they are made of, as JSON; `from_json` gives an equal value.
+    """Formats, activations, rotations and their fields as JSON; `from_json` gives an equal value.
 
     Raises:
       InputError: a type that `from_json` doesn't know, such as a user's own.
     """
     kind = type(value)
     if SPECS.get(kind.__name__) is kind:
-        return {"type": kind.__name__} | {one.name: to_json(getattr(value, one.name)) for one in fields(value)}
+        return {"type": kind.__name__} | {field.name: to_json(getattr(value, field.name)) for field in fields(value)}
     if kind is tuple:
-        return [to_json(one) for one in value]
+        return [to_json(item) for item in value]
     if kind not in (NoneType, bool, int, float, str):
         raise InputError(f"a checkpoint can't hold a {kind.__name__}; it knows {', '.join(SPECS)}")
     return value
 
 
 def from_json(value: Any) -> Any:
-    """What `to_json` was given.
+    """The inverse of `to_json`.
 
     Raises:
-      InputError: a type that there is not, or options that it doesn't take.
+      InputError: an unknown type, or options that it doesn't take.
     """
     if isinstance(value, list):
         return tuple(map(from_json, value))
@@ -310,40 +313,40 @@ def from_json(value: Any) -> Any:
     if not isinstance(kind, str) or kind not in SPECS:
         raise InputError(f"there is no {str(kind)[:50]!r} among {', '.join(SPECS)}")
     hints = get_type_hints(SPECS[kind])
-    given = {key: from_json(one) for key, one in value.items() if key != "type"}
-    for key in sorted(given.keys() | hints.keys()):
-        if key not in hints or key not in given or not fits(given[key], hints[key]):
+    options = {key: from_json(item) for key, item in value.items() if key != "type"}
+    for key in sorted(options.keys() | hints.keys()):
+        if key not in hints or key not in options or not fits(options[key], hints[key]):
             raise InputError(f"{kind} has no {key[:50]}={str(value.get(key, 'nothing'))[:50]}")
-    return SPECS[kind](**given)
+    return SPECS[kind](**options)
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Whether a value read from JSON is of a type as annotations write it, all the way down; True is no int."""
-    of, inner = get_origin(kind), get_args(kind)
+    """Whether a value read from JSON, and all that it holds, has an annotated type; True is no int."""
+    origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any:
         return True
     if is_typeddict(kind):
         keys = get_type_hints(kind)
         return type(value) is dict and all(key in value and fits(value[key], keys[key]) for key in keys)
-    if of in (Union, UnionType):
-        return any(fits(value, one) for one in inner)
-    if of is Literal:
-        return type(value) is str and value in inner
-    if of is dict:
-        return isinstance(value, dict) and all(fits(one, inner[1]) for one in value.values())
-    if of in (list, tuple) and type(value) is not of:
+    if origin in (Union, UnionType):
+        return any(fits(value, item) for item in arguments)
+    if origin is Literal:
+        return type(value) is str and value in arguments
+    if origin is dict:
+        return isinstance(value, dict) and all(fits(item, arguments[1]) for item in value.values())
+    if origin in (list, tuple) and type(value) is not origin:
         return False
-    if of is list or (of is tuple and inner[1:] == (...,)):
-        return all(fits(one, inner[0]) for one in value)
-    if of is tuple:
-        return len(value) == len(inner) and all(map(fits, value, inner))
+    if origin is list or (origin is tuple and arguments[1:] == (...,)):
+        return all(fits(item, arguments[0]) for item in value)
+    if origin is tuple:
+        return len(value) == len(arguments) and all(map(fits, value, arguments))
     if kind is Format:
         return type(value) in (Int, UInt, Codebook, Float)
     return type(value) in ((int, float) if kind is float else (kind,))
 
 
 def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What a tokenizer knows beyond tokenizer.json."""
+    """What a tokenizer holds beyond tokenizer.json."""
     return {key: getattr(tokenizer, key) for key in TokenizerFacts.__annotations__}
 
 
@@ -358,7 +361,7 @@ def read_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
         raise damaged(path, "its checksum differs", path)
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
-    except BaseException as broken:  # the library raises bare Exceptions, and Rust's panics, which are none
+    except BaseException as broken:  # the library raises bare Exceptions and Rust's panics, which are no Exceptions
         if not isinstance(broken, Exception) and type(broken).__name__ != "PanicException":
             raise
         raise InputError(f"{path} can't be read ({_first_line(broken)}).") from None
@@ -366,7 +369,7 @@ def read_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
 
 
 def read_seen(folder: Path, manifest: Manifest) -> np.ndarray | None:
-    """Hashes of the runs of tokens that a checkpoint was calibrated on, uint64 `[runs]`; None if on nothing.
+    """Hashes of the calibration texts' runs of tokens, uint64 `[runs]`; None without calibration.
 
     Raises:
       InputError: the file is missing, changed or broken.
@@ -387,8 +390,8 @@ def read_seen(folder: Path, manifest: Manifest) -> np.ndarray | None:
 
 def _handler() -> ocp.PyTreeCheckpointHandler:
     # Plain zarr: OCDBT's file names are random, and the same run shall write the same bytes. Not compressed: packed
-    # codes hardly shrink, and with embedding and head of Llama-3-8B's shape the first block took 84 s compressed,
-    # beside other work, and 34 s as it is.
+    # codes hardly shrink. With embedding and head of Llama-3-8B's shape, writing up to the first block took 84 s
+    # compressed and 34 s uncompressed.
     return ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=False, use_compression=False)
 
 
@@ -400,7 +403,7 @@ def _parts(leaf: Any) -> Any:
 
 
 def _static(leaf: Any) -> Any:
-    """What of a leaf is no array; the dtype of plain ones."""
+    """A QTensor's description without its arrays; another leaf's dtype."""
     if not isinstance(leaf, QTensor):
         return str(leaf.dtype)
     parts = {part: _static(value) for part in PARTS if (value := getattr(leaf, part)) is not None}
@@ -413,7 +416,7 @@ def _static(leaf: Any) -> Any:
 
 
 def _expected(name: str, static: Any, shape: tuple[int, ...]) -> Any:
-    """The parameter that item.json describes, its arrays as shapes and dtypes.
+    """The parameter that item.json describes, with shapes and dtypes in place of arrays.
 
     Raises:
       InputError: there is no such parameter of that shape.
@@ -433,19 +436,19 @@ def _expected(name: str, static: Any, shape: tuple[int, ...]) -> Any:
 
 @lru_cache
 def _quantized(shape: tuple[int, ...], format: Format, activation: Activation | None) -> QTensor:
-    """What quantizing a weight of that shape gives, its arrays as shapes and dtypes."""
+    """A quantized weight of that shape, with shapes and dtypes in place of arrays."""
 
-    def made(w: jax.Array) -> QTensor:
+    def quantized(w: jax.Array) -> QTensor:
         q = quantize(w, *MinMax()(w, format), format)
         if activation is None or not activation.static:
             return replace(q, activation=activation)
         return replace(q, activation=activation, input_scale=activation.format.grid(-w[:1, :1], w[:1, :1])[0])
 
-    return jax.eval_shape(made, jax.ShapeDtypeStruct(shape, jnp.float32))
+    return jax.eval_shape(quantized, jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
 def _leaf(path: tuple[str, ...], flat: Mapping[tuple[str, ...], Any], of: Any) -> Any:
-    """A leaf with arrays in the places of its shapes."""
+    """A leaf with arrays in place of its shapes."""
     if not isinstance(of, QTensor):
         return flat[path]
     parts = {part: _leaf((*path, part), flat, value) for part in PARTS if (value := getattr(of, part)) is not None}
@@ -453,7 +456,7 @@ def _leaf(path: tuple[str, ...], flat: Mapping[tuple[str, ...], Any], of: Any) -
 
 
 def _files(folder: Path) -> set[str]:
-    """What lies in a folder and is no folder, by its path in there."""
+    """All files in a folder, by their path in it."""
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
 
 
@@ -461,7 +464,7 @@ def checksum(file: Path) -> list[Any]:
     """Size and SHA-256.
 
     Raises:
-      InputError: it is no plain file, or can't be read.
+      InputError: it is not a plain file, or can't be read.
     """
     check_plain(file)
     try:
@@ -472,7 +475,7 @@ def checksum(file: Path) -> list[Any]:
 
 
 def checksum_of(data: bytes) -> list[Any]:
-    """Size and SHA-256 of the file that has this content."""
+    """Size and SHA-256 of a file with this content."""
     return [len(data), hashlib.sha256(data).hexdigest()]
 
 

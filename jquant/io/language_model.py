@@ -1,4 +1,4 @@
-"""A decoder with its tokenizer, and what is known of both."""
+"""A decoder with its tokenizer and their origin."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -27,11 +27,11 @@ class LanguageModel:
       decoder: the Flax NNX module; its kernels may be QTensors.
       tokenizer: text to ids and back.
       name: what the user called it.
-      stored_as: how the checkpoint held the weights, e.g. "gguf Q4_1": rounding weights that already lie on a 4-bit
-        grid is another experiment than rounding full-precision ones.
-      report: what quantization did to each weight, (layer, path) -> SolveInfo; empty for a float model.
-      calibrated_on: hashes of the runs of tokens (`data.run_hashes`) of the texts that the weights were fitted to, on
-        which `perplexity` does not judge them; None where there were none.
+      stored_as: how the checkpoint stored the weights, e.g. "gguf Q4_1". Rounding weights that are already on a 4-bit
+        grid is another experiment than rounding full-precision weights.
+      report: (layer, path) -> SolveInfo of each quantized weight; empty for a float model.
+      calibrated_on: hashes (`data.run_hashes`) of the calibration texts' runs of tokens; `perplexity` refuses these
+        texts. None without calibration.
     """
 
     decoder: Decoder
@@ -67,13 +67,13 @@ class LanguageModel:
     def save(self, folder: str | Path) -> None:
         """Writes the model into a folder that `load_model` reads: the same logits bit for bit, report, `calibrated_on`.
 
-        Weights stay packed as they are in memory. The folder is there whole or not at all.
+        Weights stay packed as they are in memory. The folder is written completely or not at all.
 
         Args:
           folder: a new or empty one.
 
         Raises:
-          InputError: the folder is not empty or can't be written; a format of one's own, or another part that a
-            checkpoint can't hold.
+          InputError: the folder is not empty or can't be written; a part that a checkpoint can't hold, such as
+            a format of one's own.
         """
         save_model(folder, self, self.decoder, self.calibrated_on, self.report)

@@ -1,4 +1,4 @@
-"""From a name or a path to a decoder with its tokenizer."""
+"""Loads a decoder and its tokenizer from a name or a path."""
 
 import hashlib
 import json
@@ -34,13 +34,13 @@ from jquant.report import Report
 from jquant.rounding import SolveInfo
 
 DTYPES = ("float32", "bfloat16", "float16")
-BLOCKS = "segments.0."  # how the names of the stacked layers' parameters begin
+BLOCKS = "segments.0."  # prefix of the stacked layers' parameters
 SAMPLE = 1 << 20  # bytes of a file read at a time for its fingerprint
 
 
 @runtime_checkable
 class Checkpoint(Protocol):
-    """What a file format has to offer."""
+    """What a file format must offer."""
 
     config: DecoderConfig
     description: str
@@ -55,7 +55,7 @@ class Checkpoint(Protocol):
 
 @dataclass(frozen=True)
 class ModelFile:
-    """A float model on disk, read whole, or piece by piece where it does not fit into memory.
+    """A float model on disk, read all at once or, if it does not fit into memory, block by block.
 
     Attributes:
       checkpoint: the opened file or folder.
@@ -64,8 +64,8 @@ class ModelFile:
       dtype: of weights and activations, one of DTYPES.
 
     Raises:
-      InputError: another dtype; a tensor is missing, has another shape than the configuration asks for, or would not be
-        used; BOS or EOS is no token of the model.
+      InputError: another dtype; a tensor is missing, has another shape than the configuration asks for, or would not
+        be used; BOS or EOS is no token of the model.
     """
 
     checkpoint: Checkpoint
@@ -85,19 +85,19 @@ class ModelFile:
                     )
 
     def _check_tensors(self) -> None:
-        """Every tensor of the file is used, and every tensor that the decoder needs is there with its shape."""
-        there, where = self.checkpoint.shapes, self.checkpoint.files[0]
+        """Raises InputError unless the file's tensors are those that the decoder needs, with their shapes."""
+        stored, where = self.checkpoint.shapes, self.checkpoint.files[0]
         needed: dict[str, tuple[int, ...]] = {}
         for param, shape in _shapes(self.config).items():
             for layer in range(self.config.layers) if _stacked(param) else [...]:
                 name, transposed = self._name_of(param, layer)
-                own = shape[1:] if _stacked(param) else shape
-                needed[name] = own[::-1] if transposed else own
-                if name not in there:
+                layer_shape = shape[1:] if _stacked(param) else shape
+                needed[name] = layer_shape[::-1] if transposed else layer_shape
+                if name not in stored:
                     raise InputError(f"{where.parent if where.suffix == '.json' else where} lacks the tensor {name}.")
-                if there[name] != needed[name]:
-                    raise InputError(f"{name} has shape {there[name]}; the model's header asks for {needed[name]}.")
-        if unused := [name for name in there if name not in needed and not self._idle(name)]:
+                if stored[name] != needed[name]:
+                    raise InputError(f"{name} has shape {stored[name]}; the model's header asks for {needed[name]}.")
+        if unused := [name for name in stored if name not in needed and not self._idle(name)]:
             more = f" and {len(unused) - 1} more tensors" if unused[1:] else ""
             raise InputError(
                 f"{where}: {unused[0]}{more} would not be used: a Llama decoder of {self.config.layers} layers, "
@@ -105,8 +105,8 @@ class ModelFile:
             )
 
     def _idle(self, name: str) -> bool:
-        """Whether a tensor that is not read changes nothing: biases of 0, a tied head's copy, rotary frequencies."""
-        if name.endswith("rotary_emb.inv_freq"):  # which old files keep, and the configuration gives too
+        """Whether a tensor may be left unread: biases of 0, a tied head's copy, rotary frequencies."""
+        if name.endswith("rotary_emb.inv_freq"):  # in old files; the configuration has them too
             return True
         if name.endswith(".bias"):
             return not np.any(self.checkpoint.read(name))
@@ -135,11 +135,11 @@ class ModelFile:
         return getattr(family_of(self.config), self.checkpoint.format)
 
     def _name_of(self, param: str, layer: Any) -> tuple[str, bool]:
-        """A parameter's name in the file, and whether it lies there transposed."""
+        """A parameter's name in the file, and whether it is stored transposed."""
         return self._names[param.replace(BLOCKS, "layers.")].format(layer), param.endswith("kernel")
 
     def load(self, progress: Progress | bool = True) -> LanguageModel:
-        """The whole model; a function as `progress` is called with ("load", tensors done, tensors in all).
+        """The model in memory; a function as `progress` is called with ("load", tensors done, tensors in all).
 
         Raises:
           InputError: a tensor holds NaN or infinite values, or values beyond the dtype's range.
@@ -165,7 +165,7 @@ class ModelFile:
         return with_params(decoder, {param: self._put(param, ...) for param in flat_params(decoder)})
 
     def blocks(self, first: int = 0) -> Iterator[Block]:
-        """Blocks from layer `first` on; the next one is read while this one is worked on. Errors as of `load`."""
+        """Blocks from layer `first` on; the next one is read while one is in use. Errors as of `load`."""
         abstract = _abstract_block(self.config)
 
         def read(layer: int) -> Block:
@@ -180,7 +180,7 @@ class ModelFile:
                 yield block
 
     def fingerprint(self) -> str:
-        """Of names, sizes and 64 spread megabytes of every file: another model has another one."""
+        """Hash of the names, the sizes and 64 spread megabytes of every file, which tells models apart."""
         digest = hashlib.sha256()
         for file in self.checkpoint.files:
             size = file.stat().st_size
@@ -203,11 +203,11 @@ class ModelFile:
 
 @dataclass(frozen=True)
 class QuantizedFile:
-    """A checkpoint that `LanguageModel.save` or `quantize_to_folder` wrote, read whole or piece by piece.
+    """A checkpoint that `LanguageModel.save` or `quantize_to_folder` wrote, read all at once or block by block.
 
     Attributes:
       folder: where it is.
-      dtype: of activations and of weights that are not quantized, one of DTYPES; by default as they were saved.
+      dtype: of activations and of weights that are not quantized, one of DTYPES; by default the saved one.
 
     Raises:
       InputError: the folder holds no checkpoint, a damaged one, or one of another version of jquant; another dtype.
@@ -228,7 +228,7 @@ class QuantizedFile:
 
     @property
     def name(self) -> str:
-        """What its user called the float model."""
+        """What the user called the float model."""
         return self.manifest["name"]
 
     @property
@@ -244,14 +244,14 @@ class QuantizedFile:
 
     @property
     def quantized(self) -> bool:
-        """Whether any weight is; float models can be saved, too. Errors as of `report`."""
+        """Whether any weight is quantized; float models can be saved, too. Errors as of `report`."""
         items = map(checkpoint.read_item_json, self._finished().values())
         return self.manifest["run"] is not None or any(
             isinstance(weight, dict) for item in items for weight in item["weights"].values()
         )
 
     def fingerprint(self) -> str:
-        """Of all that was written: another model has another one. Errors as of `report`."""
+        """Hash of all that was written, which tells models apart. Errors as of `report`."""
         outside = sorted((self.folder / checkpoint.OUTSIDE).glob("[!.]*"))
         items = [checkpoint.read_item_json(item) for item in [*outside, *self._finished().values()]]
         return digest(json.dumps([self.manifest, items, self.dtype], sort_keys=True).encode())
@@ -261,7 +261,7 @@ class QuantizedFile:
         """The decoder's shape.
 
         Raises:
-          InputError: the manifest has one that no decoder has.
+          InputError: the manifest describes an impossible decoder.
         """
         values: Any = {key: tuple(of) if isinstance(of, list) else of for key, of in self.manifest["config"].items()}
         try:
@@ -287,7 +287,7 @@ class QuantizedFile:
         """See `LanguageModel`.
 
         Raises:
-          InputError: the file with it is missing, changed or broken.
+          InputError: its file is missing, changed or broken.
         """
         return checkpoint.read_seen(self.folder, self.manifest)
 
@@ -321,7 +321,7 @@ class QuantizedFile:
             yield with_params(block, self._in_dtype(params, f"layers.{layer}."))
 
     def _in_dtype(self, params: checkpoint.Params, prefix: str = "") -> checkpoint.Params:
-        """The parameters with those that are not quantized in `dtype`; InputError if it can't hold a value."""
+        """The parameters, those that are not quantized cast to `dtype`; InputError if that can't hold a value."""
         return {
             name: leaf
             if self.dtype is None or isinstance(leaf, QTensor)
@@ -330,7 +330,7 @@ class QuantizedFile:
         }
 
     def load(self, progress: Progress | bool = True) -> LanguageModel:
-        """The whole model; a function as `progress` is called with ("load", blocks done, blocks in all).
+        """The model in memory; a function as `progress` is called with ("load", blocks done, blocks in all).
 
         Errors as of `outside`.
         """
@@ -344,12 +344,12 @@ class QuantizedFile:
         return replace(model, calibrated_on=self.calibrated_on)
 
     def report(self) -> Report:
-        """What quantization did to each weight of the finished blocks: (layer, path) -> SolveInfo.
+        """(layer, path) -> SolveInfo of every weight of the finished blocks.
 
         Raises:
           InputError: an item.json is damaged.
         """
-        known, report = {one.name for one in fields(SolveInfo)}, Report()
+        known, report = {field.name for field in fields(SolveInfo)}, Report()
         number = lambda value: math.nan if value is None else value  # noqa: E731
         for layer, item in self._finished().items():
             for path, info in checkpoint.read_item_json(item)["report"].items():
@@ -359,10 +359,10 @@ class QuantizedFile:
         return report
 
     def _finished(self) -> dict[int, Path]:
-        """Where the finished blocks lie, by layer.
+        """The folders of the finished blocks, by layer.
 
         Raises:
-          InputError: something lies beside them that is none of the manifest's decoder.
+          InputError: the folder holds something that is no block of the manifest's decoder.
         """
         finished = {}
         for item in sorted((self.folder / checkpoint.BLOCKS).glob("[!.]*")):
@@ -381,7 +381,7 @@ def _cast(name: str, stored: np.ndarray, dtype: str) -> np.ndarray:
     """
     with np.errstate(over="ignore", invalid="ignore"):
         values = np.asarray(stored, jnp.dtype(dtype), order="C")
-    # After the cast: 70,000 is no float16.
+    # Checked after the cast: 70,000 is infinite in float16.
     if not np.isfinite(values).all():
         if not np.isfinite(stored).all():
             raise InputError(f"{name} holds NaN or infinite values.")
@@ -415,9 +415,9 @@ def load_model(model: str | Path, *, dtype: str | None = None, progress: Progres
 
     Args:
       model: `"smollm2_135m"`, `"path/to/folder"` or `"path/to/file.gguf"`.
-      dtype: of activations and of weights that are not quantized; by default what the named config says, or what a
-        model had that jquant wrote, else float32.
-      progress: whether it is shown how far the work is; or a function, called with ("load", tensors done, tensors in
+      dtype: of activations and of weights that are not quantized; by default that of the named config or of the saved
+        model, else float32.
+      progress: whether to show progress; or a function, called with ("load", tensors done, tensors in
         all).
 
     Raises:
@@ -430,7 +430,7 @@ def load_model(model: str | Path, *, dtype: str | None = None, progress: Progres
 def load_from_config(
     config: dict[str, Any], *, dtype: str | None = None, progress: Progress | bool = True
 ) -> LanguageModel:
-    """Loads what a model config describes (see configs/model/): its path if it has one, else its source."""
+    """Loads the model of a config (see configs/model/): from its path if it has one, else from its source."""
     return open_from_config(config, dtype=dtype).load(progress)
 
 

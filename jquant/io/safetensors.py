@@ -21,12 +21,12 @@ class SafetensorsCheckpoint:
       config: the decoder's shape.
       format: "hf", which names the tensors' naming scheme.
       description: how the weights are stored, e.g. "safetensors BF16".
-      files: what it consists of.
-      shapes: of its tensors, by name, kernels `[out, in]`.
+      files: all that it consists of.
+      shapes: its tensors' shapes by name, kernels `[out, in]`.
 
     Raises:
-      InputError: a file is missing, truncated or not what its name says; a tensor that two shards have, or that is not
-        where the index says; another architecture.
+      InputError: a file is missing, truncated or of another type; a tensor that two shards hold, or that is not where
+        the index says; another architecture.
     """
 
     format = "hf"
@@ -70,7 +70,7 @@ class SafetensorsCheckpoint:
         return {tensor: self.folder / name for tensor, name in names.items()}
 
     def _list(self, shard: Path) -> None:
-        """Takes up a shard's tensors."""
+        """Adds a shard's tensors."""
         with _open(shard) as handle:
             for name in handle.keys():  # noqa: SIM118
                 if name in self._tensors:
@@ -89,7 +89,7 @@ class SafetensorsCheckpoint:
         shard, kind = self._tensors[name]
         if kind not in _DTYPES:
             raise InputError(f"{self.folder}: {name} is stored as {kind}; jquant reads float checkpoints.")
-        # Opened anew: pages of a mapping that stays open count as this process's memory, in the end the whole file.
+        # Opened for each tensor: all pages read from one open mapping would count as this process's memory.
         with _open(shard) as handle:
             return handle.get_tensor(name)
 

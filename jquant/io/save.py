@@ -44,7 +44,7 @@ Facts = dict[str, Any]
 
 @runtime_checkable
 class Origin(Protocol):
-    """What a manifest says of a model: a `LanguageModel` or its file."""
+    """What a manifest takes from a `LanguageModel` or its file."""
 
     @property
     def name(self) -> str:
@@ -68,13 +68,13 @@ class Origin(Protocol):
 
 
 def files_beside(tokenizer: Tokenizer, calibrated_on: np.ndarray | None) -> dict[str, bytes]:
-    """The files beside the manifest, by name: the tokenizer, and hashes of what the weights were fitted to."""
+    """The files beside the manifest, by name: the tokenizer, and hashes of the calibration texts."""
     files = {TOKENIZER: tokenizer.backend.to_str().encode()}
     return files if calibrated_on is None else files | {SEEN: safetensors.numpy.save({"runs": calibrated_on})}
 
 
 def new_manifest(origin: Origin, files: Mapping[str, bytes], run: dict[str, Any] | None) -> Manifest:
-    """The manifest of a checkpoint with these files; `run` is what decides its codes, None if it is no run."""
+    """The manifest of a checkpoint with these files; `run` as in `Manifest`."""
     return {
         "version": VERSION,
         "name": origin.name,
@@ -94,7 +94,7 @@ def outside_items(decoder: Decoder) -> Iterator[tuple[str, Params, Facts]]:
 
 
 def block_facts(block: Block, infos: Mapping[str, SolveInfo]) -> Facts:
-    """What a block's item holds beside the parameters; `infos` are its weights' reports, by path."""
+    """A block's facts for `write_item`; `infos` has its weights' `SolveInfo` by path."""
     plain = lambda value: None if np.isnan(value) else np.asarray(value).item()  # noqa: E731 - JSON has no NaN
     report = {path: {key: plain(value) for key, value in vars(info).items()} for path, info in infos.items()}
     return {"rotation": to_json(block.mlp.rotation), "report": report}
@@ -105,24 +105,24 @@ def save_model(
 ) -> None:
     """Writes a decoder as a checkpoint; see `LanguageModel.save`.
 
-    It is written beside the folder and renamed: a process that dies leaves no folder that loads.
+    It is written under a temporary name and renamed: a process that dies leaves no folder that loads.
     """
     folder = Path(folder).expanduser().resolve()
     files = files_beside(origin.tokenizer, calibrated_on)
     manifest = new_manifest(origin, files, None)
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    on_first(partial(_begin, folder, beside))
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    on_first(partial(_begin, folder, temporary))
     try:
         for place, params, facts in _items(decoder, report):
-            on_first(partial(write_item, beside / place, gather(params), facts))
-        on_first(partial(_finish, beside, folder, manifest, files))
+            on_first(partial(write_item, temporary / place, gather(params), facts))
+        on_first(partial(_finish, temporary, folder, manifest, files))
     except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
 def _items(decoder: Decoder, report: Mapping) -> Iterator[tuple[Path, Params, Facts]]:
-    """The items of a whole decoder, each with its place in the folder.
+    """The items of a decoder, each with its path in the folder.
 
     Raises:
       InputError: a part that a checkpoint can't hold.
@@ -148,31 +148,31 @@ def _items(decoder: Decoder, report: Mapping) -> Iterator[tuple[Path, Params, Fa
 
 
 def _check_described(module: Any, rebuilt: Any, name: str) -> None:
-    """Raises InputError for a module that its configuration does not give again, which `rebuilt` is made of."""
-    shapes, params = ({path: leaf.shape for path, leaf in flat_params(one).items()} for one in (rebuilt, module))
+    """Raises InputError for a module that differs from `rebuilt`, the one that its configuration gives."""
+    shapes, params = ({path: leaf.shape for path, leaf in flat_params(tree).items()} for tree in (rebuilt, module))
     if shapes != params or nnx.graphdef(with_params(rebuilt, flat_params(module))) != nnx.graphdef(module):
-        raise InputError(f"{name} is built otherwise than the model's configuration says: it can't be saved.")
+        raise InputError(f"{name} differs from what the model's configuration describes: it can't be saved.")
 
 
-def _begin(folder: Path, beside: Path) -> None:
-    """Makes the folder beside the one to come, which must be empty if it is there."""
+def _begin(folder: Path, temporary: Path) -> None:
+    """Makes the temporary folder; the final one must be empty or missing."""
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(f"{folder} is not an empty folder: save the model into a new one.")
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         for part in (BLOCKS, OUTSIDE):
-            (beside / part).mkdir(parents=True)
+            (temporary / part).mkdir(parents=True)
     except OSError as failed:
         raise InputError(f"{folder} can't be written ({failed.strerror}).") from None
 
 
-def _finish(beside: Path, folder: Path, manifest: Manifest, files: Mapping[str, bytes]) -> None:
-    """Writes the rest, the manifest last, and gives the folder its name."""
+def _finish(temporary: Path, folder: Path, manifest: Manifest, files: Mapping[str, bytes]) -> None:
+    """Writes the remaining files, the manifest last, and renames the folder."""
     for name, data in files.items():
-        write_bytes(beside / name, data)
-    write_sealed(beside / MANIFEST, manifest)
+        write_bytes(temporary / name, data)
+    write_sealed(temporary / MANIFEST, manifest)
     try:
-        os.rename(beside, folder)
+        os.rename(temporary, folder)
         sync(folder.parent)
     except OSError as failed:
         raise InputError(f"{folder} can't be written ({failed.strerror}).") from None

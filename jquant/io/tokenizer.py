@@ -1,10 +1,10 @@
 """Text to token ids and back, from a GGUF file or a Hugging Face folder.
 
-The work is done by the `tokenizers` library; this file builds its object from what the file says. transformers can do
-that for GGUF too, but only by importing torch, which jquant never does; the tests compare the two on whole texts.
+The `tokenizers` library does the work; this module builds its object from a file. transformers can do that for GGUF
+too, but imports torch, which jquant never does; the tests compare the two on long texts.
 
-Files come from strangers: nothing of them runs, and what the libraries make of a damaged one, panics of their compiled
-code included, ends in an InputError.
+Files are not trusted: no code in them runs. All that the libraries raise on a damaged file, panics of their compiled
+code too, becomes an InputError.
 """
 
 import os
@@ -27,7 +27,7 @@ _WAY_OUT = "model.tokenizer=<folder with tokenizer.json> would do instead"
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A byte-pair tokenizer and the few ids that generation needs.
+    """A byte-pair tokenizer and the ids that generation needs.
 
     Attributes:
         backend: the `tokenizers.Tokenizer` that does the work.
@@ -45,11 +45,11 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of distinct tokens; a model's embedding may have more rows, for padding."""
+        """The number of distinct tokens; a model's embedding may have more rows, for padding."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str) -> np.ndarray:
-        """Tokenize `text` as one piece, adding no special tokens.
+        """Tokenizes `text` as one piece and adds no special tokens.
 
         A special token's name inside the text becomes that token, as in transformers' default
         (`split_special_tokens=False`): do not pass untrusted text where that matters. Bytes for which the vocabulary
@@ -69,19 +69,19 @@ class Tokenizer:
             return np.array(self.backend.encode(text, add_special_tokens=False).ids, dtype=np.int32)
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
-        """Return the text of `ids`, special tokens by name; bytes that are no UTF-8 become U+FFFD."""
+        """The text of `ids`, with special tokens by name; bytes that are no UTF-8 become U+FFFD."""
         with _sentences("The tokenizer can't spell these ids"):
             return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def stream(self, ids: Iterable[SupportsIndex]) -> Iterator[str]:
-        """Yield the text of `ids` while they arrive, never a part of a character; the pieces join to `decode(ids)`."""
+        """Yields the text of `ids` as they arrive, in whole characters; the pieces join to `decode(ids)`."""
         decoder, seen, printed = decoders.DecodeStream(skip_special_tokens=False), [], 0
         for token in ids:
             seen.append(int(token))
             if piece := decoder.step(self.backend, seen[-1]):
                 printed += len(piece)
                 yield piece
-        # DecodeStream holds back an unfinished character for good when no further token comes.
+        # DecodeStream never returns an unfinished character at the end.
         if rest := self.decode(seen)[printed:]:
             yield rest
 
@@ -106,16 +106,16 @@ class _Pre(NamedTuple):
 
     split: str
     nfc: bool = False
-    ignore_merges: bool = False  # a piece that is a token stays whole, whatever the merges would make of it
-    add_bos: bool = False  # where the file has no add_bos_token
+    ignore_merges: bool = False  # a piece that is a token stays one, whatever its merges
+    add_bos: bool = False  # if the file has no add_bos_token
 
 
 # Expressions: llama.cpp (src/llama-vocab.cpp, "original regex from tokenizer.json") and transformers 5.23
 # (integrations/gguf, Qwen2Tokenizer, TikTokenConverter) agree; GPT-2's is the one in tokenizers' ByteLevel.
 # ignore_merges: llama.cpp and transformers' TikTokenConverter and MistralConverter. nfc: Qwen2Tokenizer.
-# Two names are read as transformers' GGUF loader reads them although llama.cpp does otherwise. `smollm`: llama.cpp cuts
-# out each digit first, so that "\n\n1" begins as one token, not two; WikiText-2 (joined) has 304,978 ids so, not
-# the 304,986 on which the reference figures stand. `default`: llama.cpp has its own rule for unknown origins.
+# Two names follow transformers' GGUF loader and not llama.cpp. `smollm`: llama.cpp first cuts out each digit, so that
+# "\n\n1" begins with one token, not two; that gives 304,978 ids for WikiText-2 (joined), but the reference figures have
+# 304,986. `default`: llama.cpp has its own rule for unknown origins.
 _PRE_TOKENIZERS = {
     "gpt-2": _Pre(_GPT2),
     "default": _Pre(_GPT2),
@@ -128,15 +128,15 @@ _PRE_TOKENIZERS = {
 }
 
 _CONTROL, _USER_DEFINED = 3, 4  # gguf.TokenType
-# Characters of a SentencePiece token, which is cut at every place to find its merge; training stops at 16 by default.
+# Most characters of a SentencePiece token: it is cut at every place to find its merge. Training's default limit is 16.
 _LONGEST = 512
 
 
 def tokenizer_from_gguf(path: str | os.PathLike[str]) -> Tokenizer:
-    """Build the tokenizer that a GGUF file describes in its `tokenizer.ggml.*` fields.
+    """Builds the tokenizer that a GGUF file describes in its `tokenizer.ggml.*` fields.
 
     Reads byte-level BPE (`model` "gpt2") with the pre-tokenizers of the table above, and SentencePiece BPE ("llama").
-    Only the metadata is read, so a file cut off inside its tensors passes here.
+    Only the metadata is read, so the file may be cut off inside its tensors.
 
     Raises:
         InputError: the file is unreadable or truncated, lacks a field, or has another kind of tokenizer.
@@ -152,7 +152,7 @@ def tokenizer_from_gguf(path: str | os.PathLike[str]) -> Tokenizer:
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
     if kind not in builders:
         raise InputError(f"{path} has a tokenizer of kind {kind!r}, which jquant does not build from GGUF; {_WAY_OUT}")
-    with _sentences(f"{path} holds an unusable tokenizer", _WAY_OUT):  # a merge of unknown tokens, for one
+    with _sentences(f"{path} holds an unusable tokenizer", _WAY_OUT):  # for example a merge of unknown tokens
         backend, add_bos = builders[kind](fields, vocab)
         _add_special_tokens(backend, fields, tokens)
     eos = (fields.token_id(name, len(tokens)) for name in ("eos", "eot", "eom"))
@@ -170,7 +170,7 @@ def tokenizer_from_gguf(path: str | os.PathLike[str]) -> Tokenizer:
 def _sentences(what: str, way_out: str = "") -> Iterator[None]:
     """Turns what the tokenizers library raises into an InputError.
 
-    That is bare Exceptions and, from its compiled code, panics, which no `except Exception` catches.
+    It raises bare Exceptions and, from compiled code, panics, which `except Exception` does not catch.
     """
     try:
         yield
@@ -184,7 +184,7 @@ def _sentences(what: str, way_out: str = "") -> Iterator[None]:
 
 
 class _Fields(NamedTuple):
-    """A file's metadata, asked for by short names, with errors that name file and field."""
+    """A file's metadata by short names; errors name file and field."""
 
     path: Any
     metadata: dict[str, Any]
@@ -205,7 +205,7 @@ class _Fields(NamedTuple):
 
 
 def _byte_level(fields: _Fields, vocab: dict[str, int]) -> tuple[tokenizers.Tokenizer, bool]:
-    """Byte-level BPE (GPT-2 and its descendants), and whether it opens with BOS by default."""
+    """Byte-level BPE (GPT-2 and its descendants), and whether texts begin with BOS by default."""
     name = fields.get("pre", str)
     if name not in _PRE_TOKENIZERS:
         known = ", ".join(_PRE_TOKENIZERS)
@@ -228,7 +228,7 @@ def _byte_level(fields: _Fields, vocab: dict[str, int]) -> tuple[tokenizers.Toke
 def _sentencepiece(fields: _Fields, vocab: dict[str, int]) -> tuple[tokenizers.Tokenizer, bool]:
     """SentencePiece BPE with byte fallback, its merges recovered from the scores (transformers' `generate_merges`)."""
     architecture = str(fields.metadata.get("general.architecture", ""))
-    if architecture.startswith(("gemma", "phi3")):  # Gemma's scores do not order its merges; Phi-3 spaces differently
+    if architecture.startswith(("gemma", "phi3")):  # Gemma: scores do not order its merges; Phi-3: other spaces
         raise InputError(f"{fields.path} has the SentencePiece dialect of {architecture}; {_WAY_OUT}")
     if longest := next((token for token in vocab if len(token) > _LONGEST), None):
         raise InputError(f"{fields.path} has a token of {len(longest):,} characters; {_WAY_OUT}")
@@ -249,7 +249,7 @@ def _sentencepiece(fields: _Fields, vocab: dict[str, int]) -> tuple[tokenizers.T
 
 
 def _add_special_tokens(backend: tokenizers.Tokenizer, fields: _Fields, tokens: list[str]) -> None:
-    """Have control and user-defined tokens, and those with a role, matched whole in the text."""
+    """Adds control and user-defined tokens, and those with a role: their names in a text are matched as one token."""
     types = fields.get("token_type", list)
     roles = {fields.token_id(role, len(tokens)) for role in ("bos", "eos", "unknown", "padding")}
     special = {i for i, (_, kind) in enumerate(zip(tokens, types, strict=True)) if kind == _CONTROL or i in roles}
@@ -260,16 +260,16 @@ def _add_special_tokens(backend: tokenizers.Tokenizer, fields: _Fields, tokens: 
 
 # ---- Hugging Face folder --------------------------------------------------------------------------------------------
 
-# Without one of these transformers 5 builds an empty tokenizer from config.json alone, and says nothing.
+# Without one of these, transformers 5 silently builds an empty tokenizer from config.json.
 _VOCABULARIES = ("*.model", "vocab.*", "tekken.json", "*.tiktoken")
 
 
 def tokenizer_from_folder(path: str | os.PathLike[str]) -> Tokenizer:
-    """Load the tokenizer of a Hugging Face model folder.
+    """Loads the tokenizer of a Hugging Face model folder.
 
-    `tokenizer.json` is read directly; without it transformers converts what there is (which may import torch), and is
-    told to run nothing of the folder's own. BOS and EOS come from the first of generation_config.json,
-    tokenizer_config.json and config.json that names them.
+    `tokenizer.json` is read directly. Without it transformers converts the folder's files, which may import torch; the
+    folder's own code never runs. BOS and EOS come from the first of generation_config.json, tokenizer_config.json and
+    config.json that names them.
 
     Raises:
         InputError: there is no such folder, no tokenizer in it, or a file of it is broken.
@@ -283,7 +283,7 @@ def tokenizer_from_folder(path: str | os.PathLike[str]) -> Tokenizer:
     vocab = backend.get_vocab(with_added_tokens=False)
     if len(set(vocab.values())) < len(vocab):
         raise InputError(f"{folder} holds a tokenizer that gives two tokens one id; {_WAY_OUT}")
-    backend.no_truncation()  # tokenizer.json may carry the settings of whoever saved it
+    backend.no_truncation()  # tokenizer.json may hold such settings of whoever saved it
     backend.no_padding()
     bos, eos = (_special_ids(backend, (generation, settings, config), name, folder) for name in ("bos", "eos"))
     template, jinja = settings.get("chat_template"), folder / "chat_template.jinja"
@@ -291,7 +291,7 @@ def tokenizer_from_folder(path: str | os.PathLike[str]) -> Tokenizer:
         check_plain(jinja)
         template = jinja.read_text(encoding="utf-8", errors="replace")
     with _sentences(f"{folder} holds an unusable tokenizer", _WAY_OUT):
-        add_bos = bool(bos) and backend.encode("").ids[:1] == [bos[0]]  # what the file's post-processor does
+        add_bos = bool(bos) and backend.encode("").ids[:1] == [bos[0]]  # whether the file's post-processor adds it
     return Tokenizer(
         backend,
         bos_id=bos[0] if bos else None,
@@ -303,7 +303,7 @@ def tokenizer_from_folder(path: str | os.PathLike[str]) -> Tokenizer:
 
 def _backend(folder: Path) -> tokenizers.Tokenizer:
     file = folder / "tokenizer.json"
-    vocabularies = [found for pattern in _VOCABULARIES for found in folder.glob(pattern)]
+    vocabularies = [vocabulary for pattern in _VOCABULARIES for vocabulary in folder.glob(pattern)]
     if not file.exists() and not vocabularies:
         raise InputError(f"{folder} holds no tokenizer; give model.tokenizer a folder with tokenizer.json")
     if file.exists() and check_plain(file) > JSON_LIMIT:
@@ -311,11 +311,11 @@ def _backend(folder: Path) -> tokenizers.Tokenizer:
     with _sentences(f"{folder} holds a tokenizer that cannot be read", _WAY_OUT):
         if file.exists():
             return tokenizers.Tokenizer.from_file(str(file))
-        for found in [*vocabularies, *folder.glob("*.json"), *folder.glob("merges.txt")]:
-            check_plain(found)
+        for vocabulary in [*vocabularies, *folder.glob("*.json"), *folder.glob("merges.txt")]:
+            check_plain(vocabulary)
         from transformers import AutoTokenizer  # slow to import, and rarely needed
 
-        # Without trust_remote_code=False it would ask, on standard input, whether to run the folder's Python.
+        # Without trust_remote_code=False it would ask on standard input whether to run the folder's code.
         return AutoTokenizer.from_pretrained(
             folder, use_fast=True, local_files_only=True, trust_remote_code=False
         ).backend_tokenizer
@@ -324,7 +324,7 @@ def _backend(folder: Path) -> tokenizers.Tokenizer:
 def _special_ids(
     backend: tokenizers.Tokenizer, sources: Iterable[dict[str, Any]], name: str, folder: Path
 ) -> tuple[int, ...]:
-    """The ids that the first source to know `bos` or `eos` gives, as an id, a token, or a list of them."""
+    """The ids of `bos` or `eos` from the first source that has them, as an id, a token, or a list of either."""
     for source in sources:
         value = source.get(f"{name}_token_id", source.get(f"{name}_token"))
         entries = value if isinstance(value, list) else [value]

@@ -1,4 +1,4 @@
-"""x @ w for packed codes of w, without ever holding the whole dequantized matrix."""
+"""x @ w for packed codes of w, without dequantizing all of a large matrix at once."""
 
 import math
 from dataclasses import dataclass
@@ -12,19 +12,19 @@ from jaxtyping import Float
 from jquant.activations import Activation, input_codes, outlier_features, quantize_inputs
 from jquant.formats import Format, Int, block_shape, expand, grouped, unpack
 
-# Most weights that a product of several rows dequantizes at a time: 4 MB of float32, about a core's share of cache.
+# The most weights that a product of several rows dequantizes at a time: 4 MB of float32, about a core's share of cache.
 PANEL = 1 << 20
 
 
 @dataclass(frozen=True)
 class PackedMatrix:
-    """A matrix `[in, out]` as kernels read it; a `QTensor` makes one of itself.
+    """A matrix `[in, out]` as kernels read it, made from a `QTensor`.
 
     Attributes:
       codes: uint8 `[bytes, out]`, packed along `in`.
       scale: of each block, `[groups, columns]`, in its stored dtype.
-      zero: None, integer codes in uint8, or floats; of the scale's shape.
-      format: what the codes stand for.
+      zero: None, or integer codes in uint8 or floats of the scale's shape.
+      format: what the codes mean.
       in_features: rows before packing.
     """
 
@@ -40,7 +40,7 @@ class PackedMatrix:
         return self.in_features, self.codes.shape[-1]
 
     def dequantize(self, dtype: Any) -> Float[Array, "in out"]:
-        """All weights."""
+        """The values of all weights."""
         block = block_shape(self.format, self.shape)
         scale, zero = jax.tree.map(lambda v: expand(v, block, self.shape), (self.scale, self.zero))
         return self.format.decode(unpack(self.codes, self.format.bits, self.in_features), scale, zero).astype(dtype)
@@ -49,8 +49,8 @@ class PackedMatrix:
 def matmul(x: Float[Array, "*b in"], w: PackedMatrix) -> Float[Array, "*b out"]:
     """x @ w in x's dtype.
 
-    A matrix of more than PANEL weights is never dequantized as a whole. For a single row, as in decoding, unpacking,
-    multiplying and summing are one loop over the packed bytes. For more rows the matrix is taken panel by panel along
+    A matrix of more than PANEL weights is never dequantized as a whole. For a single row, as in decoding, one
+    loop over the packed bytes unpacks, multiplies and sums. For more rows the matrix is taken panel by panel along
     `in`.
     """
     if x.size == x.shape[-1]:
@@ -61,7 +61,7 @@ def matmul(x: Float[Array, "*b in"], w: PackedMatrix) -> Float[Array, "*b out"]:
 def quantized_matmul(
     x: Float[Array, "*b in"], w: PackedMatrix, activation: Activation, input_scale: Array | None
 ) -> Float[Array, "*b out"]:
-    """The product with inputs rounded as `activation` says; features with outliers keep theirs, in 16 bits."""
+    """x @ w with inputs rounded to `activation`; features with outliers are not rounded, and multiply in 16 bits."""
     flat = x.reshape(-1, x.shape[-1])
     if _one_integer_scale(w.format) and _one_integer_scale(activation.format):
         y = _integer_product(flat, w, activation, input_scale)
@@ -71,13 +71,13 @@ def quantized_matmul(
         half = x.dtype if x.dtype.itemsize == 2 else jnp.float16
         outlying = outlier_features(flat, activation)
         kept = jnp.where(outlying, flat, 0).astype(half).astype(jnp.float32)
-        # Most inputs hold none.
+        # Most inputs have no outliers.
         y += jax.lax.cond(jnp.any(outlying), lambda: matmul(kept, w), lambda: jnp.zeros_like(y))
     return y.reshape(*x.shape[:-1], -1).astype(x.dtype)
 
 
 def _one_integer_scale(format: Format) -> bool:
-    """Whether integers are summed before they are scaled: no zero, one scale a column or tensor."""
+    """Whether codes can be summed as integers before scaling: no zero, one scale a column or tensor."""
     return isinstance(format, Int) and format.symmetric and format.group in ("channel", "tensor")
 
 
@@ -97,7 +97,7 @@ def _integer_product(
 
 
 def _panels(x: Float[Array, "*b in"], w: PackedMatrix) -> Float[Array, "*b out"]:
-    """Σ over panels of whole groups, of at most PANEL weights where groups allow it; the rows left over come first."""
+    """Σ over panels of whole groups, of at most PANEL weights if groups allow it; the remaining rows come first."""
     unit = 8 if w.scale.shape[-2] == 1 else math.lcm(block_shape(w.format, w.shape)[0], 8)  # codes pack by 8 rows
     size = unit * max(1, PANEL // (unit * w.shape[-1]))
     count = w.in_features // size
@@ -106,7 +106,7 @@ def _panels(x: Float[Array, "*b in"], w: PackedMatrix) -> Float[Array, "*b out"]
     panelled, block = count * size, block_shape(w.format, w.shape)
 
     def rows(start: int, stop: int) -> tuple[Array, Any]:
-        """Codes and grid of some rows, first and last ones of a group."""
+        """Codes and grid of the rows from start to stop, which are whole groups."""
         bytes_of = lambda n: -(-n // 8) * w.format.bits  # noqa: E731
         groups_of = lambda n: -(-n // block[0])  # noqa: E731
         cut = lambda v: v if v.shape[-2] == 1 else v[groups_of(start) : groups_of(stop)]  # noqa: E731

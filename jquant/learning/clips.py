@@ -27,19 +27,20 @@ Kernels = dict[tuple[Any, ...], Array]
 def learn_clips(
     decoder: Decoder, layers: Sequence[Choices], tokens: Int[np.ndarray, "n context"]
 ) -> dict[int, dict[str, Float[Array, "groups columns"]]]:
-    """Factors on the scales of every weight whose range is a `LossSearch`, learned together (see there for the cost).
+    """Factors on the scales of every weight whose range is a `LossSearch`, learned together.
 
     Args:
       decoder: float, all of it.
-      layers: the methods of each layer's weights, as `pipeline.plan.Plan` has them.
+      layers: the methods of each layer's weights, as in `pipeline.plan.Plan`.
       tokens: calibration windows.
 
     Returns:
-      layer -> path within it -> factors. Weights of other ranges stay float while these are learned.
+      layer -> path within it -> factors. Weights with other ranges are float while these are learned. `LossSearch` says
+      what it costs.
 
     Raises:
-      InputError: the plan's searches do not agree on how to learn; a search's start quantizes the scales itself; a step
-        whose gradient is not finite.
+      InputError: `LossSearch` ranges with different steps, windows or rates; one that starts from quantized scales; a
+        step whose gradient is not finite.
     """
     parts = _parts(layers)
     if not parts:
@@ -73,19 +74,19 @@ class _Part:
 
     @property
     def place(self) -> tuple[Any, ...]:
-        """The stack's among the decoder's parameters."""
+        """The stack's path among the decoder's parameters."""
         return ("segments", 0, *self.path.split("."))
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Student:
-    """What stays the same from step to step: the float decoder in pieces, and the grids at factors of 1.
+    """What no step changes: the float decoder in parts, and the grids at factors of 1.
 
     Attributes:
       graph: the decoder's structure.
       parts: what is learned.
-      stacks: the decoder's kernels, by their place.
+      stacks: the decoder's kernels, by their path.
       rest: its other parameters.
       grids: (scale, zero) of each part, stacked over its layers.
     """
@@ -97,7 +98,7 @@ class _Student:
     grids: list[Any]
 
     def loss(self, kernels: Kernels, tokens: Int[Array, "b t"]) -> Array:
-        """Cross-entropy of the decoder with other kernels."""
+        """Cross-entropy of the decoder with these kernels."""
         decoder = nnx.merge(self.graph, nnx.State(unflatten_mapping(kernels)), self.rest)
         return next_token_loss(decoder(tokens), tokens)
 
@@ -110,16 +111,16 @@ def _student(decoder: Decoder, parts: tuple[_Part, ...]) -> _Student:
 
 
 def _parts(layers: Sequence[Choices]) -> tuple[_Part, ...]:
-    found: dict[tuple[str, Method], tuple[int, ...]] = {}
+    layers_of: dict[tuple[str, Method], tuple[int, ...]] = {}
     for layer, choices in enumerate(layers):
         for path, method in choices:
             if isinstance(method.range, LossSearch):
-                found[path, method] = (*found.get((path, method), ()), layer)
-    return tuple(_Part(*key, numbers) for key, numbers in found.items())
+                layers_of[path, method] = (*layers_of.get((path, method), ()), layer)
+    return tuple(_Part(*key, numbers) for key, numbers in layers_of.items())
 
 
 def _shared_search(parts: Sequence[_Part]) -> LossSearch:
-    """The range that says how to learn; what the parts start from may differ."""
+    """A range with the steps, windows and rate of all parts; their initial ranges may differ."""
     ranges = [part.method.range for part in parts if isinstance(part.method.range, LossSearch)]
     if len({(search.steps, search.windows, search.rate) for search in ranges}) > 1:
         raise InputError("A plan's LossSearch ranges are learned together: give them the same steps, windows and rate.")
@@ -137,14 +138,14 @@ def _grids(stack: Float[Array, "*l in out"], method: Method) -> tuple[Array, Arr
 def _step(
     logs: list[Array], moments: Any, student: _Student, tokens: Int[Array, "b t"], rate: float
 ) -> tuple[list[Array], Any]:
-    """One of Adam's steps on the logarithms of the factors."""
+    """One step of Adam on the logarithms of the factors."""
     stacks = student.stacks
     grids = [clipped(grid, jnp.exp(log)) for grid, log in zip(student.grids, logs, strict=True)]
     values, slopes = dict(stacks), []
     for part, grid in zip(student.parts, grids, strict=True):
         at, format = jnp.asarray(part.layers), part.method.format
-        new = _map(partial(rounded, format=format), stacks[part.place][at], grid)
-        values[part.place] = values[part.place].at[at].set(new.astype(values[part.place].dtype))
+        quantized = _map(partial(rounded, format=format), stacks[part.place][at], grid)
+        values[part.place] = values[part.place].at[at].set(quantized.astype(values[part.place].dtype))
     gradients = jax.grad(student.loss)(values, tokens)
     for part, grid in zip(student.parts, grids, strict=True):
         at, slope = jnp.asarray(part.layers), partial(clip_gradient, format=part.method.format)

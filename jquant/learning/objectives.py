@@ -1,4 +1,4 @@
-"""What learning brings down, and whether it stayed finite."""
+"""The loss that learning minimises, and a check that values are finite."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ ROWS = 256
 
 
 def map_rows(function: Callable[..., Any], *arrays: Array) -> Any:
-    """Applies a function to ROWS tokens at a time, so that the logits of all never exist together.
+    """Applies a function to ROWS tokens at a time, so that the logits of all tokens are never alive together.
 
     Args:
       function: takes ROWS rows of each array, `[rows, …]`, and returns a tree of arrays `[rows]`.

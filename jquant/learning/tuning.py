@@ -1,4 +1,4 @@
-"""After rounding: scales (and codes) learned by gradients, block by block or through the whole model.
+"""Scales (and codes) learned by gradients after rounding, block by block or through the whole model.
 
 Roundings minimise the error of one layer's outputs. Here the error is that of a block's outputs (AutoRound, arXiv
 2309.05516; EfficientQAT's first phase, arXiv 2407.11062 §3.2), or of the whole model's predictions: EfficientQAT's
@@ -42,18 +42,19 @@ def tune(
     *,
     progress: Progress | bool = True,
 ) -> Decoder:
-    """The quantized decoder with scales, and codes if asked, learned against the float one.
+    """The quantized decoder with scales, and codes if `tuning.code_rate` says so, learned to match the float one.
 
     Args:
       quantized: as `quantize_decoder` returns it; left untouched.
       decoder: the float decoder it was made from.
       tokens: calibration windows.
-      tuning: how, with target "model".
-      progress: see `Options`; a function is called with ("tune", steps done, steps in all) and the loss before it.
+      tuning: a stage with target "model"; `Tuning()` by default.
+      progress: see `Options`; a function is called with ("tune", steps done, steps in all) and the loss before that
+        step.
 
     Raises:
-      InputError: nothing is quantized, or scales are quantized themselves; a tuning of single blocks; windows that the
-        model can't read; a step whose loss or parameters are not finite.
+      InputError: nothing is quantized, or scales are quantized themselves; a tuning with target "block"; windows that
+        the model can't read; a step whose loss or parameters are not finite.
     """
     tuning = tuning or Tuning()
     if tuning.target == "block":
@@ -75,17 +76,17 @@ def tune_block(
     rotary: Float[Array, "context half 2"],
     tuning: Tuning,
 ) -> Block:
-    """The quantized block with scales, and codes if asked, learned to give the outputs.
+    """The quantized block with scales, and codes if `tuning.code_rate` says so, learned to match the float one.
 
     The loss is the mean over tokens of the output's squared error over its squared length. The next block normalises
     its input, so relative errors count; and an attention sink is a thousand times as long as other tokens.
 
     Args:
       quantized: left untouched.
-      inputs: calibration windows as the block reads them: from the quantized blocks before it.
-      outputs: what the float block makes of the float model's.
+      inputs: what the quantized blocks before it produce from the calibration windows.
+      outputs: what the float blocks, up to this one, produce from them.
       rotary: see `rotary_table`.
-      tuning: how.
+      tuning: a stage with target "block".
 
     Raises:
       InputError: nothing is quantized, or scales are quantized themselves; a step whose loss or parameters are not
@@ -113,7 +114,7 @@ class _Parts:
         return nnx.merge(self.graph, nnx.State(unflatten_mapping({**self.rest, **kernels})))
 
     def student(self, learned: Mapping[tuple[Any, ...], Any]) -> Any:
-        """The module, its kernels functions of what is learned, if anything, and multiplied by `product`."""
+        """The module with kernels decoded under what is learned (if anything) and multiplied by `product`."""
         return self.merge({path: _Student(kernel, learned[path]) for path, kernel in self.kernels.items()})
 
 
@@ -164,9 +165,9 @@ def _check(kernels: Mapping[tuple[Any, ...], QTensor]) -> None:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Student:
-    """A kernel for `x @ kernel` that decodes a quantized one under what is learned, anew for each product.
+    """A quantized kernel that each `x @ kernel` decodes anew under what is learned.
 
-    Where nothing is learned (None), the kernel is a float one.
+    If `learned` is None, the kernel is a float array.
     """
 
     kernel: Any
@@ -183,9 +184,10 @@ class _Student:
 
 @jax.custom_vjp
 def product(x: Float[Array, "*b in"], w: Float[Array, "in out"]) -> Float[Array, "*b out"]:
-    """x @ w with both rounded to bfloat16 and float32 sums, and so backwards: half the time where hardware has it.
+    """x @ w with both factors rounded to bfloat16 and sums in float32; so are the products of its gradient.
 
-    Rounding a factor to bfloat16 changes it by up to 2⁻⁹ of itself, 4 bits a weight by far more.
+    It takes half the time on hardware with bfloat16 products. Rounding to bfloat16 changes a factor by at most 2⁻⁹ of
+    itself; 4-bit quantization changes a weight by far more.
     """
     return _product_forward(x, w)[0]
 
@@ -208,7 +210,7 @@ product.defvjp(_product_forward, _product_backward)
 
 
 def _values(q: QTensor, learned: Mapping[str, Array]) -> Float[Array, "*l in out"]:
-    """The weight under the learned scales; the gradient reaches what lies behind the codes straight through them."""
+    """The weight decoded under what is learned; the gradient of `behind` passes straight through the codes."""
     block = block_shape(q.format, q.shape)
     wide = lambda v: expand(v, block, q.shape)  # noqa: E731
     at = jax.tree.map(wide, _grid(q, learned))
@@ -222,15 +224,15 @@ def _values(q: QTensor, learned: Mapping[str, Array]) -> Float[Array, "*l in out
 
 def _grid(q: QTensor, learned: Mapping[str, Array]) -> tuple[Array, Array | None]:
     scale, zero = stored_grid(q)
-    new = scale.astype(jnp.float32) * jnp.exp(learned["log_scale"])
+    tuned_scale = scale.astype(jnp.float32) * jnp.exp(learned["log_scale"])
     if "shift" in learned:
         assert zero is not None
-        return new, zero.astype(jnp.float32) + learned["shift"] * scale.astype(jnp.float32)
-    return new, zero
+        return tuned_scale, zero.astype(jnp.float32) + learned["shift"] * scale.astype(jnp.float32)
+    return tuned_scale, zero
 
 
 def _codes(q: QTensor, behind: Float[Array, "*l in out"]) -> tuple[Array, Array]:
-    """Codes on the grid before tuning of the old values moved by `behind` steps, and which stay within the grid."""
+    """Codes of the old values moved by `behind` steps, on the grid before tuning, and 1 for those within the grid."""
     at = jax.tree.map(lambda v: expand(v, block_shape(q.format, q.shape), q.shape), stored_grid(q))
     old = q.format.decode(unpack(q.codes, q.format.bits, q.in_features), *at)
     moved = old + jax.lax.stop_gradient(behind) * jnp.abs(at[0].astype(jnp.float32))
@@ -285,8 +287,8 @@ def _block_slopes(
     outputs = outputs.astype(jnp.float32)
 
     def loss(learned: Learned) -> Array:
-        own = parts.student(learned)(inputs, rotary)[0].astype(jnp.float32)
-        return jnp.mean(jnp.sum((own - outputs) ** 2, -1) / jnp.maximum(jnp.sum(outputs**2, -1), 1e-12))
+        predicted = parts.student(learned)(inputs, rotary)[0].astype(jnp.float32)
+        return jnp.mean(jnp.sum((predicted - outputs) ** 2, -1) / jnp.maximum(jnp.sum(outputs**2, -1), 1e-12))
 
     return jax.value_and_grad(loss)(learned)
 
@@ -306,7 +308,7 @@ def _model_slopes(
 
 
 def _exact_hidden(teacher: Decoder, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-    """The float model's last states, its products in bfloat16 as the student's are."""
+    """The float model's final states, with products in bfloat16 like the student's."""
     graph, state = nnx.split(teacher)
     params = flatten_mapping(nnx.to_pure_dict(state))
     kernels = {path: leaf for path, leaf in params.items() if path[0] == "segments" and path[-1] == "kernel"}
@@ -321,12 +323,12 @@ def _loss(
     tokens: Int[Array, "b t"],
     text: float,
 ) -> Float[Array, ""]:
-    """Mean KL divergence from the teacher, a share of it cross-entropy instead."""
+    """(1 − text) · mean KL divergence from the teacher + text · mean cross-entropy, nats."""
 
     @jax.checkpoint
     def rows(states: Array, others: Array, targets: Array) -> Array:
         log_q = jax.nn.log_softmax(product(states, head).astype(jnp.float32))
-        # Not optax's cross-entropy, which would normalise the logits a second time.
+        # optax's cross-entropy would normalise the logits a second time.
         loss = -text * jnp.take_along_axis(log_q, targets[:, None], -1)[:, 0]
         if text < 1:
             log_p = jax.nn.log_softmax(product(others, head).astype(jnp.float32))

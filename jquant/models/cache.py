@@ -15,8 +15,8 @@ class Cache:
     """Keys and values of every layer, and how many slots are filled.
 
     Attributes:
-      layers: per layer (keys, values), each `[b, kv_heads, slots, head_dim]`. Separate buffers, so that a jitted step
-        that is given them for good (donated) writes one token in place.
+      layers: per layer (keys, values), each `[b, kv_heads, slots, head_dim]`. Buffers are separate, so that a
+        jitted step to which they are donated writes one token in place.
       length: int32 scalar.
     """
 

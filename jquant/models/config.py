@@ -1,7 +1,7 @@
-"""The numbers that fix a decoder's shape, read from a Hugging Face config.json or a GGUF header.
+"""A decoder's configuration, read from a Hugging Face config.json or a GGUF header.
 
-Every key of a file that changes what the model computes is read, or refused by name; keys that are unknown here are
-listed in one warning.
+Every known key that changes what the model computes is read, or refused by name. Unknown keys are listed in one
+warning.
 """
 
 import logging
@@ -15,8 +15,8 @@ from jquant.errors import InputError
 
 log = logging.getLogger(__name__)
 
-# The most that a field may be, far above any model there is: a damaged or hostile file is refused before anything of
-# its size is allocated.
+# The largest value of each field, far above any real model: a damaged or hostile file is refused before its size is
+# allocated.
 MOST = {
     "vocab_size": 1 << 24,
     "hidden": 1 << 20,
@@ -32,12 +32,12 @@ REAL = {"norm_eps": (0.0, 1.0), "rope_base": (1.0, 1e12), "rope_magnitude": (0.0
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """A decoder's shape; hashable, so that it can be static under jit.
+    """A decoder's shape; hashable, so it can be static under jit.
 
     `family` names the table of its tensors and sites (`models/families.py`).
 
-    `rope_divisors` slows each rotary frequency down by its own factor (head_dim / 2 of them): the one form that linear
-    scaling, YaRN, Llama-3's rule and a GGUF file's rope_freqs tensor share. `rope_magnitude` multiplies the rotated
+    `rope_divisors` divides each of the head_dim / 2 rotary frequencies: linear scaling, YaRN, Llama-3's rule and a GGUF
+    file's rope_freqs tensor can all be written so. `rope_magnitude` multiplies the rotated
     queries and keys (YaRN).
 
     Raises:
@@ -112,10 +112,10 @@ def llama3_divisors(
     high_freq_factor: float,
     original_context: float | int,
 ) -> tuple[float, ...]:
-    """What Llama 3.1 divides each rotary frequency by.
+    """The divisor of each rotary frequency in Llama 3.1.
 
-    Frequencies that turn fewer than `low_freq_factor` times in the original context are slowed by `factor`, those that
-    turn more than `high_freq_factor` times are kept, and in between the two are blended linearly in the number of turns
+    Frequencies with fewer than `low_freq_factor` turns in the original context are divided by `factor`, those with more
+    than `high_freq_factor` turns are kept. In between the two are blended linearly in the number of turns
     (Llama 3.1 release; transformers' rope type "llama3").
     """
     divisors = []
@@ -134,11 +134,11 @@ def yarn_divisors(
     betas: tuple[float, float] = (32.0, 1.0),
     truncate: bool = True,
 ) -> tuple[float, ...]:
-    """What YaRN divides each rotary frequency by (arXiv 2309.00071, Eq. 17 to 23).
+    """The divisor of each rotary frequency in YaRN (arXiv 2309.00071, Eq. 17 to 23).
 
-    Frequencies that turn more than `betas[0]` times in the original context are kept, those that turn fewer than
-    `betas[1]` times are slowed by `factor`, and in between the two are blended linearly in the pair's number. The ends
-    of that ramp are rounded to whole pairs with `truncate`, as transformers and llama.cpp do.
+    Frequencies with more than `betas[0]` turns in the original context are kept, those with fewer than `betas[1]` turns
+    are divided by `factor`. In between the two are blended linearly in the pair's number. With `truncate` the ends of
+    that ramp are rounded to whole pairs, as transformers and llama.cpp do.
     """
 
     def pair(turns: float) -> float:
@@ -154,14 +154,14 @@ def yarn_divisors(
 
 
 def yarn_magnitude(factor: float, mscale: float = 1.0) -> float:
-    """What YaRN multiplies rotated queries and keys by (arXiv 2309.00071, Eq. 24); more with DeepSeek's `mscale`."""
+    """The factor of rotated queries and keys in YaRN (arXiv 2309.00071, Eq. 24); more with DeepSeek's `mscale`."""
     return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
 
 
 def _number(
     values: Mapping[str, Any], key: str, name: str, least: float | int, most: float | int, default: Any = None
 ) -> float:
-    """A number of a file within its bounds; one that is null or not there has its default, if it has one."""
+    """A number of a file, checked against its bounds; if it is null or missing, its default, if it has one."""
     value = default if values.get(key) is None else values[key]
     if value is None:
         raise InputError(f"{name} lacks {key!r}.")
@@ -185,7 +185,7 @@ _HF = {
     "tie_word_embeddings": "tied",
     "rope_theta": "rope_base",
 }
-# Keys that would change what the model computes, with the values at which they do not.
+# Keys that change what the model computes, with the values at which they do not.
 _HF_FIXED: dict[str, tuple[Any, ...]] = {
     "model_type": ("llama",),
     "hidden_act": ("silu", "swish"),
@@ -207,7 +207,7 @@ _HF_FIXED: dict[str, tuple[Any, ...]] = {
     "num_local_experts": (0,),
     "num_experts": (0,),
 }
-# Keys that change nothing here: how the model was or is to be trained, run, sampled or labelled.
+# Keys that change nothing here: settings of training, running, sampling or labels.
 _HF_IDLE = frozenset(
     """architectures attention_dropout auto_map attn_implementation _attn_implementation bos_token_id eos_token_id
     pad_token_id unk_token_id sep_token_id cls_token_id decoder_start_token_id chunk_size_feed_forward dtype torch_dtype
@@ -243,55 +243,55 @@ def config_from_hf(raw: Mapping[str, Any], source: str) -> DecoderConfig:
     _refuse_variants(raw, _HF_FIXED, source, required=("model_type",))
     known = {*_HF, *_HF_FIXED, *_HF_IDLE, "rope_parameters", "rope_scaling", "original_max_position_embeddings"}
     _warn(raw.keys() - known, source)
-    # Null is what transformers writes for a field that is not set.
-    found = {
+    # transformers writes null for a field that is not set.
+    read = {
         field: _check(field, raw[key], f"{source}: {key}") for key, field in _HF.items() if raw.get(key) is not None
     }
     for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-        if _HF[key] not in found:
+        if _HF[key] not in read:
             raise InputError(f"{source} lacks {key!r}.")
-    if "norm_eps" not in found:
+    if "norm_eps" not in read:
         raise InputError(f"{source} lacks 'rms_norm_eps'.")
-    if "head_dim" not in found and found["hidden"] % found["heads"]:
-        raise InputError(f"{source}: hidden_size {found['hidden']} is no multiple of {found['heads']} attention heads.")
+    if "head_dim" not in read and read["hidden"] % read["heads"]:
+        raise InputError(f"{source}: hidden_size {read['hidden']} is no multiple of {read['heads']} attention heads.")
     settled = {
-        "kv_heads": found["heads"],
-        "head_dim": found["hidden"] // found["heads"],
+        "kv_heads": read["heads"],
+        "head_dim": read["hidden"] // read["heads"],
         "tied": False,
         "context_length": 2048,
-    } | found
+    } | read
     return DecoderConfig(**settled | _hf_rope(raw, settled, source))
 
 
-def _hf_rope(raw: Mapping[str, Any], found: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """The three rope fields; a top-level rope_theta counts where rope_parameters has none, as in transformers."""
-    given = {key: raw[key] for key in ("rope_parameters", "rope_scaling") if raw.get(key) is not None}
-    for key, value in given.items():
+def _hf_rope(raw: Mapping[str, Any], shape: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The three rope fields; a top-level rope_theta is used if rope_parameters has none, as in transformers."""
+    objects = {key: raw[key] for key in ("rope_parameters", "rope_scaling") if raw.get(key) is not None}
+    for key, value in objects.items():
         if not isinstance(value, dict):
             raise InputError(f"{source}: {key} takes an object, not {reprlib.repr(value)}.")
-    if len(given) > 1 and raw["rope_parameters"] != raw["rope_scaling"]:
+    if len(objects) > 1 and raw["rope_parameters"] != raw["rope_scaling"]:
         raise InputError(f"{source}: rope_parameters and rope_scaling differ; leave one out.")
-    # transformers 5 writes rope_parameters; before it there were rope_theta and rope_scaling.
-    rope = {key: value for part in given.values() for key, value in part.items() if value is not None}
-    name = f"{source}: {next(iter(given), 'rope_parameters')}"
+    # transformers 5 writes rope_parameters; earlier versions wrote rope_theta and rope_scaling.
+    rope = {key: value for part in objects.values() for key, value in part.items() if value is not None}
+    name = f"{source}: {next(iter(objects), 'rope_parameters')}"
     kind = rope.get("rope_type", rope.get("type", "default"))
     if not isinstance(kind, str) or kind not in _ROPE_KINDS:
         raise InputError(f"{name}: rope_type {reprlib.repr(kind)} is not supported; jquant knows {_list(_ROPE_KINDS)}.")
-    base = _check("rope_base", rope.get("rope_theta", found.get("rope_base", 10000.0)), f"{name}: rope_theta")
+    base = _check("rope_base", rope.get("rope_theta", shape.get("rope_base", 10000.0)), f"{name}: rope_theta")
     _refuse_variants(rope, {"partial_rotary_factor": (1.0,)}, name)
     idle = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"}
     if surplus := rope.keys() - idle - _ROPE_KINDS[kind]:
         raise InputError(f"{name}: rope_type {kind!r} does not take {_list(sorted(surplus))}.")
     context = raw.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
-    rope["original_max_position_embeddings"] = context or found["context_length"]
-    divisors, magnitude = _scaling(kind, rope, base, found["head_dim"], name)
+    rope["original_max_position_embeddings"] = context or shape["context_length"]
+    divisors, magnitude = _scaling(kind, rope, base, shape["head_dim"], name)
     return {"rope_base": base, "rope_divisors": divisors, "rope_magnitude": magnitude}
 
 
 def _scaling(
     kind: str, rope: Mapping[str, Any], base: float, head_dim: int, name: str
 ) -> tuple[tuple[float, ...] | None, float]:
-    """Divisors and magnitude of a kind of rope scaling, in Hugging Face's names."""
+    """Divisors and magnitude of a kind of rope scaling; `rope` has Hugging Face's names."""
     if kind == "default":
         return None, 1.0
     factor = _number(rope, "factor", name, 1, 1e4)
@@ -310,8 +310,8 @@ def _scaling(
         raise InputError(f"{name}: yarn takes beta_slow <= beta_fast, truncate true or false and a rope_theta over 1.")
     magnitude = yarn_magnitude(factor)
     if rope.get("mscale") and rope.get("mscale_all_dim"):
-        own, all_dim = (_number(rope, key, name, 0, 100) for key in ("mscale", "mscale_all_dim"))
-        magnitude = yarn_magnitude(factor, own) / yarn_magnitude(factor, all_dim)
+        mscale, all_dim = (_number(rope, key, name, 0, 100) for key in ("mscale", "mscale_all_dim"))
+        magnitude = yarn_magnitude(factor, mscale) / yarn_magnitude(factor, all_dim)
     magnitude = _number(rope, "attention_factor", name, *REAL["rope_magnitude"], default=magnitude)
     return yarn_divisors(base, head_dim, factor, context, (fast, slow), truncate), magnitude
 
@@ -319,7 +319,7 @@ def _scaling(
 def _refuse_variants(
     values: Mapping[str, Any], fixed: Mapping[str, Collection[Any]], source: str, required: Iterable[str] = ()
 ) -> None:
-    """Raises InputError for a key that would change the model in a way that jquant's decoder can't."""
+    """Raises InputError for a key that asks for a variant which jquant's decoder does not have."""
     for key, allowed in fixed.items():
         value = values.get(key)
         if (value is None and key not in required) or (type(value) in (bool, int, float, str) and value in allowed):
@@ -374,12 +374,12 @@ _GGUF_FIXED: dict[str, tuple[Any, ...]] = {
     "llama.rope.scaling.yarn_attn_factor": (1.0,),
     "llama.rope.scaling.yarn_ext_factor": (-1.0, 1.0),
     "llama.rope.scaling.yarn_log_multiplier": (0.0,),
-    "llama.tensor_data_layout": ("Meta AI original pth",),  # how llama.cpp interleaves rotary rows in any case
+    "llama.tensor_data_layout": ("Meta AI original pth",),  # llama.cpp always interleaves rotary rows so
     "llama.use_parallel_residual": (False,),
 }
 _GGUF_ROPE = {  # key -> Hugging Face's name
     "llama.rope.scaling.factor": "factor",
-    "llama.rope.scale_linear": "factor",  # as files of 2023 have it
+    "llama.rope.scale_linear": "factor",  # in files of 2023
     "llama.rope.scaling.original_context_length": "original_max_position_embeddings",
     "llama.rope.scaling.yarn_beta_fast": "beta_fast",
     "llama.rope.scaling.yarn_beta_slow": "beta_slow",
@@ -403,7 +403,7 @@ def config_from_gguf(
 
     Args:
       header: the pairs.
-      tied: whether the file has no output matrix of its own.
+      tied: whether the file has no output matrix.
       rope_divisors: its rope_freqs tensor, if there is one.
       source: names the file in errors.
 
@@ -413,15 +413,15 @@ def config_from_gguf(
     """
     _refuse_variants(header, _GGUF_FIXED, source, required=("general.architecture",))
     _warn((key for key in header if key.startswith("llama.") and key not in _GGUF_READ), source)
-    found = {field: _check(field, header[key], f"{source}: {key}") for key, field in _GGUF.items() if key in header}
-    if "vocab_size" not in found and isinstance(header.get("tokenizer.ggml.tokens"), list):
-        found["vocab_size"] = len(header["tokenizer.ggml.tokens"])
+    read = {field: _check(field, header[key], f"{source}: {key}") for key, field in _GGUF.items() if key in header}
+    if "vocab_size" not in read and isinstance(header.get("tokenizer.ggml.tokens"), list):
+        read["vocab_size"] = len(header["tokenizer.ggml.tokens"])
     for key, field in _GGUF.items():
-        if field not in found and field not in ("kv_heads", "head_dim", "rope_base"):
+        if field not in read and field not in ("kv_heads", "head_dim", "rope_base"):
             raise InputError(f"{source} lacks the GGUF key {key!r}.")
-    if "head_dim" not in found and found["hidden"] % found["heads"]:
-        raise InputError(f"{source}: {found['hidden']} channels are no multiple of {found['heads']} attention heads.")
-    settled = {"kv_heads": found["heads"], "head_dim": found["hidden"] // found["heads"], "rope_base": 10000.0} | found
+    if "head_dim" not in read and read["hidden"] % read["heads"]:
+        raise InputError(f"{source}: {read['hidden']} channels are no multiple of {read['heads']} attention heads.")
+    settled = {"kv_heads": read["heads"], "head_dim": read["hidden"] // read["heads"], "rope_base": 10000.0} | read
     width = settled["head_dim"]
     for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
         value = header.get(key, width)
@@ -439,9 +439,9 @@ def config_from_gguf(
 
 
 def _gguf_rope(
-    header: Mapping[str, Any], found: Mapping[str, Any], source: str
+    header: Mapping[str, Any], shape: Mapping[str, Any], source: str
 ) -> tuple[tuple[float, ...] | None, float]:
-    """Divisors and magnitude; llama.cpp takes a factor without a type for linear scaling, and 0 for none."""
+    """Divisors and magnitude. As in llama.cpp, a factor without a type is linear scaling, and a factor of 0 none."""
     rope = {ours: header[key] for key, ours in _GGUF_ROPE.items() if header.get(key) not in (None, 0)}
     kind = header.get("llama.rope.scaling.type", "linear")
     if kind == "none" or (kind == "linear" and "factor" not in rope):
@@ -450,5 +450,5 @@ def _gguf_rope(
         raise InputError(
             f"{source}: llama.rope.scaling.type {reprlib.repr(kind)} is not supported; jquant knows none, linear, yarn."
         )
-    rope.setdefault("original_max_position_embeddings", found["context_length"])
-    return _scaling(kind, rope, found["rope_base"], found["head_dim"], f"{source}: llama.rope.scaling")
+    rope.setdefault("original_max_position_embeddings", shape["context_length"])
+    return _scaling(kind, rope, shape["rope_base"], shape["head_dim"], f"{source}: llama.rope.scaling")

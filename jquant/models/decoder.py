@@ -1,8 +1,8 @@
 """One Flax NNX decoder for the Llama family.
 
-Layers are stacked on axis 0 and run under `lax.scan`, so compile time does not grow with depth; where their formats
-differ they form consecutive segments, each stacked and scanned. `Block` also returns its taps: the distinct inputs that
-its projections read, which is all that calibration needs. Under jit, taps nobody uses cost nothing.
+Layers are stacked on axis 0 and run under `lax.scan`, so compile time does not grow with depth. Layers with different
+formats form consecutive segments, each stacked and scanned. `Block` also returns its taps, the distinct inputs that its
+projections read, for calibration. Under jit, unused taps cost nothing.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ Taps = dict[str, Array]
 # The distinct inputs of a block's projections, among its taps.
 TAPS = ("attention_input", "attention_output", "mlp_input", "mlp_output")
 
-# Most query chunks attention is unrolled into; each one sees only the keys it may attend to.
+# Attention is unrolled into at most so many chunks of queries; each reads only the keys that it may attend to.
 MAX_CHUNKS, MIN_CHUNK = 16, 128
 
 
@@ -39,7 +39,7 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x · scale / √(mean x² + ε), the mean in float32; an x that `rotation` has turned is turned back first."""
+    """x · scale / √(mean x² + ε), the mean in float32; if x is rotated by `rotation`, it is rotated back first."""
 
     def __init__(self, features: int, eps: float):
         self.scale = nnx.Param(jnp.ones(features))
@@ -92,7 +92,7 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """down(silu(gate(x)) · up(x)); what `down` reads is turned by `rotation` first (`jquant.models.folding`)."""
+    """down(silu(gate(x)) · up(x)); `rotation` rotates the input of `down` (`jquant.models.folding`)."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         self.rotation: hadamard.Rotation | None = None
@@ -134,8 +134,8 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     """Token ids to logits. `embedding` is `[vocab, d]`; a tied head is the same array, not a copy.
 
-    The residual stream may be rotated (`jquant.models.folding`): by `norm.rotation`, from `embed` until the last norm
-    turns it back, so that embedding and head stay what they are, and tied.
+    The residual stream may be rotated by `norm.rotation` (`jquant.models.folding`): `embed` rotates it and the last
+    norm rotates it back, so embedding and head do not change and may stay tied.
     """
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
@@ -156,7 +156,7 @@ class Decoder(nnx.Module):
         return x if self.norm.rotation is None else hadamard.apply(x, self.norm.rotation)
 
     def hidden(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-        """States after the last norm, from which `logits` reads: 80 times smaller than the logits they stand for."""
+        """States after the last norm, the input of `logits`; 80 times smaller than the default model's logits."""
         rotary = rotary_table(self.config, jnp.arange(tokens.shape[1]))
         x = self.embed(tokens)
         for segment in self.segments:
@@ -182,7 +182,7 @@ def blocks(decoder: Decoder) -> Iterator[Block]:
 
 
 def with_blocks(decoder: Decoder, layers: Sequence[Block]) -> Decoder:
-    """The decoder with other layers; consecutive ones alike in all but their numbers make one segment."""
+    """The decoder with these layers; consecutive layers that differ only in their arrays' values share a segment."""
 
     def kind(layer: Block) -> tuple[Any, ...]:
         graph, state = nnx.split(layer)
@@ -193,9 +193,9 @@ def with_blocks(decoder: Decoder, layers: Sequence[Block]) -> Decoder:
     for _, run in groupby(layers, key=kind):
         graphs, states = zip(*map(nnx.split, run), strict=True)
         segments.append(nnx.merge(graphs[0], jax.tree.map(lambda *a: jnp.stack(a), *states)))
-    new = nnx.merge(*nnx.split(decoder))
-    new.segments = nnx.List(segments)
-    return new
+    rebuilt = nnx.merge(*nnx.split(decoder))
+    rebuilt.segments = nnx.List(segments)
+    return rebuilt
 
 
 def rotary_table(config: DecoderConfig, positions: Int[Array, " t"]) -> Float[Array, "t half 2"]:
@@ -221,8 +221,8 @@ def causal_attention(
 ) -> tuple[Float[Array, "b h t d"], Float[Array, "b t"]]:
     """Causal attention, and the attention mass each token receives: summed over queries, averaged over heads.
 
-    Queries go in chunks, unrolled, each against the keys up to its own end: half the products of the full square, and
-    never more than a chunk's probabilities in memory (1/16 of the square at 4,096 tokens).
+    Each chunk of queries reads the keys up to its own end. That takes half the products of the full square, and only
+    one chunk's probabilities are in memory (1/16 of the square at 4,096 tokens).
     """
     t = q.shape[2]
     chunk = max(MIN_CHUNK, -(-t // MAX_CHUNKS))
@@ -239,10 +239,10 @@ def causal_attention(
 def attend(
     q: Float[Array, "b h t d"], k: Float[Array, "b kv s d"], v: Float[Array, "b kv s d"], start: Int[Array, ""] | int
 ) -> Float[Array, "b h t d"]:
-    """Attention of queries at positions start, start + 1, … to a cache of `s` slots, the later ones still empty.
+    """Attention of queries at positions start, start + 1, … to a cache of `s` slots; later slots are empty.
 
-    A single query multiplies and sums instead of calling batched matrix products, whose set-up per head costs a CPU a
-    quarter of the default model's whole decoding step.
+    A single query multiplies and sums. Batched matrix products would cost a CPU a quarter of the default model's
+    decoding step, for their set-up per head.
     """
     visible = jnp.arange(k.shape[2]) <= start + jnp.arange(q.shape[2])[:, None]
     if q.shape[2] > 1:
@@ -262,7 +262,7 @@ def _softmax_attention(q: Array, k: Array, v: Array, visible: Array) -> tuple[Ar
     scores = jnp.einsum("bkqd,bksd->bkqs", grouped, k, preferred_element_type=jnp.float32)
     scores = jnp.where(visible, scores.reshape(b, kv, h // kv, t, s), -jnp.inf)
     weights = jnp.exp(scores - jnp.max(scores, -1, keepdims=True))
-    # Dividing the outputs instead of the probabilities saves a pass over the square.
+    # Dividing the outputs, not the probabilities, saves a pass over the square.
     total = jnp.sum(weights, -1, keepdims=True)
     out = jnp.einsum("bkqs,bksd->bkqd", weights.astype(v.dtype).reshape(b, kv, -1, s), v)
     out = out.reshape(b, h, t, d) / total.reshape(b, h, t, 1).astype(v.dtype)

@@ -1,7 +1,7 @@
-"""What a model family's files and blocks look like: tensor names, and the sites where weights are quantized.
+"""Model families: tensor names in files, and the sites in a block where weights are quantized.
 
-Everything family-specific that an algorithm may need is declared here: which projections read one input, what feeds
-that input (and so can absorb a channel scale), and which token weights suit which projection.
+All that an algorithm must know of a family is declared here: which projections read one input, which parameter produces
+that input (and can absorb a channel scale), and which token weights suit each projection.
 """
 
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from jquant.models.config import DecoderConfig
 
 @dataclass(frozen=True)
 class Site:
-    """One distinct input within a block.
+    """A distinct input within a block.
 
     Attributes:
       tap: its name among the block's taps.
       weights: the projections that read it, as paths into the block's parameters.
       producer: the parameter whose last axis makes its channels: a norm's gain, or a projection's kernel.
-      token_weights: projection -> the tap `[b, t]` by which its Gram matrix weights tokens. k and v are read by every
-        later token, in proportion to the attention they receive.
+      token_weights: projection -> the tap `[b, t]` that weights tokens in its Gram matrix. Later tokens read k and v in
+        proportion to the attention that these receive.
     """
 
     tap: str
@@ -33,7 +33,8 @@ class Family:
     """A block's sites, and names in the decoder -> names in files.
 
     Attributes:
-      sites: in the order in which a block computes them; those that a norm's gain produces read the residual stream.
+      sites: in the order in which a block computes them. Sites whose producer is a norm's gain read the residual
+        stream.
       writers: the projections whose outputs are added to the residual stream.
       hf: names in Hugging Face's files; `{}` stands for the layer. Both formats store kernels `[out, in]`.
       gguf: names in GGUF files.
@@ -107,7 +108,7 @@ def family_of(config: DecoderConfig) -> Family:
     """The family that a decoder's configuration names.
 
     Raises:
-      InputError: there is none of that name.
+      InputError: there is no family of that name.
     """
     if config.family not in FAMILIES:
         raise InputError(f"There is no model family {config.family!r}; there are {', '.join(FAMILIES)}.")
@@ -115,7 +116,7 @@ def family_of(config: DecoderConfig) -> Family:
 
 
 def shared_channels(site: Site, config: DecoderConfig) -> tuple[int, ...] | None:
-    """For each channel of a site, the producer's channel that makes it, where that is not the channel itself.
+    """The producer's channel behind each channel of a site; None if they are the same.
 
     With grouped queries, the heads that share a key/value head read the same channels of v.
     """

@@ -1,8 +1,8 @@
 """Exact rewrites of a whole decoder before it is quantized: rotations, and permutations of the MLP's channels.
 
-RMSNorm without gain commutes with an orthogonal matrix, so a network whose residual stream, value heads and MLP
-activations are rotated computes what it did before, from weights and activations without outliers (QuaRot, arXiv
-2404.00456, §4; SpinQuant, arXiv 2405.16406, Fig. 1, R1, R2 and R4). Quantize the rotated decoder by any method.
+RMSNorm without gain commutes with an orthogonal matrix. So a network with rotated residual stream, value heads and MLP
+activations gives the same outputs, and its weights and activations have no outliers (QuaRot, arXiv 2404.00456, §4;
+SpinQuant, arXiv 2405.16406, Fig. 1, R1, R2 and R4). The rotated decoder can be quantized by any method.
 """
 
 from collections.abc import Iterator, Mapping
@@ -35,16 +35,16 @@ def rotate(
     seed: int | None = 0,
     kind: Kind = "hadamard",
 ) -> Decoder:
-    """A decoder with the same logits whose weights and activations are rotated; computed in float32.
+    """A decoder with the same logits and rotated weights and activations; computed in float32.
 
     Args:
-      decoder: float; left untouched. Embedding, head and last norm are shared with it, so tied ones stay tied.
-      residual: fold the gains of the blocks' norms into the projections that read them, and rotate the residual stream;
-        while the model runs, one fast transform after the embedding and one before the last norm.
-      heads: rotate each value head's channels, and the rows of `o` that read them; costs nothing when the model runs.
-      mlp: rotate what `down` reads, by a fast transform when the model runs. A transform that scales those channels
-        (AWQ, SmoothQuant) can then no longer be folded into `up`.
-      seed: of the rotations' random signs; None for none.
+      decoder: float; left untouched. Embedding, head and last norm are shared with it and stay tied.
+      residual: fold the gains of the blocks' norms into the projections that read them, and rotate the residual stream.
+        The model then runs one fast transform after the embedding and one before the last norm.
+      heads: rotate each value head's channels and the rows of `o` that read them; free when the model runs.
+      mlp: rotate the input of `down`, by a fast transform when the model runs. A transform that scales those channels
+        (AWQ, SmoothQuant) can then not be folded into `up`.
+      seed: of the rotations' random signs; None for no signs.
       kind: see `Rotation`.
 
     Raises:
@@ -56,14 +56,14 @@ def rotate(
     if mlp and any(segment.mlp.rotation is not None for segment in decoder.segments):
         raise InputError("The decoder's MLP is rotated already: rotate the original model.")
     turns = rotations(decoder.config, residual, heads, mlp, seed, kind)
-    new = rotate_outside(decoder, turns)
-    for segment in new.segments:
+    rotated = rotate_outside(decoder, turns)
+    for segment in rotated.segments:
         _rotate_segment(segment, turns)
-    return new
+    return rotated
 
 
 class Rotated:
-    """A source of blocks (`pipeline.driver.Source`), each rotated as it is read; `turns` are of `rotations`."""
+    """A source of blocks (`pipeline.driver.Source`), each rotated as it is read; `turns` come from `rotations`."""
 
     def __init__(self, source: Any, turns: Mapping[str, Rotation]):
         self.source, self.turns = source, turns
@@ -91,20 +91,20 @@ def rotations(
     seed: int | None = 0,
     kind: Kind = "hadamard",
 ) -> dict[str, Rotation]:
-    """What `rotate` turns, by name: the "stream", each "head", and the MLP's "inner" channels; its arguments."""
+    """The rotations of `rotate`, by name: of the "stream", each "head", and the MLP's "inner" channels."""
     widths = {"stream": (residual, config.hidden), "head": (heads, config.head_dim), "inner": (mlp, config.ffn)}
     return {name: Rotation(width, seed, kind) for name, (turned, width) in widths.items() if turned}
 
 
 def rotate_outside(decoder: Decoder, turns: Mapping[str, Rotation]) -> Decoder:
-    """What `rotate` does outside of the blocks."""
-    new = nnx.clone(decoder)
-    new.norm.rotation = turns.get("stream", new.norm.rotation)
-    return new
+    """`rotate` for the decoder outside its blocks."""
+    rotated = nnx.clone(decoder)
+    rotated.norm.rotation = turns.get("stream", rotated.norm.rotation)
+    return rotated
 
 
 def rotate_block(block: Block, turns: Mapping[str, Rotation]) -> Block:
-    """What `rotate` does to one float block."""
+    """`rotate` for a float block."""
     graph, state = nnx.split(block)
     segment = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[None], state))
     _rotate_segment(segment, turns)
@@ -118,10 +118,10 @@ def _rotate_segment(segment: Block, turns: Mapping[str, Rotation]) -> None:
 
 
 def permute_mlp(decoder: Decoder, order: Int[Array | np.ndarray, "layers ffn"]) -> Decoder:
-    """A decoder with the same logits whose MLPs hold their inner channels in another order.
+    """A decoder with the same logits and the MLPs' inner channels in another order.
 
-    Columns of `gate` and `up` and rows of `down` move together, so that the groups of `down` hold the channels that
-    `order` puts side by side (`transforms.sort_channels` makes one).
+    Columns of `gate` and `up` and rows of `down` move together, so the groups of `down` hold channels that are adjacent
+    in `order` (`transforms.sort_channels` makes one).
 
     Args:
       decoder: float; left untouched.
@@ -138,15 +138,15 @@ def permute_mlp(decoder: Decoder, order: Int[Array | np.ndarray, "layers ffn"]) 
         if not np.array_equal(np.sort(row), np.arange(ffn)):
             raise InputError(f"The order of layer {index} is no permutation of its {ffn} inner channels.")
     if any(segment.mlp.rotation is not None for segment in decoder.segments):
-        raise InputError("The decoder's MLP is rotated, and what follows a rotation cannot be permuted: permute first.")
-    new, first = nnx.clone(decoder), 0
-    for segment in new.segments:
+        raise InputError("The decoder's MLP is rotated, and rotated channels cannot be permuted: permute first.")
+    permuted, first = nnx.clone(decoder), 0
+    for segment in permuted.segments:
         stack = flat_params(segment)
         count = jax.tree.leaves(stack)[0].shape[0]
         stack = _permute_stack(stack, jnp.asarray(order[first : first + count]), decoder.config)
         nnx.update(segment, to_state(stack))
         first += count
-    return new
+    return permuted
 
 
 @partial(jax.jit, static_argnames=("config", "stream", "head", "inner"))
@@ -165,44 +165,44 @@ def _rotate_stack(
 def _rotate_layer(
     layer: Stack, family: Family, stream: Rotation | None, head: Rotation | None, inner: Rotation | None
 ) -> Stack:
-    new = {path: leaf.astype(jnp.float32) for path, leaf in layer.items()}
+    rotated = {path: leaf.astype(jnp.float32) for path, leaf in layer.items()}
     if stream is not None:
         for site in family.sites:
             if site.producer.endswith(".scale"):
                 for path in site.weights:
-                    new[path] = _rotate_rows(new[site.producer][:, None] * new[path], stream)
-                new[site.producer] = jnp.ones_like(new[site.producer])
+                    rotated[path] = _rotate_rows(rotated[site.producer][:, None] * rotated[path], stream)
+                rotated[site.producer] = jnp.ones_like(rotated[site.producer])
         for path in family.writers:
-            new[path] = apply(new[path], stream)
+            rotated[path] = apply(rotated[path], stream)
     if head is not None:
         site = family.site("attention_output")
-        new[site.producer] = _rotate_heads(new[site.producer], head)
+        rotated[site.producer] = _rotate_heads(rotated[site.producer], head)
         for path in site.weights:
-            new[path] = _rotate_heads(new[path].T, head).T
+            rotated[path] = _rotate_heads(rotated[path].T, head).T
     if inner is not None:
         for path in family.site("mlp_output").weights:
-            new[path] = _rotate_rows(new[path], inner)
-    return {path: leaf.astype(layer[path].dtype) for path, leaf in new.items()}
+            rotated[path] = _rotate_rows(rotated[path], inner)
+    return {path: leaf.astype(layer[path].dtype) for path, leaf in rotated.items()}
 
 
 def _rotate_rows(w: Float[Array, "in out"], rotation: Rotation) -> Float[Array, "in out"]:
-    """Qᵀ w, which reads x Q as w reads x."""
+    """Qᵀ w: (x Q)(Qᵀ w) = x w."""
     return apply(w.T, rotation).T
 
 
 def _rotate_heads(w: Float[Array, "in out"], rotation: Rotation) -> Float[Array, "in out"]:
-    """Every head's columns by the same rotation: query heads that share a value head must, the others may."""
+    """Rotates every head's columns by one rotation: query heads that share a value head need the same."""
     return apply(w.reshape(len(w), -1, rotation.size), rotation).reshape(w.shape)
 
 
 @partial(jax.jit, static_argnames="config")
 def _permute_stack(stack: Stack, order: Int[Array, "l ffn"], config: DecoderConfig) -> Stack:
-    new, family = dict(stack), family_of(config)
+    permuted, family = dict(stack), family_of(config)
     for path in family.site("mlp_input").weights:
-        new[path] = jnp.take_along_axis(new[path], order[:, None, :], -1)
+        permuted[path] = jnp.take_along_axis(permuted[path], order[:, None, :], -1)
     for path in family.site("mlp_output").weights:
-        new[path] = jnp.take_along_axis(new[path], order[:, :, None], -2)
-    return new
+        permuted[path] = jnp.take_along_axis(permuted[path], order[:, :, None], -2)
+    return permuted
 
 
 def _check_float(decoder: Decoder, verb: str) -> None:

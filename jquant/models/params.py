@@ -12,7 +12,7 @@ Module = TypeVar("Module", bound=nnx.Module)
 
 
 class Packed(nnx.Variable[QTensor]):
-    """A quantized kernel. It is no `nnx.Param`: optimizers and gradients that ask for those leave it out."""
+    """A quantized kernel. It is not an `nnx.Param`, so optimizers and gradients over those leave it out."""
 
 
 def flat_params(module: Any) -> Params:
@@ -28,7 +28,7 @@ def to_state(params: Params) -> Any:
 
 
 def with_params(module: Module, params: Params) -> Module:
-    """A copy of a module in which some parameters, or all, are others; the rest is shared with it.
+    """A copy of a module with these parameters replaced; the others are shared with it.
 
     A QTensor becomes a `Packed` variable, anything else an `nnx.Param`.
     """
@@ -37,5 +37,5 @@ def with_params(module: Module, params: Params) -> Module:
 
 
 def weight_name(layer: int, path: str) -> str:
-    """A block's parameter as errors, plans and reports name it, e.g. "layers.3.attention.q.kernel"."""
+    """A block's parameter's name in errors, rules and reports, e.g. "layers.3.attention.q.kernel"."""
     return f"layers.{layer}.{path}"

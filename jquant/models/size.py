@@ -14,8 +14,8 @@ class Size:
     """The size of a decoder, or of a part of one; sizes add up.
 
     Attributes:
-      weights: of the blocks' projections, their number.
-      projections: bytes of the projections, codes, scales and zeros.
+      weights: number of weights in the blocks' projections.
+      projections: bytes of the projections: codes, scales and zeros.
       total: bytes of all parameters.
     """
 
@@ -28,12 +28,12 @@ class Size:
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits of a projection's weight."""
+        """Stored bits per weight of the projections."""
         return 8 * self.projections / self.weights
 
     @property
     def megabytes(self) -> float:
-        """Of all parameters; a million bytes each."""
+        """Size of all parameters; a megabyte is a million bytes."""
         return self.total / 1e6
 
 

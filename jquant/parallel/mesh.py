@@ -1,4 +1,4 @@
-"""Where arrays lie on a mesh of devices.
+"""Placement of arrays on a mesh of devices.
 
 The mesh has two axes. A weight is rounded with its output columns split over `model`: each column is fitted by itself,
 against a Gram matrix that every device holds. Calibration windows are split over both axes: every device has the whole
@@ -37,12 +37,12 @@ class Devices:
     """The devices of all hosts that a computation uses, as a mesh.
 
     Attributes:
-      data: how many times as many parts as `model` calibration windows are split into.
+      data: calibration windows are split into data · model parts.
       model: how many parts a weight's output columns are split into.
-      uneven: what becomes of weights whose columns do not divide: an error, or rounded whole on every device.
+      uneven: for weights whose columns do not divide: an error, or every device rounds all columns.
 
     Raises:
-      InputError: there are not as many devices, or several processes have more.
+      InputError: there are too few devices, or several processes have more.
     """
 
     data: int = 1
@@ -67,29 +67,29 @@ class Devices:
 
     @cached_property
     def mesh(self) -> Mesh:
-        """JAX's mesh; on one device there is one, too, of 1 × 1."""
+        """JAX's mesh; on one device it is 1 × 1."""
         devices = jax.devices()[: self.data * self.model]
         return jax.make_mesh((self.data, self.model), (DATA, MODEL), devices=devices, axis_types=(AxisType.Auto,) * 2)
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """Number of devices."""
         return self.data * self.model
 
     def place(self, tree: Tree, *axes: Any) -> Tree:
-        """A tree's arrays, split along these mesh axes from the first array axis on; by default whole everywhere."""
+        """A tree's arrays, split along these mesh axes from the first array axis on; by default replicated."""
         sharding = NamedSharding(self.mesh, P(*axes))
 
         def put(leaf: Any) -> Array:
             if sharding.is_fully_addressable or (isinstance(leaf, Array) and not leaf.is_fully_addressable):
                 return jax.device_put(leaf, sharding)
-            whole = np.asarray(leaf)  # every process has it, and puts its own part of it on its own devices
-            return jax.make_array_from_callback(whole.shape, sharding, whole.__getitem__)
+            array = np.asarray(leaf)  # every process has all of it, and puts parts of it on its own devices
+            return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 
         return jax.tree.map(put, tree)
 
     def windows(self, windows: Any) -> Any:
-        """Windows `[n, …]` split over all devices; their number must divide."""
+        """Windows `[n, …]` split over all devices; n must be a multiple of their number."""
         return self.place(windows, BOTH)
 
     def check_windows(self, count: int) -> None:
@@ -101,16 +101,16 @@ class Devices:
             )
 
     def on_each(self, function: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[..., Any]:
-        """The function on every device by itself.
+        """The function run on every device separately.
 
-        `inputs` and `outputs`, prefixes of its arguments' and result's trees, say True of arrays that are split over
-        all devices along their first axis, False of those that every device has whole.
+        `inputs` and `outputs` are prefixes of its arguments' and result's trees: True for arrays that are split over
+        all devices along their first axis, False for arrays that every device holds completely.
         """
         spec = lambda tree: jax.tree.map(lambda split: P(BOTH) if split else P(), tree)  # noqa: E731
         return jax.shard_map(function, mesh=self.mesh, in_specs=spec(inputs), out_specs=spec(outputs), check_vma=False)
 
     def columns(self, params: Mapping[str, Array], methods: Mapping[str, Method]) -> dict[str, Array]:
-        """A block's parameters: the columns of those that have a method split over `model`, the others whole.
+        """A block's parameters: weights with a method are split by columns over `model`, the others replicated.
 
         Raises:
           InputError: columns do not divide, and `uneven` is "error".
@@ -122,7 +122,7 @@ class Devices:
         return placed
 
     def _divides(self, path: str, leaf: Array, format: Format) -> bool:
-        # What must stay together: the columns of a block under one scale, and 8 whose zeros share bytes.
+        # These columns stay together: those of a block under one scale, and 8 columns whose zeros share bytes.
         unit = block_shape(format, leaf.shape)[1] * (8 if format.has_zero else 1)
         if leaf.shape[-1] % (self.model * unit) == 0:
             return True
@@ -135,7 +135,7 @@ class Devices:
 
 
 def scatter(tree: Tree, count: int) -> Tree:
-    """A tree's arrays flattened and cut into `[count, piece]`, the last pieces filled up."""
+    """A tree's arrays flattened and cut into `[count, piece]`; the last pieces are padded."""
 
     def cut(leaf: Array) -> Array:
         return jnp.pad(leaf.reshape(-1), (0, -leaf.size % count)).reshape(count, -1)
@@ -144,15 +144,15 @@ def scatter(tree: Tree, count: int) -> Tree:
 
 
 def exchange(tree: Tree) -> Tree:
-    """Within `on_each`: of every device's pieces `[count, piece]`, those with this device's own number, in order."""
+    """Within `on_each`: from every device's pieces `[count, piece]`, those with this device's number, in order."""
     return jax.tree.map(lambda leaf: jax.lax.all_to_all(leaf, BOTH, 0, 0, tiled=True), tree)
 
 
 def gather_pieces(pieces: Tree, like: Tree) -> Tree:
-    """Within `on_each`: the tree whose pieces `[1, piece]` the devices hold, each array shaped as in `like`."""
+    """Within `on_each`: joins the devices' pieces `[1, piece]` into arrays shaped as in `like`."""
 
-    def whole(piece: Array, wanted: Any) -> Array:
+    def joined(piece: Array, shaped: Any) -> Array:
         flat = jax.lax.all_gather(piece[0], BOTH, tiled=True)
-        return flat[: wanted.size].reshape(wanted.shape)
+        return flat[: shaped.size].reshape(shaped.shape)
 
-    return jax.tree.map(whole, pieces, like)
+    return jax.tree.map(joined, pieces, like)

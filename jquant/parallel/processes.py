@@ -1,7 +1,7 @@
-"""What several processes do together, and what only the first of them does.
+"""Work of several processes together, and work of process 0 alone.
 
-Every process runs the same program. Arrays on a mesh of all their devices are computed in step; files are written by
-process 0 alone, and read by all of them from a file system that they share. With one process all of this does nothing.
+Every process runs the same program. They compute arrays on a mesh of all devices in step. Process 0 writes files; all
+processes read them from a shared file system. With one process these functions do nothing special.
 """
 
 from collections.abc import Callable
@@ -15,20 +15,20 @@ from jquant.errors import InputError
 
 
 def join(coordinator: str | None = None, count: int | None = None, index: int | None = None) -> None:
-    """Makes the devices of all processes one machine; before anything else is computed.
+    """Joins the devices of all processes; must be called before any computation.
 
     Args:
-      coordinator: "host:port" of process 0. Without the three, they come from SLURM, OpenMPI, MPI, Kubernetes or a
-        Cloud TPU pod, as `jax.distributed.initialize` finds them.
+      coordinator: "host:port" of process 0. Without the three arguments, `jax.distributed.initialize` finds them
+        under SLURM, OpenMPI, MPI, Kubernetes or a Cloud TPU pod.
       count: processes in all.
       index: this process's number, from 0.
 
     Raises:
-      InputError: some of the three are missing, none of those environments is there, or the others don't answer.
+      InputError: some of the three are missing, none of those environments is found, or other processes don't answer.
     """
-    given = (coordinator, count, index)
-    if any(one is None for one in given) and any(one is not None for one in given):
-        raise InputError(f"Processes meet by coordinator, count and index, all three or none, not {given}.")
+    arguments = (coordinator, count, index)
+    if any(value is None for value in arguments) and any(value is not None for value in arguments):
+        raise InputError(f"Processes meet by coordinator, count and index, all three or none, not {arguments}.")
     if count is not None and index is not None and not 0 <= index < count:
         raise InputError(f"Processes are numbered from 0 to count - 1: there is no {index} of {count}.")
     try:
@@ -38,21 +38,21 @@ def join(coordinator: str | None = None, count: int | None = None, index: int | 
 
 
 def gather(tree: Any) -> Any:
-    """A tree's arrays as NumPy arrays, whole in every process."""
+    """A tree's arrays as complete NumPy arrays in every process."""
 
-    def whole(array: Any) -> np.ndarray:
+    def local(array: Any) -> np.ndarray:
         if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
             return multihost_utils.process_allgather(array, tiled=True)
         return np.asarray(array)
 
-    return jax.tree.map(whole, tree)
+    return jax.tree.map(local, tree)
 
 
 def on_first(work: Callable[[], None]) -> None:
-    """Has process 0 do something while the others wait for it.
+    """Process 0 does the work; the others wait for it.
 
     Raises:
-      InputError: of `work`; the other processes raise one that points to process 0.
+      InputError: what `work` raises; the other processes raise one that points to process 0.
     """
     problem = None
     if jax.process_index() == 0:
@@ -68,6 +68,6 @@ def on_first(work: Callable[[], None]) -> None:
 
 
 def as_first(value: Any) -> Any:
-    """Process 0's value, in every process: a number or a list of them, as a NumPy array."""
+    """Process 0's value in every process, as a NumPy array; a number or a list of numbers."""
     value = np.asarray(value)
     return multihost_utils.broadcast_one_to_all(value) if jax.process_count() > 1 else value

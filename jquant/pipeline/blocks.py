@@ -30,9 +30,9 @@ class Evidence:
     """What is known when a block is rounded.
 
     Attributes:
-      stats: of its inputs (`Calibration.observe`).
+      stats: statistics of its inputs (`Calibration.observe`).
       clips: factors on the scales that a `LossSearch` learned, by weight.
-      observe: takes the statistics of the quantized block, for the next pass; None where there is one pass.
+      observe: takes the statistics of the quantized block for the next pass; None for a single pass.
     """
 
     stats: Stats
@@ -43,17 +43,17 @@ class Evidence:
 def quantize_block(
     block: Block, choices: Choices, evidence: Evidence, options: Options = DEFAULTS, layer: int = 0
 ) -> tuple[Block, dict[str, SolveInfo]]:
-    """The block transformed and rounded, and what was done to its weights.
+    """Transforms and rounds a block; returns it and each weight's `SolveInfo`.
 
     Args:
       block: float.
       choices: the methods of its weights.
       evidence: what is known of its inputs.
       options: how often it is rounded, and the mesh over which the weights' columns are split.
-      layer: its number, for errors.
+      layer: its number, for error messages.
 
     Raises:
-      InputError: a weight was rounded to nothing useful (`_check_rounded`).
+      InputError: a rounded weight that can't be used (`_check_rounded`).
     """
     if not choices:
         return block, {}
@@ -71,7 +71,7 @@ def quantize_block(
             stats = evidence.observe(on_all(quantized), on_all(exact), choices)
         weights = {}
         for path, chosen in choices:
-            # One after the other: what a wide matrix needs while it is solved is several times its statistics.
+            # One after the other: solving a wide matrix takes several times the memory of its statistics.
             seen = seen_by(path, chosen, stats, block.attention.config)
             if path in evidence.clips:
                 seen["clips"] = evidence.clips[path]
@@ -88,17 +88,17 @@ def quantize_block(
 
 @partial(jax.jit, static_argnames=("choices", "config"))
 def _transform_block(params: Params, stats: Stats, choices: Choices, config: DecoderConfig) -> tuple[Params, Stats]:
-    """Every site's channels scaled and the inverse folded into what produces them; the statistics follow."""
+    """Scales every site's channels and its statistics, and folds the inverse into the weight that produces them."""
     params, stats, methods = dict(params), dict(stats), dict(choices)
     for site in family_of(config).sites:
         rounded = {path: methods[path] for path in site.weights if path in methods}
         if not rounded or next(iter(rounded.values())).transform is None:
             continue
         scale = _channel_scale(params, stats[site.tap], site, rounded, config)
-        for path in site.weights:  # those that stay float are scaled along
+        for path in site.weights:  # float weights too: they read the same input
             params[path] = params[path] * scale[:, None]
-        stats[site.tap] = {key: one.scaled(1 / scale) for key, one in stats[site.tap].items()}
-        # Channels that share a producer share the scale, so any of them tells it.
+        stats[site.tap] = {key: statistic.scaled(1 / scale) for key, statistic in stats[site.tap].items()}
+        # Channels that share a producer have the same scale, so it does not matter which of them is set last.
         channels, width = _producers(site, config, len(scale))
         params[site.producer] = params[site.producer] / jnp.zeros(width).at[channels].set(scale)
     return params, stats
@@ -107,7 +107,7 @@ def _transform_block(params: Params, stats: Stats, choices: Choices, config: Dec
 def _channel_scale(
     params: Params, stats: SiteStats, site: Site, methods: Mapping[str, Method], config: DecoderConfig
 ) -> Float[Array, " in"]:
-    """What a site's transform multiplies its channels by, the same for channels that share a producer."""
+    """The factors that scale a site's channels; channels that share a producer share a factor."""
     transform = next(iter(methods.values())).transform
     assert transform is not None
     channels, width = _producers(site, config, params[site.weights[0]].shape[0])
@@ -131,13 +131,13 @@ def _channel_scale(
 
 
 def _producers(site: Site, config: DecoderConfig, features: int) -> tuple[Array, int]:
-    """Of each channel of a site, the producer's channel that makes it, and how many channels the producer has."""
+    """The producer's channel behind each channel of a site, and the producer's number of channels."""
     shared = shared_channels(site, config)
     return (jnp.arange(features), features) if shared is None else (jnp.asarray(shared), max(shared) + 1)
 
 
 def seen_by(path: str, chosen: Method, stats: Stats, config: DecoderConfig) -> dict[str, Any]:
-    """The statistics that a weight's method looks at, and "held_out" where it was observed, by name."""
+    """A weight's statistics by name: those that its method needs, and "held_out" if it was observed."""
     site = next(site for site in family_of(config).sites if path in site.weights)
     keys = [key_of(name, site, path, chosen) for name in sorted({*chosen.statistics, "held_out"})]
     observed = stats.get(site.tap, {})
@@ -148,7 +148,9 @@ def seen_by(path: str, chosen: Method, stats: Stats, config: DecoderConfig) -> d
 def round_weight(
     w: Float[Array, "in out"], seen: Mapping[str, Any], *, chosen: Method
 ) -> tuple[QTensor, SolveInfo, Bool[Array, ""]]:
-    """One weight rounded by its method, and whether its codes fit the format: one program for all weights of a shape.
+    """Rounds one weight; returns it, its `SolveInfo`, and whether its codes fit the format.
+
+    Weights of one shape and method share a compiled program.
 
     Args:
       w: the weight.
@@ -156,7 +158,7 @@ def round_weight(
       chosen: its method.
     """
     w = w.astype(jnp.float32)
-    values = {name: found if name == "clips" else found.value for name, found in seen.items()}
+    values = {name: statistic if name == "clips" else statistic.value for name, statistic in seen.items()}
     unsolved = jnp.bool_(False)
     if chosen.error_propagation:
         moved = propagate_error(w, values["gram"], values["cross"], chosen.error_propagation)
@@ -177,11 +179,11 @@ def round_weight(
 def propagate_error(
     w: Float[Array, "in out"], gram: Float[Array, "in in"], cross: Float[Array, "in in"], strength: float
 ) -> Float[Array, "in out"]:
-    """W + α H⁻¹ C W: what a weight should be, to make of its inputs x̃ what the float one makes of x.
+    """W + α H⁻¹ C W: the weight that maps its inputs x̃ to what the float weight makes of the float inputs x.
 
-    With H the mean of x̃ x̃ᵀ and C that of x̃ (x − x̃)ᵀ, α = 1 is the least-squares fit; less keeps it from fitting the
-    calibration text (QEP, arXiv 2504.09629, Eq. 5; GPTAQ, arXiv 2504.02692). H is damped by 1 % of its mean diagonal;
-    the result is not finite where it has no factorisation even so.
+    H is the mean of x̃ x̃ᵀ and C that of x̃ (x − x̃)ᵀ. α = 1 is the least-squares fit; a smaller α overfits the
+    calibration text less (QEP, arXiv 2504.09629, Eq. 5; GPTAQ, arXiv 2504.02692). H is damped by 1 % of its mean
+    diagonal. If the damped H has no Cholesky factor, the result is not finite.
     """
     damped = gram + 0.01 * jnp.mean(jnp.diagonal(gram)) * jnp.eye(len(gram), dtype=gram.dtype)
     lag = jnp.matmul(cross, w, precision="highest")
@@ -191,11 +193,11 @@ def propagate_error(
 def _check_rounded(
     quantized: Block, floats: Params, infos: Mapping[str, SolveInfo], choices: Choices, name: Callable[[str], str]
 ) -> None:
-    """Refuses a block of which some weights were rounded to nothing useful, by their names.
+    """Refuses a block with rounded weights that can't be used; names the first one.
 
     Raises:
-      InputError: scales that do not fit their dtype (`check_scales`); an output error that is not finite, although its
-        statistics are.
+      InputError: scales that do not fit their dtype (`check_scales`); an output error that is NaN or infinite although
+        the statistics are finite.
     """
     for path, chosen in choices:
         if "gram" in chosen.needs and not np.isfinite([infos[path].error, infos[path].energy]).all():

@@ -1,7 +1,7 @@
 """Blocks from a source, quantized one by one, into a sink: the same for a model in memory and from disk to disk.
 
 By default each block sees the inputs that the quantized blocks before it produce, so that later blocks make up for
-earlier errors. One float block, its statistics and the calibration windows are all that is alive.
+earlier errors. Only one float block, its statistics and the calibration windows are in memory.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -49,20 +49,20 @@ class Source(Protocol):
 
 @runtime_checkable
 class Sink(Protocol):
-    """Where quantized blocks go. `report` is what was done to each weight so far."""
+    """Where quantized blocks go. `report` holds the `SolveInfo` of their weights so far."""
 
     report: Report
 
     def finished(self) -> int:
-        """How many blocks, from the first, are there already."""
+        """How many blocks, counted from the first, it already holds."""
         ...
 
     def blocks(self) -> Iterator[Block]:
-        """The blocks that are there."""
+        """The blocks that it holds."""
         ...
 
     def take(self, layer: int, block: Block, infos: Mapping[str, SolveInfo]) -> None:
-        """Keeps a block, and what was done to its weights."""
+        """Keeps a block and the infos of its weights."""
         ...
 
 
@@ -73,7 +73,7 @@ def calibrate(
     options: Options,
     spill: Spill | None = None,
 ) -> Calibration | None:
-    """The calibration windows before the first block; None where no method looks at activations."""
+    """The calibration windows before the first block; None if no method looks at activations."""
     together = joined(plans.values())
     if not any(together.observes):
         return None
@@ -88,14 +88,14 @@ def quantize_into(
     options: Options,
     clips: Clips | None = None,
 ) -> Iterator[int]:
-    """Quantizes the blocks that are missing in the sinks; yields each layer once its block is there.
+    """Quantizes the blocks that the sinks lack; yields each layer's number once its block is kept.
 
     Args:
-      sinks: one for each plan; those of several plans have the same blocks.
+      sinks: one for each plan, by name; all hold the same number of blocks.
       source: of the float blocks.
       plans: by name.
-      calibration: `calibrate`.
-      options: see there.
+      calibration: what `calibrate` returned.
+      options: see `Options`.
       clips: factors on the scales that a `LossSearch` learned.
     """
     [first] = {sink.finished() for sink in sinks.values()}
@@ -119,42 +119,42 @@ def quantize_blocks(
     clips: Clips | None = None,
     first: int = 0,
 ) -> Iterator[dict[str, Rounded]]:
-    """Quantizes blocks as they come; the calibration windows move on when the next one is asked for.
+    """Quantizes blocks as they come; the calibration windows advance when the next block is asked for.
 
     Args:
-      source: float blocks, of which no more than one is held.
+      source: float blocks; at most one is held at a time.
       plans: by name.
-      calibration: its windows at the first of the blocks; None where no method looks at activations.
-      options: see there.
+      calibration: with its windows before the first of the blocks; None if no method looks at activations.
+      options: see `Options`.
       clips: factors on the scales that a `LossSearch` learned.
       first: layer of the first block.
 
     Yields:
-      Each block quantized, and what was done to its weights, by the plans' names.
+      Each quantized block and the infos of its weights, by the plans' names.
     """
     together = joined(plans.values())
     needs, devices = together.observes, options.devices
     on_all = devices.place if devices else lambda tree: tree
-    # Where blocks read what float ones produce, one pass through a block does for its statistics and for what follows.
+    # With float inputs, one pass through a block gives its statistics and the next block's inputs.
     tuned = any(plan.tuning("block") for plan in plans.values())
-    once = calibration is not None and calibration.inputs == "float" and options.passes == 1 and not tuned
+    single_pass = calibration is not None and calibration.inputs == "float" and options.passes == 1 and not tuned
     for layer, block in enumerate(map(on_all, source), first):
-        stats, moved = {}, False
+        stats, advanced = {}, False
         if calibration and needs[layer]:
-            moved = once and any(needs[layer + 1 :])
-            stats = calibration.observe(block, block, together.layers[layer], layer, advance=moved)
+            advanced = single_pass and any(needs[layer + 1 :])
+            stats = calibration.observe(block, block, together.layers[layer], layer, advance=advanced)
         observe = partial(calibration.observe, layer=layer) if calibration and options.passes > 1 else None
-        done = {}
+        results = {}
         for name, plan in plans.items():
             evidence = Evidence(stats, (clips or {}).get(name, {}).get(layer, {}), observe)
-            done[name] = quantize_block(block, plan.layers[layer], evidence, options, layer)
+            results[name] = quantize_block(block, plan.layers[layer], evidence, options, layer)
         if calibration and any(needs[layer:]):
             calibration.advance_exact(block)
-            for name, (quantized, infos) in done.items():
-                done[name] = _tune(quantized, plans[name], calibration, layer), infos
-        yield done
-        if calibration and any(needs[layer + 1 :]) and not moved:
-            calibration.advance(block if calibration.inputs == "float" else on_all(next(iter(done.values()))[0]))
+            for name, (quantized, infos) in results.items():
+                results[name] = _tune(quantized, plans[name], calibration, layer), infos
+        yield results
+        if calibration and any(needs[layer + 1 :]) and not advanced:
+            calibration.advance(block if calibration.inputs == "float" else on_all(next(iter(results.values()))[0]))
 
 
 def _tune(block: Block, plan: Plan, calibration: Calibration, layer: int) -> Block:

@@ -39,13 +39,13 @@ def quantize_decoder(
 
     Args:
       decoder: float; left untouched.
-      method: a point in the space of methods, a name in `METHODS`, rules that give weights different ones
-        (`methods.assign`), or a plan made of one of these (`make_plan`).
+      method: a `Method`, a name in `METHODS`, rules that give weights different methods (`methods.assign`), or a plan
+        (`make_plan`).
       tokens: calibration windows; not needed by methods that look at weights alone.
-      options: see there.
+      options: see `Options`.
 
     Returns:
-      The quantized decoder, and what was done to each weight: (layer, path) -> SolveInfo.
+      The quantized decoder, and a report: (layer, path) -> SolveInfo.
 
     Raises:
       InputError: what `make_plan` finds; a method needs calibration tokens, or held-out ones, and there are none;
@@ -60,11 +60,11 @@ def quantize_decoders(
     tokens: Int[np.ndarray, "n context"] | None = None,
     options: Options = DEFAULTS,
 ) -> dict[str, tuple[Decoder, Report]]:
-    """`quantize_decoder` for several methods on one way through the blocks.
+    """`quantize_decoder` for several methods in one pass through the blocks.
 
-    Forward passes, and statistics that methods share, are computed once, so that every block must read what the float
-    blocks before it produce: Options(inputs="float"). Arguments and errors are those of `quantize_decoder`; results
-    come by the methods' names.
+    Forward passes and shared statistics are computed once. Every block must therefore read the float blocks' outputs:
+    Options(inputs="float"). Arguments and errors are those of `quantize_decoder`; results are keyed by the methods'
+    names.
     """
     plans = {name: make_plan(decoder, method) for name, method in methods.items()}
     if len({plan.rotation for plan in plans.values()}) > 1:
@@ -78,7 +78,7 @@ def quantize_decoders(
     fit = np.empty((0, 0), np.int32) if tokens is None else tokens[: len(tokens) - options.held_out]
     clips = {name: learn_clips(decoder, plan.layers, fit) for name, plan in plans.items()}
     sinks = {name: _Kept() for name in plans}
-    done = {}
+    results = {}
     with showing(options.progress) as tell:
         for _ in quantize_into(sinks, source, plans, calibration, replace(options, progress=tell), clips):
             pass
@@ -86,8 +86,8 @@ def quantize_decoders(
             quantized = with_blocks(decoder, sinks[name].kept)
             for stage in plan.tuning("model"):
                 quantized = tune(quantized, decoder, fit, stage, progress=tell)
-            done[name] = quantized, sinks[name].report
-    return done
+            results[name] = quantized, sinks[name].report
+    return results
 
 
 class _InMemory:
@@ -157,8 +157,8 @@ def quantize(
 
     Args:
       model: float; left untouched.
-      method: a name in `METHODS`, which `bits`, `group` and `symmetric` complete; the same with a width, "gptq-3"; a
-        `Method`, which has its own; or a plan, rules (regex, method) that give weights different ones, e.g.
+      method: a name in `METHODS`, completed by `bits`, `group` and `symmetric`; a name with its width, "gptq-3"; a
+        `Method`, which has its own format; or rules (regex, method) that give weights different methods, e.g.
         `[(r"layers\\.0\\.", None), ("", "gptq")]`.
       bits: 2 to 8; 4 by default.
       group: weights that share a scale: rows of a column, (rows, columns), "channel" or "tensor"; 64 by default.
@@ -171,15 +171,15 @@ def quantize(
       inputs: what each block is fitted to (`Options`).
       passes: how often each block is rounded (`Options`).
       devices: the mesh to compute on (`Options`).
-      seed: of the draw.
+      seed: of the windows' draw.
       progress: see `Options`.
 
     Returns:
-      A model whose kernels are QTensors, with `report` filled, which knows what it was calibrated on.
+      The model with QTensors as kernels, `report` and `calibrated_on` set.
 
     Raises:
-      InputError: an unknown method; bits, group or symmetric where the method has its own; a plan's rule that names no
-        weight; a missing or too short calibration text; a number out of range; a context longer than the model's; a
+      InputError: an unknown method; bits, group or symmetric where the method has its own; a rule that names no weight;
+        a missing or too short calibration text; a number out of range; a context longer than the model's; a
         model that is quantized already.
     """
     rules = complete(method, bits, group, symmetric)

@@ -1,4 +1,4 @@
-"""What is done to each weight of a decoder: worked out once, before any work, and read by everything after."""
+"""What is done to each weight of a decoder, decided once before any work."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Plan:
     """The methods of every layer's weights.
 
     Attributes:
-      layers: of each layer, the path within the block and the method of every weight that is quantized.
+      layers: for each layer, (path within the block, method) of every weight to quantize.
     """
 
     layers: tuple[Choices, ...]
@@ -38,25 +38,25 @@ class Plan:
 
     @cached_property
     def needs(self) -> frozenset[str]:
-        """What calibration must bring (`Method.needs`)."""
+        """What calibration must provide (`Method.needs`)."""
         return needs_of(self.methods)
 
     @cached_property
     def observes(self) -> tuple[bool, ...]:
-        """Of each layer, whether calibration windows must reach it."""
+        """For each layer, whether calibration windows must reach it."""
         return tuple(bool(needs_of(method for _, method in layer) - {"text"}) for layer in self.layers)
 
     @property
     def rotation(self) -> Hadamard | None:
-        """How the decoder is rotated before; one for all weights."""
+        """How the decoder is rotated first; the same for all weights."""
         return self.methods[0].rotation if self.methods else None
 
     def tuning(self, target: str) -> list[Tuning]:
-        """The stages of learning after rounding, of each block or of the model; the same for all weights."""
+        """The stages of learning after rounding with a target, "block" or "model"; the same for all weights."""
         return [stage for stage in self.methods[0].tuning if stage.target == target] if self.methods else []
 
     def whole_model(self) -> Iterator[tuple[str, str]]:
-        """Weights and, of their methods, what takes gradients through the whole model."""
+        """(weight, part) for every part of a weight's method that takes gradients through the whole model."""
         for layer, choices in enumerate(self.layers):
             for path, method in choices:
                 parts = {
@@ -64,36 +64,36 @@ class Plan:
                     "LossSearch": "clips" in method.needs,
                     "Tuning with target='model'": any(stage.target == "model" for stage in method.tuning),
                 }
-                yield from ((weight_name(layer, path), part) for part, there in parts.items() if there)
+                yield from ((weight_name(layer, path), part) for part, used in parts.items() if used)
 
     @property
     def streams(self) -> bool:
-        """Whether nothing in it needs the whole model in memory."""
+        """Whether blocks suffice: no part needs the whole model in memory."""
         return next(self.whole_model(), None) is None
 
 
 def joined(plans: Iterable[Plan]) -> Plan:
-    """What statistics must serve that several plans share: every weight's methods, each once."""
+    """The plan that shared statistics must serve: for every weight the methods of all plans, each once."""
     layers = zip(*(plan.layers for plan in plans), strict=True)
     return Plan(tuple(tuple(dict.fromkeys(choice for choices in layer for choice in choices)) for layer in layers))
 
 
 def make_plan(decoder: Decoder, method: "str | Method | Rules | Plan") -> Plan:
-    """Finds out before any work whether a method, or rules, suit a decoder.
+    """Checks that a method, or rules, suit a decoder, and makes the plan.
 
     Args:
-      decoder: float; its arrays may be abstract, as of a model on disk.
-      method: a name, a `Method`, or rules; a `Plan` that was made of the same decoder is given back.
+      decoder: float; its arrays may be abstract, for a model on disk.
+      method: a name, a `Method`, or rules; a `Plan` made for the same decoder is returned as it is.
 
     Raises:
       InputError: no method or rules (`methods.complete`); a rule that names no weight; a weight smaller than its
         method's groups, or with NaN or infinite values; a decoder that is quantized already; projections that read one
-        input and do not share a transform; a transform with a range that is learned before it; methods that do not
-        share tuning or rotation; a plan of another number of layers.
+        input and do not share a transform; a transform with a `LossSearch`; methods that do not
+        share tuning or rotation; a plan with another number of layers.
     """
     if isinstance(method, Plan):
         if len(method.layers) != decoder.config.layers:
-            raise InputError(f"The plan is of {len(method.layers)} layers; the decoder has {decoder.config.layers}.")
+            raise InputError(f"The plan has {len(method.layers)} layers; the decoder has {decoder.config.layers}.")
         return method
     family = family_of(decoder.config)
     names = [weight_name(layer, path) for layer in range(decoder.config.layers) for path in family.weights]
@@ -115,7 +115,7 @@ def make_plan(decoder: Decoder, method: "str | Method | Rules | Plan") -> Plan:
         raise InputError("A plan's weights are tuned together: give its methods the same tuning.")
     if len({method.rotation for method in plan.methods}) > 1:
         raise InputError("A plan's weights are rotated together: give its methods the same rotation.")
-    if isinstance(decoder.embedding.get_value(), Array):  # and not abstract, its blocks still on disk
+    if isinstance(decoder.embedding.get_value(), Array):  # abstract arrays have no values to check
         _check_finite(decoder, plan.layers)
     return plan
 
@@ -161,7 +161,7 @@ def _check_finite(decoder: Decoder, layers: Sequence[Choices]) -> None:
 
 @jax.jit
 def _finite(stack: Params) -> dict[str, Array]:
-    """Of each stacked parameter, which layers' values are all finite."""
+    """For each stacked parameter, whether each layer's values are all finite."""
     return {path: jnp.all(jnp.isfinite(leaf), tuple(range(1, leaf.ndim))) for path, leaf in stack.items()}
 
 
@@ -169,5 +169,5 @@ def _shapes(decoder: Decoder) -> Iterator[Params]:
     """Every layer's parameters as shapes."""
     for segment in decoder.segments:
         stack = flat_params(segment)
-        one = jax.eval_shape(lambda stack: jax.tree.map(itemgetter(0), stack), stack)
-        yield from [one] * jax.tree.leaves(stack)[0].shape[0]
+        layer = jax.eval_shape(lambda stack: jax.tree.map(itemgetter(0), stack), stack)
+        yield from [layer] * jax.tree.leaves(stack)[0].shape[0]

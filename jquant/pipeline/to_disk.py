@@ -1,9 +1,9 @@
-"""Quantizes a model that does not fit into memory: a block read, quantized, written and forgotten at a time.
+"""Quantizes a model that does not fit into memory: reads, quantizes and writes one block at a time.
 
-What is alive: one float block and the next one as it is read, the block's statistics, and the calibration windows on
-their way through the model. A process may die at any moment: blocks are there whole or not at all, and the same call
-goes on after the last one, its windows led through the finished blocks again. So it writes the same bytes as a run that
-was not interrupted.
+In memory are one float block, the next one as it is read, the block's statistics and the calibration windows. A process
+may die at any moment. Each block is written completely or not at all. The same call then resumes: it leads the windows
+through the finished blocks again, goes on after the last of them, and writes the same bytes as a run that was not
+interrupted.
 """
 
 import shutil
@@ -54,7 +54,7 @@ from jquant.progress import showing
 from jquant.rounding import SolveInfo
 
 LOCK = ".lock"  # held by the process that writes
-WINDOWS = ".windows"  # beside the blocks: calibration windows that wait on disk
+WINDOWS = ".windows"  # calibration windows that wait on disk
 OURS = (LOCK, WINDOWS, f".{MANIFEST}")
 
 
@@ -70,12 +70,12 @@ def quantize_to_folder(
 
     Args:
       source: the float model (`open_model`).
-      folder: of the checkpoint; what an earlier call with the same arguments finished there is kept.
+      folder: the checkpoint's; blocks that an earlier call with the same arguments finished are kept.
       method: see `quantize_decoder`.
       tokens: calibration windows.
-      options: see there. A checkpoint can be read onto other devices.
-      memory_gb: if calibration windows take more gigabytes than this in a process, the rest wait in files in the
-        checkpoint's folder, which are removed in the end; by default all wait in the host's memory.
+      options: see `Options`. The checkpoint can be loaded onto other devices.
+      memory_gb: gigabytes of calibration windows that a process keeps in memory. Further windows wait in files in the
+        checkpoint's folder, removed at the end. By default all stay in memory.
 
     Raises:
       InputError: what `quantize_decoder` and `ModelFile` find; a method that takes gradients through the whole model
@@ -97,8 +97,8 @@ def quantize_stream(
 ) -> Iterator[int]:
     """`quantize_to_folder` step by step: yields each layer once its block is on disk."""
     if isinstance(source, QuantizedFile):
-        found = "is quantized already" if source.quantized else "was saved by jquant, and is only quantized in memory"
-        raise InputError(f"{source.folder} {found}: give the float model's own files.")
+        problem = "is quantized already" if source.quantized else "was saved by jquant, and is only quantized in memory"
+        raise InputError(f"{source.folder} {problem}: give the float model's own files.")
     folder = Path(folder)
     plan = make_plan(nnx.eval_shape(lambda: Decoder(source.config, nnx.Rngs(0))), method)
     _check_streams(plan)
@@ -110,19 +110,19 @@ def quantize_stream(
         _check_run(folder, run)
         if plan.needs and spill:
             on_first(partial(_renew, spill.folder))
-        turned = Rotated(source, rotations(source.config, **asdict(plan.rotation)) if plan.rotation else {})
-        calibration = calibrate(turned, {"": plan}, tokens, options, spill)
-        # Not before all that may be wrong with the call was found.
-        on_first(partial(_begin, folder, source, run, turned.outside(), tokens if plan.needs else None))
+        rotated = Rotated(source, rotations(source.config, **asdict(plan.rotation)) if plan.rotation else {})
+        calibration = calibrate(rotated, {"": plan}, tokens, options, spill)
+        # Nothing is written before the whole call was checked.
+        on_first(partial(_begin, folder, source, run, rotated.outside(), tokens if plan.needs else None))
         with showing(options.progress) as tell:
             resolved = replace(options, progress=tell)
-            yield from quantize_into({"": _Folder(folder)}, turned, {"": plan}, calibration, resolved)
+            yield from quantize_into({"": _Folder(folder)}, rotated, {"": plan}, calibration, resolved)
         if spill:
             on_first(partial(shutil.rmtree, spill.folder, ignore_errors=True))
 
 
 class _Folder:
-    """A checkpoint's folder as a sink of blocks (`driver.Sink`); what is there stays as it is."""
+    """A checkpoint's folder as a sink of blocks (`driver.Sink`); existing blocks are not written again."""
 
     def __init__(self, folder: Path):
         self._folder, self._file = folder, QuantizedFile(folder)
@@ -148,7 +148,7 @@ class _Folder:
 
 
 def _run(source: ModelFile, plan: Plan, tokens: np.ndarray | None, options: Options) -> dict[str, Any]:
-    """What decides a checkpoint's bytes."""
+    """Everything that decides a checkpoint's bytes."""
     devices = options.devices
     return {
         "source": source.fingerprint(),
@@ -159,7 +159,7 @@ def _run(source: ModelFile, plan: Plan, tokens: np.ndarray | None, options: Opti
         "inputs": options.inputs,
         "passes": options.passes,
         "held_out": options.held_out,
-        # Statistics are added in the windows' order whatever the mesh; split columns may round a product differently.
+        # On every mesh statistics are added in the windows' order, but products of split columns may round differently.
         "mesh.model": devices.model if devices and plan.needs else 1,
         "code": provenance.code_of(plan.layers, [__name__]),
         "packages": provenance.packages(),
@@ -167,7 +167,7 @@ def _run(source: ModelFile, plan: Plan, tokens: np.ndarray | None, options: Opti
 
 
 def _check_streams(plan: Plan) -> None:
-    """Raises InputError for a method that needs the whole model, or has a part that a checkpoint can't hold."""
+    """Raises InputError for a method that needs the whole model or has a format that a checkpoint can't hold."""
     for weight, part in plan.whole_model():
         raise InputError(
             f"{weight}: {part} takes gradients through the whole model, which is never in memory here; quantize the "
@@ -177,7 +177,7 @@ def _check_streams(plan: Plan) -> None:
 
 
 def _check_formats(plan: Plan) -> None:
-    """Raises InputError for a method with a part of a user's own that a checkpoint would have to hold."""
+    """Raises InputError for a method with a format of a user's own, which a checkpoint can't hold."""
     for layer, choices in enumerate(plan.layers):
         for path, method in choices:
             try:
@@ -202,20 +202,20 @@ def _check_run(folder: Path, run: dict[str, Any]) -> None:
     if (folder / MANIFEST).exists():
         earlier = read_manifest(folder)["run"]
         if earlier is None:
-            raise InputError(f"{folder} holds a saved model, not a run that could go on: give this one another folder.")
+            raise InputError(f"{folder} holds a saved model, not a run to resume: give this run another folder.")
         if differing := sorted(key for key in run if run[key] != earlier.get(key)):
             changes = "; ".join(f"{key}: {_changes(key, earlier.get(key), run[key])}" for key in differing)
-            raise InputError(f"{folder} holds another run ({changes}): give this one another folder.")
+            raise InputError(f"{folder} holds another run ({changes}): give this run another folder.")
 
 
 @contextmanager
 def _owned(folder: Path) -> Iterator[None]:
-    """Keeps other processes from writing the folder, until the end of this one at the latest.
+    """Keeps other processes from writing the folder while this one does.
 
     Raises:
       InputError: another process holds it; it can't be written.
     """
-    lock, made = FileLock(folder / LOCK, timeout=0, thread_local=False), not folder.exists()
+    lock, new_folder = FileLock(folder / LOCK, timeout=0, thread_local=False), not folder.exists()
 
     def hold() -> None:
         try:
@@ -231,7 +231,7 @@ def _owned(folder: Path) -> Iterator[None]:
         yield
     finally:
         if lock.is_locked:
-            if made and not (folder / MANIFEST).exists():  # nothing was begun
+            if new_folder and not (folder / MANIFEST).exists():  # nothing was written
                 shutil.rmtree(folder, ignore_errors=True)
             lock.release()
 
@@ -256,8 +256,11 @@ def _renew(folder: Path) -> None:
 def _begin(
     folder: Path, source: ModelFile, run: dict[str, Any], outside: Decoder, tokens: Int[np.ndarray, "n context"] | None
 ) -> None:
-    """Writes what is missing beside the blocks, the manifest first."""
+    """Writes the files that are missing, except the blocks; the manifest first."""
     beside = files_beside(source.tokenizer, None if tokens is None else run_hashes(tokens))
+    for name in (MANIFEST, *beside):
+        for unfinished in folder.glob(f".{name}.*"):  # of a process that died while it wrote
+            unfinished.unlink()
     if not (folder / MANIFEST).exists():
         write_sealed(folder / MANIFEST, new_manifest(source, beside, run))
     manifest = read_manifest(folder)
@@ -301,9 +304,9 @@ def _described(plan: Plan) -> list[Described]:
 
 
 def _changes(key: str, earlier: Any, now: Any) -> str:
-    """What of a run is another, three differences at most."""
+    """How two runs differ in one of their keys, three differences at most."""
     if key == "methods" and fits(earlier, list[Described]):
-        earlier, now = ({name: one["method"] for one in run for name in one["weights"]} for run in (earlier, now))
+        earlier, now = ({name: entry["method"] for entry in run for name in entry["weights"]} for run in (earlier, now))
         names = dict.fromkeys([*earlier, *now])
         lines = [line for name in names for line in provenance.differences(earlier.get(name), now.get(name))]
     else:

@@ -1,7 +1,7 @@
-"""How a group's scale and zero are chosen, before any code.
+"""Ranges choose each group's scale and zero, before any code is chosen.
 
-A range is a frozen dataclass called as `range(w, format)`; it returns scales and zeros as `Format.grid` does
-(`[groups, columns]` each). What it names in `needs` comes as keywords: `range(w, format, gram=…)`.
+A range is a frozen dataclass called as `range(w, format)`; it returns scales and zeros like `Format.grid`
+(`[groups, columns]` each). The names in its `needs` are its keywords: `range(w, format, gram=…)`.
 """
 
 from jquant.ranges.base import Range

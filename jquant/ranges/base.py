@@ -1,4 +1,4 @@
-"""What every range offers."""
+"""The contract of every range."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,18 +16,18 @@ class Range(Protocol):
 
     @property
     def needs(self) -> frozenset[Any]:
-        """What it must be given beside weight and format: "gram", "clips", or statistics of one's own (`Statistic`)."""
+        """The keywords of its call: "gram", "clips", or statistics of one's own (`Statistic`)."""
         ...
 
     def __call__(
         self, w: Float[Array, "in out"], format: Format, /, *_: Any, **seen: Any
     ) -> tuple[Array | QTensor, Array | QTensor | None]:
-        """Scale and zero of each block, `[groups, columns]`: as `Format.grid` gives them, or quantized already.
+        """Scale and zero of each block, `[groups, columns]`: as from `Format.grid`, or quantized already.
 
         Args:
           w: the weight.
           format: what a code means.
-          seen: just what `needs` names, by name. "gram": mean x xᵀ over the calibration tokens, `[in, in]`. "clips":
+          seen: only what `needs` names, by name. "gram": mean x xᵀ over the calibration tokens, `[in, in]`. "clips":
             factors on each block's range, `[groups, columns]`, learned on the whole model's loss (`LossSearch`).
         """
         ...

@@ -1,13 +1,13 @@
 """The scale searches of llama.cpp's quantizer (ggml-quants.c) for the block types of `jquant.formats.GGUF`.
 
-Each of them tries a few grids per block, fits scale (and minimum) to the codes that each grid gives by weighted least
-squares, and keeps the best. On a CPU the arithmetic is that of a plain C build, float by float, so that the bytes are
-the same: sums run member by member in order, a product is rounded before it is added (`_once`), and a quotient is not
-turned into a product with a reciprocal (`_over`). Elsewhere the last place may differ, and with it the choice between
-grids that are all but equally good.
+Each search tries a few grids per block, fits scale (and minimum) to each grid's codes by weighted least squares, and
+keeps the best. On a CPU the arithmetic equals that of a plain C build, float by float, so the bytes are the same: sums
+run over members in order, a product is rounded before it is added (`_once`), and a quotient does not become a product
+with a reciprocal (`_over`). On other devices the last place may differ, which may change the choice between grids that
+are almost equally good.
 
-Inside this file a block's members lie on axis 0: `[members, groups, out]`. Both loops, over grids and over members, are
-scans: the program does not grow with them, and memory by one number per block and grid at most.
+In this file a block's members are on axis 0: `[members, groups, out]`. The loops over grids and over members are scans,
+so the program does not grow with them, and memory grows by at most one number per block and grid.
 """
 
 from collections.abc import Callable
@@ -30,23 +30,23 @@ Members = Float[Array, "members groups out"]
 Groups = Float[Array, "groups out"]
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
-NO_PEAK = 1e-15  # ggml's GROUP_MAX_EPS: a block of smaller weights is all zero
+NO_PEAK = 1e-15  # ggml's GROUP_MAX_EPS: blocks with smaller weights become 0
 
 
 @dataclass(frozen=True)
 class LlamaCpp:
-    """Scales (and minima) as llama.cpp chooses them, the sub-blocks' own quantization included.
+    """Scales (and minima) as llama.cpp chooses them, with the quantization of the sub-blocks' scales.
 
-    With `Nearest` after it the weights are those of llama.cpp's quantizer, but for two things that no scale can say:
-    under importance weights Q4_0, Q4_1, Q5_0 and Q5_1 keep the codes of the grid that the scale was fitted to, where
-    `Nearest` rounds to the fitted grid itself; and under a scale of zero, where every code means the same, llama.cpp
-    leaves codes of its own. `quantize` gives those bytes too.
+    With `Nearest` the weights equal those of llama.cpp's quantizer, with two exceptions. With importance weights, Q4_0,
+    Q4_1, Q5_0 and Q5_1 keep the codes of the grid to which the scale was fitted, but `Nearest` rounds to the fitted
+    grid. Where a scale is 0, all codes mean 0, and llama.cpp's codes may differ. `quantize` gives llama.cpp's bytes in
+    these cases too.
 
     Attributes:
-      importance: weigh each input by its mean square, the diagonal of the Gram matrix (llama.cpp's imatrix).
+      importance: weight each input by its mean square, the diagonal of the Gram matrix (llama.cpp's imatrix).
 
     Raises:
-      InputError: a format that is none of `jquant.formats.GGUF`, or importance weights without a Gram matrix.
+      InputError: a format that is not in `jquant.formats.GGUF`, or importance weights without a Gram matrix.
     """
 
     importance: bool = False
@@ -59,21 +59,21 @@ class LlamaCpp:
     def __call__(
         self, w: Float[Array, "in out"], format: Format, gram: Float[Array, "in in"] | None = None
     ) -> tuple[Array | QTensor, Array | QTensor | None]:
-        """See `Range`. Scales that the format keeps in half precision come back before that rounding, as in ggml."""
+        """See `Range`. Scales that the format stores in float16 are not yet rounded to it, as in ggml."""
         return self._search(w, format, gram)[:2]
 
     def quantize(self, w: Float[Array, "in out"], format: Format, gram: Float[Array, "in in"] | None = None) -> QTensor:
-        """llama.cpp's quantizer: the same bytes, codes without meaning included."""
-        scale, zero, own = self._search(w, format, gram)
+        """llama.cpp's quantizer with the same bytes, also where a scale is 0."""
+        scale, zero, kept = self._search(w, format, gram)
         grid = Grid.of(scale, zero, format, w.shape)
         codes = grid.encode(w.astype(jnp.float32))
-        if own is not None:
-            own = _rows(own, w.shape[0]).astype(jnp.uint8)
-            codes = jnp.where(grid.per_weight[0] == 0, own, codes) if isinstance(scale, QTensor) else own
+        if kept is not None:
+            kept = _rows(kept, w.shape[0]).astype(jnp.uint8)
+            codes = jnp.where(grid.per_weight[0] == 0, kept, codes) if isinstance(scale, QTensor) else kept
         return grid.pack(codes)
 
     def _search(self, w: Array, format: Any, gram: Array | None) -> tuple[Any, Any, Members | None]:
-        """Scale and zero as `__call__` returns them, and the codes of the winning grid where llama.cpp uses them."""
+        """Scale and zero as from `__call__`, and the codes of the best grid if llama.cpp keeps them, else None."""
         kind = next((name for name, block in GGUF.items() if block == format), None)
         if kind is None:
             raise InputError(f"llama.cpp has no block type for {format}; it has {', '.join(GGUF)}.")
@@ -94,7 +94,7 @@ class LlamaCpp:
 
 
 def _block(x: Members, weights: Members, format: Any, importance: bool) -> tuple[Groups, Groups | None, Any]:
-    """Q4_0, Q5_0 and, with a minimum, Q4_1, Q5_1: the ends of the block, or a search if weights matter."""
+    """Q4_0, Q5_0 and, with a minimum, Q4_1, Q5_1: from the ends of the block, or a search with importance weights."""
     if format.symmetric:
         half = 2 ** (format.bits - 1)
         if not importance:
@@ -109,12 +109,12 @@ def _block(x: Members, weights: Members, format: Any, importance: bool) -> tuple
 
 
 def _super_block(x: Members, weights: Members, kind: str, importance: bool) -> tuple[QTensor, QTensor | None, Members]:
-    """The k-quants: a search per sub-block, then a second one for the scales (and minima) of the super-block."""
+    """The k-quants: a search per sub-block, then a second search for the scales (and minima) of the super-block."""
     format: Any = GGUF[kind]
     (mass,) = _totals(lambda w: (w,), weights)
     if format.symmetric:
         half = 2 ** (format.bits - 1)
-        # Only Q3_K without importance weights refines its codes one by one.
+        # Only Q3_K without importance weights refines codes one by one.
         fit = _fit_refined if kind == "Q3_K" and not importance else _fit_signed
         scale, codes = fit(x, weights, half)
         return _store_signed(scale, mass if kind == "Q3_K" and importance else None, format.scale), None, codes
@@ -126,12 +126,12 @@ def _super_block(x: Members, weights: Members, kind: str, importance: bool) -> t
     scale, low, codes = _fit_affine(x, weights, top, grids, absolute=kind == "Q2_K" and not importance)
     mass = mass if importance else None
     minimum = _store_unsigned(-low, mass, format.scale)
-    # ggml subtracts the minimum, our zero is added.
+    # ggml subtracts the minimum; jquant adds the zero.
     return _store_unsigned(scale, mass, format.scale), replace(minimum, scale=-minimum.scale), codes
 
 
 def _weights(w: Float[Array, "in out"], kind: str, importance: Float[Array, " in"] | None) -> Members:
-    """What each member's squared error counts; 0 for the filling of a short last block."""
+    """The weight of each member's squared error; 0 for the padding of a short last block."""
     rows: Any = GGUF[kind].group
     x = _members(w, rows)
     real = _members(jnp.ones((len(w), 1), jnp.float32), rows, repeat_last=False)
@@ -178,7 +178,7 @@ def _fit_signed(x: Members, weights: Members, limit: int) -> tuple[Groups, Membe
 
 
 def _fit_levels(x: Members, weights: Members, levels: tuple[float, ...]) -> tuple[Groups, Members]:
-    """Scale and codes of a table of levels (the search of IQ4_NL). Codes are those of the scale, not of its grid."""
+    """Scale and codes of a table of levels (the search of IQ4_NL); the codes are those of the fitted scale."""
     table = np.asarray(levels, np.float32)
     peak = _peak(x)
     dead = jnp.abs(peak) < NO_PEAK
@@ -194,7 +194,7 @@ def _fit_levels(x: Members, weights: Members, levels: tuple[float, ...]) -> tupl
         c = choose(inverse, x, table)
         return w * c * x, w * c * c
 
-    # The first grid lets the peak meet the first level with the opposite sign.
+    # In the first grid the peak meets the first level with the opposite sign.
     flipped = 1 / _once(_over(peak, -levels[0]))
     grids = _grids(0, 1, range(-7, 8), levels[0])
     inverses = jnp.concatenate([flipped[None], lax.map(lambda grid: grid / peak, grids)])
@@ -207,7 +207,7 @@ def _fit_levels(x: Members, weights: Members, levels: tuple[float, ...]) -> tupl
 def _best_fit(
     x: Members, weights: Members, inverses: Float[Array, "tries groups out"], terms: Callable
 ) -> tuple[Groups, Groups]:
-    """The least-squares scale of the best grid, and that grid's inverse scale.
+    """The least-squares scale of the best grid, and the inverse scale that was tried.
 
     `terms(inverse, x, w)` are the summands of Σ w x c and Σ w c², c the grid's codes. A grid is judged by the weighted
     error under its best scale: the largest (Σ w x c)² / Σ w c² wins.
@@ -219,7 +219,7 @@ def _best_fit(
         scale = xc / jnp.where(better, cc, 1)
         return _pick(better, (scale * xc, scale, inverse), best), None
 
-    # Any grid is better than −1; one without weights leaves a scale of 0.
+    # Any grid is better than −1; without weights the scale stays 0.
     none = (jnp.full_like(x[0], -1), jnp.zeros_like(x[0]), inverses[0])
     (_, scale, inverse), _ = lax.scan(attempt, none, inverses)
     return scale, inverse
@@ -236,7 +236,7 @@ def _fit_refined(x: Members, weights: Members, limit: int) -> tuple[Groups, Memb
 
 
 def _fit_unsigned(x: Members, weights: Members, top: int) -> tuple[Groups, Members]:
-    """Scale and codes of values that are not negative (make_qp_quants), for the scales of sub-blocks."""
+    """Scale and codes of non-negative values (make_qp_quants), for the scales of sub-blocks."""
     high = jnp.maximum(jnp.max(x, 0), 0)
     dead = high < NO_PEAK
     high = jnp.where(dead, 1, high)
@@ -262,15 +262,15 @@ def _fit_unsigned(x: Members, weights: Members, top: int) -> tuple[Groups, Membe
 
 
 def _refine(x: Members, weights: Members, codes: Members, lowest: int, highest: int) -> tuple[Groups, Members]:
-    """Five sweeps that move one code at a time to where the best scale for the others wants it."""
+    """Five sweeps; each code in turn moves to its best value under the best scale of the other codes."""
 
     def visit(sums: tuple[Array, Array], member: tuple[Array, Array, Array]) -> tuple[tuple, Array]:
         (xc, cc), (x, w, code) = sums, member
         rest_xc, rest_cc = xc - _once(w * x * code), cc - _once(w * code * code)
-        new = jnp.clip(jnp.round(x * rest_cc / jnp.where(rest_xc > 0, rest_xc, 1)), lowest, highest)
-        new_xc, new_cc = rest_xc + _once(w * x * new), rest_cc + _once(w * new * new)
-        better = (rest_xc > 0) & (new_cc > 0) & (new != code) & (new_xc * new_xc * cc > xc * xc * new_cc)
-        return _pick(better, (new_xc, new_cc), sums), jnp.where(better, new, code)
+        moved = jnp.clip(jnp.round(x * rest_cc / jnp.where(rest_xc > 0, rest_xc, 1)), lowest, highest)
+        new_xc, new_cc = rest_xc + _once(w * x * moved), rest_cc + _once(w * moved * moved)
+        better = (rest_xc > 0) & (new_cc > 0) & (moved != code) & (new_xc * new_xc * cc > xc * xc * new_cc)
+        return _pick(better, (new_xc, new_cc), sums), jnp.where(better, moved, code)
 
     def sweep(_, state: tuple) -> tuple:
         return lax.scan(visit, state[0], (x, weights, state[1]))
@@ -292,7 +292,7 @@ def _fit_affine(
     w_sum, x_sum = _totals(lambda x, w: (w, w * x), x, weights)
 
     def code(inverse: Array, low: Array, x: Array) -> Array:
-        # Where the best minimum meets the maximum the inverse is infinite, and its product with 0 not a number.
+        # Where the best minimum equals the maximum, the inverse is infinite and its product with 0 is NaN.
         value = inverse * (x - low)
         return jnp.where(value > 0, jnp.round(jnp.minimum(value, top)), 0)
 
@@ -351,7 +351,7 @@ def _store_signed(values: Groups, weights: Groups | None, format: Any) -> QTenso
         scale, codes = _fit_signed(x, _supers(weights, format)[1], half)
     else:
         peak = _peak(x)
-        # Six bits (Q3_K) give up only at zero, and then with the first code; eight (Q6_K) with the one that means zero.
+        # 6-bit scales (Q3_K) are dead only at 0 and then take the first code; 8-bit ones (Q6_K) take the code of 0.
         dead = jnp.abs(peak) < NO_PEAK if format.bits == 8 else peak == 0
         inverse = -half / jnp.where(dead, 1, peak)
         codes = jnp.clip(jnp.round(inverse * x), -half, half - 1) + half
@@ -361,13 +361,13 @@ def _store_signed(values: Groups, weights: Groups | None, format: Any) -> QTenso
 
 
 def _supers(values: Float[Array, "rows out"], format: Any) -> tuple[Any, Members]:
-    """The format, its group cut to a matrix that is shorter, and the values' super-blocks."""
+    """The format with its group no longer than the matrix, and the values' super-blocks."""
     format = replace(format, group=min(format.group, len(values)))
     return format, _members(values, format.group, repeat_last=False)
 
 
 def _members(w: Float[Array, "in out"], rows: int, repeat_last: bool = True) -> Members:
-    """Splits `in` into groups, members first; a short last group is filled up with its last row, or with zeros."""
+    """Splits `in` into groups, members first; a short last group is padded with its last row, or with zeros."""
     filling = w[-1:] if repeat_last else jnp.zeros_like(w[-1:])
     w = jnp.concatenate([w, jnp.repeat(filling, -len(w) % rows, 0)])
     return jnp.moveaxis(w.reshape(-1, rows, w.shape[1]), 1, 0)
@@ -379,12 +379,12 @@ def _rows(members: Members, n: int) -> Float[Array, "in out"]:
 
 
 def _peak(x: Members) -> Groups:
-    """The member of largest magnitude, the first of equals, with its sign."""
+    """The first member of largest magnitude, with its sign."""
     return jnp.take_along_axis(x, jnp.argmax(jnp.abs(x), 0)[None], 0)[0]
 
 
 def _grids(start: float | int, step: float | int, tries: Any, limit: float | int) -> Float[Array, " tries"]:
-    """Steps across a block on each grid that is tried, added up in float32 as in C."""
+    """limit + start + step · try for each grid that is tried, added up in float32 as in C."""
     return jnp.asarray(np.float32(start) + np.float32(step) * np.asarray(tries, np.float32) + np.float32(limit))
 
 
@@ -399,15 +399,15 @@ def _totals(terms: Callable[..., tuple[Array, ...]], *members: Array) -> tuple[A
 
 
 def _once(value: Array) -> Array:
-    """The value as a float32 of its own: XLA would fuse a · b + c into one rounding, and 1 / (a / b) into b / a.
+    """The value rounded to float32: XLA would otherwise round a · b + c once, and turn 1 / (a / b) into b / a.
 
-    No finite value is above the bound, but the compiler cannot know; it ignores `optimization_barrier` here.
+    No finite value is above the bound, but the compiler can't know that; it ignores `optimization_barrier` here.
     """
     return jnp.minimum(value, FLOAT32_MAX)
 
 
 def _over(a: Array, b: Any) -> Array:
-    """a / b with one rounding: XLA would multiply by the reciprocal of a divisor that does not depend on the data."""
+    """a / b with one rounding: XLA would multiply by the reciprocal of a constant divisor."""
     return a / jnp.where(a == 0, 1, b)
 
 

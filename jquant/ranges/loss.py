@@ -1,4 +1,4 @@
-"""The range whose clips the calibration cross-entropy chooses."""
+"""A range with clips learned on the calibration cross-entropy."""
 
 from dataclasses import dataclass, field
 
@@ -19,17 +19,17 @@ from jquant.ranges.search import Search
 class LossSearch:
     """Every group's scale times a factor, learned on the calibration cross-entropy by gradient descent.
 
-    Where Search asks which clip keeps a group or a layer's output, this asks the whole model (the aim of LAPQ, arXiv
-    1911.07190, with one factor a group as in OmniQuant, arXiv 2308.13137 §3.2, but on the network's own loss). Rounding
-    passes its gradient straight through, as in LSQ (arXiv 1902.08153, Eq. 3). All weights are quantized at once,
-    to the nearest; `loss.learn_clips` does the learning, before any block is rounded for good.
+    `Search` minimises the error of a group or of a layer's output; this range minimises the loss of the whole model.
+    That is the aim of LAPQ (arXiv 1911.07190), with one factor a group as in OmniQuant (arXiv 2308.13137 §3.2). The
+    gradient passes straight through rounding, as in LSQ (arXiv 1902.08153, Eq. 3). While `learning.clips.learn_clips`
+    learns, all weights are rounded to nearest; blocks are rounded afterwards.
 
-    Cost: `steps` forward and backward passes over `windows` calibration windows, with the gradient and two quantized
-    copies of the weights in float32. The model must fit.
+    Cost: `steps` forward and backward passes over `windows` calibration windows. The model, the gradient and two
+    quantized copies of the weights in float32 must fit into memory.
 
     Attributes:
-      start: where the factors begin, at 1.
-      steps: Adam's.
+      start: the range whose scales are multiplied; factors start at 1.
+      steps: of Adam.
       windows: calibration windows a step, taken in turn.
       rate: of Adam on the factors' logarithm.
 
@@ -64,7 +64,7 @@ class LossSearch:
         """The grid at factors of 1.
 
         Raises:
-          InputError: `start` quantizes the scales itself, which leaves none to multiply.
+          InputError: `start` returns quantized scales, which can't be multiplied.
         """
         scale, zero = self.start(w, format)
         if isinstance(scale, QTensor) or isinstance(zero, QTensor):
@@ -73,7 +73,7 @@ class LossSearch:
 
 
 def clipped(grid: tuple[Array, Array | None], clips: Array) -> tuple[Array, Array | None]:
-    """A grid whose range is multiplied by `clips`: an integer zero stays, a float one moves along."""
+    """A grid with its range multiplied by `clips`: integer zeros stay, float zeros are multiplied too."""
     scale, zero = grid
     if zero is not None and zero.dtype != jnp.uint8:
         zero = (zero.astype(jnp.float32) * clips).astype(zero.dtype)

@@ -1,4 +1,4 @@
-"""The range that clips nothing, and the one that clips a fixed share."""
+"""The range that clips nothing, and a range that clips a fixed share."""
 
 from dataclasses import dataclass
 
@@ -26,7 +26,7 @@ class MinMax:
 class Percentile:
     """From the (100 − p)-th to the p-th percentile of each group, interpolated linearly between its members.
 
-    In groups of a few hundred or fewer the default is all but min-max: it lies within 0.01 % of the members of the end.
+    In groups of a few hundred members the default is almost min-max: 0.01 % is less than one member.
 
     Attributes:
       percent: p, above 50 and at most 100.

@@ -1,4 +1,4 @@
-"""The range that is searched for."""
+"""A range found by search."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,17 +17,17 @@ from jquant.stats import check_gram
 
 @dataclass(frozen=True)
 class Search:
-    """The min-max range clipped where that leaves the least error, group by group.
+    """The min-max range of each group, clipped to the least error.
 
-    Both ends shrink together by a common factor first; where the format has a zero, and so the ends are free of each
-    other, the upper one is then searched alone, and the lower one.
+    First both ends shrink by a common factor. If the format has a zero, the ends are independent: the upper end is then
+    searched alone, and after it the lower end.
 
     Attributes:
-      metric: what is minimised, for Δ = Q(w) − w within one group:
+      metric: the error that is minimised, for Δ = Q(w) − w within a group:
         "mse" Σ Δ²;
         "diagonal" Σ Hᵢᵢ Δᵢ² with H the Gram matrix;
-        "gram" Δᵀ H_gg Δ with the group's block of it, the true change of the layer's output if the other groups stayed
-        exact (AWQ's clipping objective, arXiv 2306.00978 §3.2, with H in place of stored samples).
+        "gram" Δᵀ H_gg Δ with the group's block of H: the change of the layer's output if the other groups are exact
+        (AWQ's clipping objective, arXiv 2306.00978 §3.2, with H in place of stored samples).
       steps: factors tried, evenly spaced from 1 down to `smallest`.
       smallest: the strongest clipping tried.
 
@@ -64,7 +64,7 @@ class Search:
         def attempt(low: Array, high: Array):
             grid = format.grid(low, high)
             at = jax.tree.map(lambda v: v[:, None], grid)
-            # A codebook without a zero would count the filling of a short group as error.
+            # A codebook without a level at 0 would count a short group's padding as error.
             delta = (format.decode(format.encode(groups, *at), *at) - groups) * real
             return weigh(delta), (low, high), grid
 
@@ -72,9 +72,9 @@ class Search:
             _, (kept_low, kept_high), _ = best
 
             def step(best, shrink: Array):
-                new = attempt(low * shrink if move_low else kept_low, high * shrink if move_high else kept_high)
-                better = new[0] < best[0]
-                return jax.tree.map(lambda a, b: jnp.where(better, a, b), new, best), None
+                candidate = attempt(low * shrink if move_low else kept_low, high * shrink if move_high else kept_high)
+                better = candidate[0] < best[0]
+                return jax.tree.map(lambda a, b: jnp.where(better, a, b), candidate, best), None
 
             # A scan holds one candidate at a time: memory does not grow with `steps`.
             return jax.lax.scan(step, best, jnp.linspace(1.0, self.smallest, self.steps, dtype=jnp.float32))[0]
@@ -100,7 +100,7 @@ def _metric(metric: str, block: Block, gram: Array | None) -> Callable[[Array], 
     tiles = tiles[jnp.arange(groups), :, jnp.arange(groups), :]
 
     def energy(delta: Array) -> Array:
-        delta = delta.reshape(groups, rows, -1)  # a block's columns side by side
+        delta = delta.reshape(groups, rows, -1)  # the columns of a block side by side
         products = delta * jnp.einsum("gij,gjo->gio", tiles, delta, precision="highest")
         return jnp.sum(_weighted_sum(jnp.ones((1, rows, 1)), products).reshape(groups, columns, -1), -2)
 
@@ -108,6 +108,6 @@ def _metric(metric: str, block: Block, gram: Array | None) -> Callable[[Array], 
 
 
 def _weighted_sum(weight: Float[Array, "_ members 1"], values: Array) -> Array:
-    """Over the members of each group: as a matrix product, in half the time that XLA's sum takes on a CPU."""
+    """Sums over the members of each group, as a matrix product: half the time of XLA's sum on a CPU."""
     weight = jnp.broadcast_to(weight, (*values.shape[:-1], 1))
     return jnp.matmul(weight.mT, values, precision="highest")[:, 0]

@@ -1,8 +1,8 @@
-"""Which code each weight gets, on a grid that is already chosen.
+"""Roundings choose each weight's code on a given grid.
 
-A rounding is a frozen dataclass called as `rounding(w, grid)`; what it names in `needs` comes as keywords:
-`rounding(w, grid, gram=…)`. It is pure, runs under jit and vmap, needs no communication when `out` is sharded (but for
-sums over `out`: a damping or a scale that all columns share), and never asks which format it rounds to.
+A rounding is a frozen dataclass called as `rounding(w, grid)`; the names in its `needs` are its keywords:
+`rounding(w, grid, gram=…)`. It is pure, runs under jit and vmap, and works for every format. If `out` is sharded, only
+sums over `out` communicate: of a damping or a scale that all columns share.
 """
 
 from jquant.rounding.base import Rounded, Rounding

@@ -1,4 +1,4 @@
-"""What every rounding offers, and what it returns."""
+"""The contract of every rounding, and its result."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -13,14 +13,14 @@ from jquant.qtensor import Grid
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Rounded:
-    """A weight's codes, and what a rounding has to say of how it found them.
+    """A weight's codes, and how the rounding found them.
 
     Attributes:
       codes: uint8 `[in, out]`, from 0 to 2^bits − 1.
-      grid: the grid they belong to, where the rounding moved it; None where it is the one that was given.
-      damping: what was added to H's diagonal, as a multiple of its mean.
-      attempts: factorisations tried before one was finite.
-      fallback: 1 where a finite H had no finite factorisation and weights were rounded plainly, else 0.
+      grid: the codes' grid if the rounding changed it; None for the given grid.
+      damping: added to H's diagonal, as a multiple of its mean.
+      attempts: factorisations tried until one was finite.
+      fallback: 1 if no factorisation was finite and weights were rounded to nearest, else 0.
     """
 
     codes: Any
@@ -36,7 +36,7 @@ class Rounding(Protocol):
 
     @property
     def needs(self) -> frozenset[Any]:
-        """What it must be given beside weight and grid: "gram", "held_out", or own statistics (`Statistic`)."""
+        """The keywords of its call: "gram", "held_out", or statistics of one's own (`Statistic`)."""
         ...
 
     def __call__(self, w: Float[Array, "in out"], grid: Grid, /, *_: Any, **seen: Any) -> Rounded:
@@ -44,8 +44,8 @@ class Rounding(Protocol):
 
         Args:
           w: the weight.
-          grid: the values that codes stand for, as a range chose them.
-          seen: just what `needs` names, by name. "gram": mean x xᵀ over the calibration tokens, `[in, in]`.
+          grid: the codes' values, from a range.
+          seen: only what `needs` names, by name. "gram": mean x xᵀ over the calibration tokens, `[in, in]`.
             "held_out": the same over other windows.
         """
         ...

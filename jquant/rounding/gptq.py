@@ -1,16 +1,16 @@
-"""GPTQ in its back-substitution form (arXiv 2507.18553) and in the paper's own (arXiv 2210.17323).
+"""GPTQ in its back-substitution form (arXiv 2507.18553) and in the paper's form (arXiv 2210.17323).
 
 Minimising trace((W − Ŵ)ᵀ H (W − Ŵ)) over the grid is a closest-vector problem in the lattice spanned by R, where
 H = Rᵀ R and R is upper triangular. Babai's nearest plane solves it greedily from the last row to the first:
 
     ŵⱼ = Q(tⱼ),  tⱼ = wⱼ + Σₖ₍ₖ>ⱼ₎ (rⱼₖ / rⱼⱼ) (wₖ − ŵₖ)
 
-The paper takes the rows in the opposite order and moves those still to come by what each one lost against its *moved*
-value, with the Cholesky factor of the inverse, H⁻¹ = Vᵀ V, V lower triangular once the rows are numbered as above:
+The paper takes the rows in the opposite order. It moves the remaining rows by each row's loss against its *moved*
+value, with the Cholesky factor of the inverse, H⁻¹ = Vᵀ V, V lower triangular with rows numbered as above:
 
     tⱼ = wⱼ − Σₖ₍ₖ>ⱼ₎ (vₖⱼ / vₖₖ) (tₖ − ŵₖ)
 
-Both are one sweep with one unit triangular matrix, and give the same codes but where float rounding decides a tie.
+Both are one sweep with one unit triangular matrix. They give the same codes, except where float rounding decides a tie.
 """
 
 from dataclasses import dataclass
@@ -33,19 +33,18 @@ class GPTQ:
     """Error-compensating rounding against the Gram matrix H of the layer's inputs.
 
     Attributes:
-      damping: added to H's diagonal, as a multiple of its mean over the inputs that fired. Raised tenfold until the
-        factorisation is finite. Of several, each is tried and the one whose codes err least on the held-out windows is
-        kept.
-      order: which row is rounded first. Scales are fixed beforehand (static groups), so no order costs anything at
-        inference. "activation": the largest Hᵢᵢ (act-order). "pivot": the row that a Cholesky factorisation which
-        always eliminates the smallest remaining diagonal eliminates last (min-pivot, arXiv 2507.18553); it keeps the
-        sum of the squared pivots low, which bounds the error. "rows": first to last, as in the paper.
+      damping: added to H's diagonal, as a multiple of its mean over the active inputs; raised tenfold until the
+        factorisation is finite. Of several dampings, the one with the least error on the held-out windows is used.
+      order: which row is rounded first. Scales are fixed beforehand (static groups), so all orders are free at
+        inference. "activation": the largest Hᵢᵢ (act-order). "pivot": the last row of a Cholesky factorisation that
+        always eliminates the smallest remaining diagonal (min-pivot, arXiv 2507.18553); this keeps the sum of the
+        squared pivots low, which bounds the error. "rows": first to last, as in the paper.
       block: rows per lazy update. Any value gives the same codes up to float rounding; 32 keeps a block of the
         default model's widest matrix in the CPU's second-level cache.
       form: "babai" factorises H once; "inverse" inverts it and factorises that too, as the paper does (Algorithm 1).
 
     Raises:
-      InputError: several dampings and no held-out Gram matrix; an option that is not there.
+      InputError: several dampings without a held-out Gram matrix; an unknown option.
     """
 
     damping: float | tuple[float, ...] = 0.01
@@ -69,7 +68,7 @@ class GPTQ:
 
     @property
     def needs(self) -> frozenset[str]:
-        """See `Rounding`; the held-out Gram matrix only where there are several dampings to choose from."""
+        """See `Rounding`; the held-out Gram matrix only for several dampings."""
         return frozenset({"gram", "held_out"} if len(self._dampings) > 1 else {"gram"})
 
     def __call__(
@@ -79,7 +78,7 @@ class GPTQ:
         gram: Float[Array, "in in"],
         held_out: Float[Array, "in in"] | None = None,
     ) -> Rounded:
-        """See `Rounding`. A row whose input never fired (Hᵢᵢ = 0) takes the code nearest to zero, as in the paper."""
+        """See `Rounding`. A row with a dead input (Hᵢᵢ = 0) takes the code nearest to zero, as in the paper."""
         if held_out is None and "held_out" in self.needs:
             raise InputError("GPTQ chooses among dampings by a second Gram matrix: give it held-out windows.")
         w = w.astype(jnp.float32)
@@ -96,9 +95,9 @@ class GPTQ:
 
         def choose(best: tuple[Array, Rounded], damping: Array):
             rounded = solve(damping)
-            new = (output_energy(w - grid.decode(rounded.codes), held_out), rounded)
-            better = (new[0] < best[0]) | (best[1].attempts == 0)  # anything is better than nothing tried yet
-            return jax.tree.map(lambda a, b: jnp.where(better, a, b), new, best), None
+            candidate = (output_energy(w - grid.decode(rounded.codes), held_out), rounded)
+            better = (candidate[0] < best[0]) | (best[1].attempts == 0)  # attempts 0: nothing was tried yet
+            return jax.tree.map(lambda a, b: jnp.where(better, a, b), candidate, best), None
 
         dampings = jnp.array(self._dampings, jnp.float32)
         if len(dampings) == 1:
@@ -110,10 +109,10 @@ class GPTQ:
     def _factorize(
         self, gram: Float[Array, "n n"], diagonal: Float[Array, " n"], damping: Array
     ) -> tuple[Float[Array, "n n"], Int[Array, " n"], Array, Array, Array]:
-        """The sweep's unit triangular matrix, last row rounded first; the row at each place; what `SolveInfo` tells.
+        """The sweep's unit triangular matrix; the row at each place; damping, fallback and attempts for `Rounded`.
 
-        `diagonal` takes the place of the Gram matrix's own. Copies of a wide matrix are what a block's memory is made
-        of: there are two of them, one to be factorised and one factorised.
+        The last place is rounded first. `diagonal` replaces the Gram matrix's diagonal. Copies of a wide matrix take
+        most of a block's memory: there are two, before and after the factorisation.
         """
         n, mean, places = len(gram), jnp.mean(diagonal), jnp.arange(len(gram))
         inverse = self.form == "inverse"
@@ -123,7 +122,7 @@ class GPTQ:
                 place, row = at
                 return jnp.where(places == place, damped[row], gram[row][order])
 
-            # Some rows at a time: rows and columns put in order one after the other would be a copy more.
+            # Some rows at a time: ordering rows and then columns would take one more copy.
             return jax.lax.map(row, (places, order), batch_size=64)
 
         def attempt(state):
@@ -136,7 +135,7 @@ class GPTQ:
 
         def failed(state):
             upper, _, used, attempts = state
-            # Past 1000 times the mean nothing helps; the identity below then means plain rounding, a fallback.
+            # Beyond 1000 times the mean nothing helps; the identity below then means rounding to nearest, a fallback.
             return (attempts == 0) | (~_divides(upper) & (used < 1e3))
 
         blank = (jnp.zeros_like(gram), places, jnp.zeros_like(damping), jnp.int32(0))
@@ -158,9 +157,9 @@ class GPTQ:
 
 
 def _enliven(diagonal: Float[Array, " n"], dead: Array) -> Float[Array, " n"]:
-    """H's diagonal with the live inputs' mean square in the place of the dead ones', where the paper's code puts 1.
+    """H's diagonal with the mean over active inputs in place of the zeros; the paper's code puts 1.
 
-    So neither dead inputs nor the unit of the activations change what the damping means.
+    So the damping depends neither on dead inputs nor on the unit of the activations.
     """
     count = jnp.sum(~dead)
     mean = jnp.where(count == 0, 1, jnp.sum(diagonal) / jnp.maximum(count, 1))
@@ -168,9 +167,9 @@ def _enliven(diagonal: Float[Array, " n"], dead: Array) -> Float[Array, " n"]:
 
 
 def _factor(gram: Float[Array, "n n"], inverse: bool) -> Float[Array, "n n"]:
-    """R, or Vᵀ, upper triangular; not finite where a factorisation fails.
+    """R, or Vᵀ, upper triangular; not finite if a factorisation fails.
 
-    LAPACK's matrices lie column by column: of a transposed one, H being symmetric, no copy is made.
+    LAPACK stores matrices by columns: H is symmetric, and passed transposed it needs no copy.
     """
     upper = jnp.linalg.cholesky(gram.T, symmetrize_input=False).T
     if not inverse:
@@ -181,20 +180,20 @@ def _factor(gram: Float[Array, "n n"], inverse: bool) -> Float[Array, "n n"]:
 
 
 def _divides(upper: Float[Array, "n n"]) -> Array:
-    """Whether a factor is finite, divided by its diagonal too."""
+    """Whether a factor is finite, also divided by its diagonal."""
     return jnp.isfinite(jnp.max(jnp.abs(upper)) / jnp.min(jnp.diagonal(upper)))
 
 
 def _unit(upper: Float[Array, "n n"], inverse: bool) -> Float[Array, "n n"]:
-    """Unit upper triangular: rⱼₖ / rⱼⱼ, or −vₖⱼ / vₖₖ above the diagonal."""
+    """The unit upper triangular matrix: rⱼₖ / rⱼⱼ, or −vₖⱼ / vₖₖ above the diagonal."""
     return -upper / jnp.diagonal(upper) if inverse else upper / jnp.diagonal(upper)[:, None]
 
 
 def min_pivot(gram: Float[Array, "n n"], block: int = 32) -> Int[Array, " n"]:
     """The order in which a Cholesky factorisation eliminates rows if it always takes the least remaining diagonal.
 
-    Blocked: within a block only the pivots' columns are computed, from a panel of those before them; the whole Schur
-    complement is updated by one matrix product a block (n³ operations in all).
+    It works in blocks: within a block only the pivots' columns are computed, from a panel of the columns before them.
+    The Schur complement is updated by one matrix product a block (n³ operations in all).
     """
     n = len(gram)
 
@@ -202,16 +201,16 @@ def min_pivot(gram: Float[Array, "n n"], block: int = 32) -> Int[Array, " n"]:
         schur = state[0]
 
         def eliminate(k, state):
-            panel, diagonal, done, order = state
-            # Without the bound an infinite diagonal would be no larger than what is done, and a row come twice.
-            pivot = jnp.argmin(jnp.where(done, jnp.inf, jnp.minimum(diagonal, jnp.finfo(diagonal.dtype).max)))
+            panel, diagonal, eliminated, order = state
+            # Without the bound an infinite diagonal would equal that of finished rows, and a row could come twice.
+            pivot = jnp.argmin(jnp.where(eliminated, jnp.inf, jnp.minimum(diagonal, jnp.finfo(diagonal.dtype).max)))
             size = diagonal[pivot]
-            done = done.at[pivot].set(True)
+            eliminated = eliminated.at[pivot].set(True)
             column = schur[pivot] - jnp.matmul(panel, panel[pivot], precision="highest")
-            # A pivot that float rounding made negative will fail the factorisation; here it eliminates nothing.
-            column = jnp.where(done | ~(size > 0), 0, column * jax.lax.rsqrt(size))
-            # Places past n, of a short last block, are dropped.
-            return panel.at[:, k].set(column), diagonal - column**2, done, order.at[start + k].set(pivot)
+            # With a pivot that float rounding made negative, the factorisation will fail; here it eliminates nothing.
+            column = jnp.where(eliminated | ~(size > 0), 0, column * jax.lax.rsqrt(size))
+            # Places beyond n, of a short last block, are dropped.
+            return panel.at[:, k].set(column), diagonal - column**2, eliminated, order.at[start + k].set(pivot)
 
         panel, *rest = jax.lax.fori_loop(0, block, eliminate, (jnp.zeros((n, block), gram.dtype), *state[1:]))
         return (schur - jnp.matmul(panel, panel.T, precision="highest"), *rest), None
@@ -226,15 +225,15 @@ def _sweep(
 ) -> UInt8[Array, "n out"]:
     """Rounds rows of weights from last to first, each to its own scale and zero (`[n, out]`, all three).
 
-    Row j's target is wⱼ + Σₖ₍ₖ>ⱼ₎ uⱼₖ eₖ with the unit matrix U; eₖ is what row k lost, counted from its target if
-    `moved`, from the weight itself if not. Rows go in blocks. A block first gathers what all later rows owe it in one
-    matrix product (2 n² out operations in all), then is swept row by row. Both loops are lax loops: the program's size
-    does not depend on the matrix.
+    Row j's target is wⱼ + Σₖ₍ₖ>ⱼ₎ uⱼₖ eₖ with the unit matrix U; eₖ is the loss of row k, against its target if
+    `moved`, else against the weight. Rows go in blocks. A block first adds the terms of all later rows by one matrix
+    product (2 n² out operations in all), then is swept row by row. Both are lax loops, so the program's size does not
+    depend on the matrix.
     """
     n = len(unit)
     pad = -n % block
-    rows = jax.tree.map(lambda v: jnp.pad(v, ((0, pad), (0, 0)), "edge"), rows)  # not every scale's dtype has a 0
-    unit = jnp.pad(unit, ((0, pad), (0, pad)))  # rows of the filling owe nothing to others
+    rows = jax.tree.map(lambda v: jnp.pad(v, ((0, pad), (0, 0)), "edge"), rows)  # not 0: some scale dtypes lack it
+    unit = jnp.pad(unit, ((0, pad), (0, pad)))  # padding rows change no others
 
     def sweep_block(carry, index):
         errors, codes = carry

@@ -1,4 +1,4 @@
-"""A weight rounded, and what that does to the layer's outputs: computed here for every rounding."""
+"""Rounds a weight, and computes the error of the layer's outputs, for every rounding."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from jquant.qtensor import Grid, QTensor, dequantize
 from jquant.rounding.base import Rounding
 from jquant.stats import check_gram
 
-ROWS = 2048  # of H Δ at a time
+ROWS = 2048  # rows of H Δ at a time
 
 
 def _unknown() -> Array:
@@ -24,18 +24,18 @@ def _unknown() -> Array:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SolveInfo:
-    """What was done to one matrix; every field a scalar array.
+    """The result of rounding one matrix; every field is a scalar array.
 
     Attributes:
       error: trace((W − Ŵ)ᵀ H (W − Ŵ)), the mean squared change of the layer's output summed over `out`; NaN without H.
-      energy: trace(Wᵀ H W), to set the error against.
-      damping: what was added to H's diagonal, as a multiple of its mean.
-      attempts: factorisations tried before one was finite.
+      energy: trace(Wᵀ H W), to compare the error with.
+      damping: added to H's diagonal, as a multiple of its mean.
+      attempts: factorisations tried until one was finite.
       dead: inputs that were never active.
-      held_out_error: the error on other windows than those that H was observed on; NaN without them.
-      held_out_energy: the energy there.
-      fallback: 1 where a finite H had no finite factorisation, so that the method's part that needs one was left out:
-        GPTQ rounded plainly, or no error was propagated; else 0.
+      held_out_error: the error on held-out windows; NaN without them.
+      held_out_energy: the energy on held-out windows.
+      fallback: 1 if a finite H had no finite factorisation, so GPTQ rounded to nearest or no error was propagated;
+        else 0.
     """
 
     error: Any
@@ -49,18 +49,18 @@ class SolveInfo:
 
 
 def output_energy(delta: Float[Array, "in out"], gram: Float[Array, "in in"] | None) -> Float[Array, ""]:
-    """trace(Δᵀ H Δ); NaN where no Gram matrix was observed.
+    """trace(Δᵀ H Δ); NaN without a Gram matrix.
 
-    Of a wide H some rows at a time, since H Δ is another matrix of the weight's size. Columns are summed last: where
-    they are split over devices, nothing is moved until then.
+    A wide H is taken some rows at a time, since H Δ has the weight's size. Columns are summed last: if they are split
+    over devices, only that sum communicates.
     """
     if gram is None:
         return _unknown()
     rows = next(rows for rows in range(min(len(gram), ROWS), 0, -1) if len(gram) % rows == 0)
 
     def add(so_far: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
-        some_gram, some_delta = part
-        return so_far + jnp.sum(some_delta * jnp.matmul(some_gram, delta, precision="highest"), 0), None
+        gram_rows, delta_rows = part
+        return so_far + jnp.sum(delta_rows * jnp.matmul(gram_rows, delta, precision="highest"), 0), None
 
     parts = (gram.reshape(-1, rows, len(gram)), delta.reshape(-1, rows, delta.shape[1]))
     blank = jnp.zeros(delta.shape[1], jnp.result_type(delta, gram))
@@ -70,17 +70,17 @@ def output_energy(delta: Float[Array, "in out"], gram: Float[Array, "in in"] | N
 def round_to_grid(
     w: Float[Array, "in out"], grid: Grid, rounding: Rounding, seen: Mapping[str, Any]
 ) -> tuple[QTensor, SolveInfo, Bool[Array, ""]]:
-    """A weight rounded and packed, what that does to the layer's outputs, and whether all codes fit the format.
+    """Rounds and packs a weight; returns it, its `SolveInfo`, and whether all codes fit the format.
 
     Args:
       w: the weight.
-      grid: the values that codes stand for.
+      grid: the codes' values.
       rounding: chooses the codes.
-      seen: values of statistics by name: what the rounding needs, and "gram" and "held_out", under which errors are
-        measured, where they are known.
+      seen: values of statistics by name: those that the rounding needs, and "gram" and "held_out", if known, to
+        measure errors.
 
     Raises:
-      InputError: something that the rounding needs is missing, or is of another weight.
+      InputError: a statistic that the rounding needs is missing, or belongs to another weight.
     """
     gram, held_out = (seen.get(name) for name in ("gram", "held_out"))
     check_gram(gram, w)

@@ -1,4 +1,4 @@
-"""Whether a weight's scales fit the dtype that they are stored in."""
+"""Checks that a weight's scales fit their stored dtype."""
 
 from collections.abc import Mapping
 
@@ -9,24 +9,23 @@ from jax import Array
 from jquant.errors import InputError
 from jquant.qtensor import QTensor
 
-# A largest scale of fewer steps between the dtype's subnormal numbers than this is off by more than 3 %, the others by
-# more still. Normal weights stay far from it: of Q6_K, whose scales are the smallest, those up from 0.004.
+# If the largest scale is fewer subnormal steps of its dtype than this, it is off by more than 3 %, and smaller scales
+# by more. Usual weights are far from that: in Q6_K, which has the smallest scales, weights from 0.004 on are fine.
 STEPS = 16
 
 
 def check_scales(weights: Mapping[str, QTensor], floats: Mapping[str, Array] | None = None) -> None:
-    """Refuses weights whose scales, or float zeros, did not survive being stored.
+    """Refuses weights whose scales, or float zeros, are lost in their stored dtype.
 
-    Scales of 8-bit floats, and quantized ones, saturate by design: of those the outermost dtype counts.
+    Scales in 8-bit floats, and quantized scales, saturate by design: only their outermost dtype is checked.
 
     Args:
       weights: by name.
-      floats: what they were rounded from, by the same names, if that is known: scales that are all but 0 belong to a
-        matrix of zeros.
+      floats: the weights before rounding, by the same names, if known: a matrix of zeros may have scales of 0.
 
     Raises:
-      InputError: scales that are not finite, or as large as their dtype goes; scales all so small that little is left
-        of them.
+      InputError: scales that are not finite or reach the largest value of their dtype; scales that are all too small
+        for it.
     """
     for name, facts in jax.device_get(_facts(dict(weights), dict(floats or {}))).items():
         arrays = stored_arrays(weights[name])
@@ -44,27 +43,27 @@ def check_scales(weights: Mapping[str, QTensor], floats: Mapping[str, Array] | N
 
 
 def stored_arrays(q: QTensor) -> list[Array]:
-    """A weight's scales and float zeros as they lie in memory, where those are floats of 16 bits or more."""
-    found = []
+    """A weight's stored scales and float zeros that are floats of 16 bits or more."""
+    arrays = []
     for values in (q.scale, q.zero):
         if isinstance(values, QTensor):
-            found += stored_arrays(values)
+            arrays += stored_arrays(values)
         elif values is not None and jnp.issubdtype(values.dtype, jnp.floating) and values.dtype.itemsize > 1:
-            found.append(values)
-    return found
+            arrays.append(values)
+    return arrays
 
 
 def least(dtype: jnp.dtype) -> float:
-    """From where on a largest scale is kept well enough; subnormal float32 numbers are 0 to most hardware."""
+    """The smallest largest scale that is accepted; most hardware flushes subnormal float32 numbers to 0."""
     return max(STEPS * float(jnp.finfo(dtype).smallest_subnormal), float(jnp.finfo(jnp.float32).tiny))
 
 
 @jax.jit
 def _facts(weights: dict[str, QTensor], floats: dict[str, Array]) -> dict[str, list[tuple[Array, Array]]]:
-    """Of each stored array: whether all values are below the dtype's end, and whether one is not lost (or need be)."""
+    """For each stored array: all values are below the dtype's largest; one is not too small, or the weight is all 0."""
 
     def facts(name: str, values: Array) -> tuple[Array, Array]:
-        largest = jnp.max(jnp.abs(values))  # NaN if one is
+        largest = jnp.max(jnp.abs(values))  # NaN if any value is
         shows = largest >= least(values.dtype)
         needs = jnp.any(floats[name] != 0) if name in floats else False
         return largest < jnp.finfo(values.dtype).max, shows | ~jnp.asarray(needs)

@@ -1,4 +1,4 @@
-"""Round to nearest (RTN): every weight on its own."""
+"""Round to nearest (RTN)."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""The two grid values that a weight lies between, for roundings that choose among them."""
+"""The two grid values around a weight, for roundings that choose between them."""
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +9,15 @@ from jquant.qtensor import Grid
 
 
 def neighbours(w: Float[Array, "*l in out"], grid: Grid) -> tuple[UInt8[Array, "*l in out"], UInt8[Array, "*l in out"]]:
-    """Codes of the largest value ≤ w and of the smallest value ≥ w; the end's code twice for weights beyond the grid.
+    """Codes of the largest value ≤ w and of the smallest value ≥ w; for weights beyond the grid, the end's code twice.
 
-    Goes through all 2^bits codes by `grid.decode`, so it works for every format, signed scales and descending codes
-    included. The ends are what `encode` gives infinitely large weights; codes outside them (an FP8 NaN, the lowest code
-    of a grid that is not of full range) are thereby left out.
+    It decodes all 2^bits codes, so it works for every format, also with signed scales and descending codes. The ends
+    are the codes of infinitely large weights; codes beyond them (an FP8 NaN, the lowest code without `full_range`) are
+    left out.
 
     Args:
       w: the weights.
-      grid: the values that codes stand for.
+      grid: the codes' values.
     """
     w, largest = w.astype(jnp.float32), float(jnp.finfo(jnp.float32).max)
     ends = [grid.format.encode(jnp.full_like(w, end), *grid.per_weight) for end in (-largest, largest)]

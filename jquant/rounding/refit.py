@@ -1,4 +1,4 @@
-"""Scales, and float zeros, fitted anew to codes that stay."""
+"""Refits scales, and float zeros, to fixed codes."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,25 +15,24 @@ from jquant.qtensor import Grid, QTensor, dequantize, is_integer, stored_grid
 from jquant.rounding.base import Rounded, Rounding
 from jquant.rounding.gptq import GPTQ
 
-NOISE = 1e-6  # of the terms that make it up: below that a float32 sum may be nothing but rounding
+NOISE = 1e-6  # relative to a sum's terms: a smaller float32 sum may be rounding error only
 
 
 @dataclass(frozen=True)
 class Refit:
-    """Rounds with another rounding, then moves each group's scale to where its codes err least.
+    """Rounds with another rounding, then fits each group's scale to its codes.
 
-    With the codes fixed, ŵ = s q + z in a group of scale s and float zero z, q being what the codes mean under a scale
-    of 1 (integer zeros stay, as part of q). Along one group's scale, the others fixed, trace((W − Ŵ)ᵀ H (W − Ŵ)) is
-    least at
+    With fixed codes, ŵ = s q + z in a group with scale s and float zero z; q are the codes' values under a scale of 1
+    (with integer zeros, which stay). As a function of one group's scale, trace((W − Ŵ)ᵀ H (W − Ŵ)) is least at
 
         s_g + (eᵀ H_{·g} q_g) / (q_gᵀ H_gg q_g),  e = w − ŵ,
 
-    and likewise along scale and zero together. Every group in turn takes that step, each column on its own: coordinate
-    descent with exact steps. The new scale is taken as it will be stored, and only where the error falls: it never
-    rises. Columns that share a scale, in blocks or under "tensor", sum both terms. H is not damped.
+    and likewise for scale and zero together. The groups take that step in turn, each column separately: coordinate
+    descent with exact steps. The new scale is rounded to its stored dtype, and kept only if the error falls. Columns
+    that share a scale, in blocks or under "tensor", sum both terms. H is not damped.
 
-    Scales that are quantized in turn (k-quants, double quantization, NVFP4) stay as they are; powers of two (MX) move
-    where a neighbouring power is better.
+    Quantized scales (k-quants, double quantization, NVFP4) are not refitted; powers of two (MX) move where another
+    power is better.
 
     Attributes:
       start: the rounding that chooses the codes.
@@ -66,11 +65,11 @@ class Refit:
 
 
 def _refit(w: Float[Array, "in out"], q: QTensor, gram: Float[Array, "in in"], passes: int) -> QTensor:
-    """The same codes under scales, and float zeros, that err less."""
+    """The same codes with refitted scales and float zeros."""
     (n, out), (rows, columns), dtype = w.shape, block_shape(q.format, q.shape), str(q.format.scale)
     pad = -n % rows
     scale, zero = stored_grid(q)
-    # A zero that is not free has the direction 0: it never moves and never counts.
+    # A zero that is not free has the direction 0, so it never moves.
     free = None if is_integer(zero) else zero
     inside = jax.tree.map(lambda v: expand(v, (rows, columns), w.shape), zero if free is None else jnp.zeros((1, 1)))
     basis = q.format.decode(unpack(q.codes, q.format.bits, n), jnp.ones((1, 1)), inside)
@@ -84,10 +83,10 @@ def _refit(w: Float[Array, "in out"], q: QTensor, gram: Float[Array, "in in"], p
 
     def step(errors: Array, group: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
         index, lines, s, z, w, *grid = group
-        own = jax.lax.dynamic_slice_in_dim(lines, index * rows, rows, 1)
+        gram_block = jax.lax.dynamic_slice_in_dim(lines, index * rows, rows, 1)
         pull = jnp.matmul(lines, errors.reshape(-1, out), precision="highest")
-        bent, tilted = (jnp.matmul(own, v, precision="highest") for v in (s, z))
-        size = jnp.diagonal(own)[:, None]
+        bent, tilted = (jnp.matmul(gram_block, v, precision="highest") for v in (s, z))
+        size = jnp.diagonal(gram_block)[:, None]
         terms = (s * pull, z * pull, s * bent, z * bent, z * tilted, size * s**2, size * z**2)
         grid = _descend(tuple(grid), tuple(map(per_block, terms)), dtype)
         at_s, at_z = (expand(v[None], (1, columns), (1, out)) for v in grid)
@@ -108,10 +107,10 @@ def _refit(w: Float[Array, "in out"], q: QTensor, gram: Float[Array, "in in"], p
 
 
 def _descend(grid: tuple[Array, ...], terms: tuple[Array, ...], dtype: str) -> tuple[Array, Array]:
-    """The best scale and zero of each block, as stored; the old ones where those err no less (`[columns]`, all).
+    """The best scale and zero of each block, as stored; the old ones if the error does not fall (all `[columns]`).
 
     With (σ, ζ) the change of scale and zero, the error falls by 2 σ pull_s + 2 ζ pull_z − σ² ss − 2 σ ζ sz − ζ² zz.
-    The sizes are Σ Hᵢᵢ sᵢ² and Σ Hᵢᵢ zᵢ², what curvatures are compared with.
+    The sizes are Σ Hᵢᵢ sᵢ² and Σ Hᵢᵢ zᵢ²; curvatures far below them are rounding error.
     """
     (scale, zero), (pull_s, pull_z, ss, sz, zz, size_s, size_z) = grid, terms
 
@@ -120,7 +119,7 @@ def _descend(grid: tuple[Array, ...], terms: tuple[Array, ...], dtype: str) -> t
         return jnp.where(real, a / jnp.where(real, b, 1), 0)
 
     stored = lambda v: v.astype(dtype).astype(jnp.float32)  # noqa: E731
-    # The zero is eliminated first, then fitted to the scale as stored.
+    # The zero is eliminated first, then fitted to the stored scale.
     share = quotient(sz, zz, size_z)
     new_scale = stored(scale + quotient(pull_s - share * pull_z, ss - share * sz, size_s))
     change = new_scale - scale

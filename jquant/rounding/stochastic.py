@@ -1,4 +1,4 @@
-"""Stochastic rounding: right on average."""
+"""Stochastic rounding: unbiased."""
 
 from dataclasses import dataclass
 
@@ -14,15 +14,15 @@ from jquant.rounding.neighbours import neighbours
 
 @dataclass(frozen=True)
 class Stochastic:
-    """Each weight takes one of the two grid values around it, the nearer the likelier, so that E[ŵ] = w.
+    """Each weight takes one of the two grid values around it, with probabilities such that E[ŵ] = w.
 
     Weights beyond the grid take its end. (Croci et al. 2022, "Stochastic rounding: implementation, error analysis and
     applications", mode 1.)
 
     Attributes:
-      seed: of the draws. Every column draws from a key of its own, folded from the seed, the column's index and a hash
-        of its weights: the same weight gets the same codes, other weights of that shape independent ones, and no
-        device must know more than its own columns.
+      seed: of the draws. Every column has its own key, folded from the seed, the column's index and a hash of its
+        weights. So a weight always gets the same codes, other weights of that shape get independent draws, and a
+        device needs only its own columns.
     """
 
     seed: int = 0
@@ -43,7 +43,7 @@ def _draws(w: Float[Array, "in out"], seed: int) -> Float[Array, "in out"]:
     rows, out = w.shape
 
     def column(index: Array, hashed: Array) -> Array:
-        # Named, so that no setting of JAX changes the codes.
+        # The generator is named, so no setting of JAX changes the codes.
         key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), index)
         return jax.random.uniform(jax.random.fold_in(key, hashed), (rows,), jnp.float32)
 
@@ -51,8 +51,8 @@ def _draws(w: Float[Array, "in out"], seed: int) -> Float[Array, "in out"]:
 
 
 def _hash(w: Float[Array, "in out"]) -> UInt32[Array, " out"]:
-    """A hash of each column modulo 2³²: its bits times odd factors, spread by Fibonacci hashing's multiplier."""
+    """A hash of each column modulo 2³²: the sum of its bit patterns times odd factors from Fibonacci hashing."""
     bits = jax.lax.bitcast_convert_type(w.astype(jnp.float32), jnp.uint32)
-    bits ^= bits >> 16  # else the signs of w and −w, all in the top bit, would add up to nothing
+    bits ^= bits >> 16  # otherwise sign bits, in the top bit, would cancel modulo 2³²
     factors = (2 * jnp.arange(len(w), dtype=jnp.uint32) + 1) * jnp.uint32(2654435769)
     return jnp.sum(bits * factors[:, None], 0, dtype=jnp.uint32)

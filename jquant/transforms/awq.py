@@ -1,8 +1,8 @@
-"""AWQ (arXiv 2306.00978): scale up the input channels that matter before rounding, and undo it in what feeds them.
+"""AWQ (arXiv 2306.00978): scales up important input channels before rounding, and undoes it in their producer.
 
-For a scale s per input channel, W is replaced by diag(s) W and the layer's input by x / s, which whatever produces x
-(a norm's gain, a projection's output channels) absorbs exactly. The scale is s = mean|x|^α, Eq. 5, with the α in
-[0, 1) that changes the outputs least, Eq. 4. Where the paper replays stored samples, the error here is its exact value
+For a scale s per input channel, W is replaced by diag(s) W and the layer's input by x / s. The producer of x (a norm's
+gain, a projection's output channels) absorbs 1 / s exactly. The scale is s = mean|x|^α, Eq. 5, with the α in [0, 1)
+that changes the outputs least, Eq. 4. The paper computes that error on stored samples. Here it is exact
 over all calibration tokens, from their Gram matrix: trace(Δᵀ H Δ) for Δ = diag(1/s) Q(diag(s) W) − W.
 """
 
@@ -27,9 +27,9 @@ class AWQ:
     """Searches the channel scales of the matrices that read one input.
 
     Attributes:
-      steps: values of α tried, i / steps; the first, α = 0, is no scaling.
-      range: how groups get their scales during the search. Plain min-max, as in the paper, whose clipping comes
-        afterwards: searching clips inside the search multiplies its time by theirs.
+      steps: number of α tried, i / steps; α = 0 is no scaling.
+      range: how groups get their scales during the search; min-max by default, since the paper clips afterwards. A
+        range with a search of its own multiplies the time.
     """
 
     steps: int = 20
@@ -49,13 +49,13 @@ class AWQ:
         gram: Sequence[Float[Array, "in in"]],
         abs_mean: Float[Array, " in"],
     ) -> Float[Array, " in"]:
-        """The scale s by which input channels are multiplied (and their producer divided), `[in]`, positive.
+        """The scale s by which input channels are multiplied (and their producer is divided), `[in]`, positive.
 
         Args:
           weights: the matrices that read the input.
           formats: what each weight will be rounded to.
-          gram: the Gram matrix of each weight's input (they may weight tokens differently).
-          abs_mean: mean |x| of each input channel, already averaged over channels that must share a scale.
+          gram: each weight's Gram matrix (they may weight tokens differently).
+          abs_mean: mean |x| of each input channel, averaged over channels that must share a scale.
         """
 
         def scale_at(alpha: Array) -> Array:

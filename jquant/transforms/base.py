@@ -1,4 +1,4 @@
-"""What every transform that scales channels offers."""
+"""The contract of every transform that scales channels."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -11,11 +11,11 @@ from jquant.formats import Format
 
 @runtime_checkable
 class Transform(Protocol):
-    """Chooses the scale of a site's input channels; the pipeline folds its inverse into what produces them."""
+    """Chooses the scales of a site's input channels; the pipeline folds their inverse into the producer."""
 
     @property
     def needs(self) -> frozenset[Any]:
-        """The statistics it looks at: "gram", "abs_mean", "abs_max", or statistics of one's own (`Statistic`)."""
+        """The keywords of its call: "gram", "abs_mean", "abs_max", or statistics of one's own (`Statistic`)."""
         ...
 
     def __call__(
@@ -26,8 +26,8 @@ class Transform(Protocol):
         Args:
           weights: the matrices that read the input.
           formats: what each will be rounded to.
-          seen: just what `needs` names, by name. "gram", and statistics of one's own, are lists, one value a weight,
-            since weights may count tokens differently. "abs_mean" and "abs_max" are `[in]`, already averaged (or the
-            largest taken) over channels that must share a scale.
+          seen: only what `needs` names, by name. "gram" and statistics of one's own are lists with a value for each
+            weight, since weights may weight tokens differently. "abs_mean" and "abs_max" are `[in]`: the mean and the
+            maximum over channels that must share a scale.
         """
         ...

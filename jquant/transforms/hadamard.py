@@ -2,9 +2,9 @@
 
 A rotation of size n = 2ᵏ · m, m odd, is Q = D · H / √n with random signs D and a Hadamard matrix H, the Kronecker
 product of Sylvester's matrix and of the smallest of Paley's matrices whose order is m times a power of two: 36 for
-576 = 16 · 36, 12 for 1536 = 128 · 12. Every entry of Q is ±1/√n, so an outlier in one channel leaves as equal shares in
-all. Where Paley has none (odd sizes, 2 · odd, 92, …), Q is the Kronecker product of Sylvester's matrix of order 2ᵏ and
-a random orthogonal m × m one.
+576 = 16 · 36, 12 for 1536 = 128 · 12. Every entry of Q is ±1/√n, so an outlier in one channel is spread equally over
+all. If Paley has no such matrix (odd sizes, 2 · odd, 92, …), Q is the Kronecker product of Sylvester's matrix of order
+2ᵏ and a random orthogonal m × m matrix.
 
 Paley's matrices (Journal of Mathematics and Physics 12, 1933) come from the quadratic character χ of a field of q
 elements: of order q + 1 where q mod 4 = 3, of order 2 (q + 1) where q mod 4 = 1.
@@ -25,19 +25,19 @@ from jquant.errors import InputError
 
 Kind = Literal["hadamard", "orthogonal"]
 
-# Widest factor that several are merged into: on a CPU, 1536 as 32 · 48 takes 1.1 ms for 512 tokens, as 8 · 16 · 12 1.6,
-# as one dense product 10.8.
+# Small factors are merged up to this width. On a CPU, 512 tokens of width 1536 take 1.1 ms as 32 · 48, 1.6 ms as
+# 8 · 16 · 12, and 10.8 ms as one dense product.
 WIDEST = 64
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """An orthogonal matrix Q `[size, size]`, by its recipe; value-hashable, so static under jit.
+    """An orthogonal matrix Q `[size, size]`, described by its parameters; hashable, so static under jit.
 
     Attributes:
       size: n.
-      seed: of the random signs and matrices, the same ones on every machine up to the rounding of a QR factorisation;
-        None for no signs (D = 1), and random matrices of seed 0.
+      seed: of the random signs and matrices, which are the same on every machine up to the rounding of a QR
+        factorisation; None for no signs (D = 1), and random matrices of seed 0.
       kind: "hadamard" as the module describes; "orthogonal" for one random (Haar) matrix, applied as a dense product.
     """
 
@@ -56,13 +56,13 @@ class Rotation:
 
 @dataclass(frozen=True)
 class Hadamard:
-    """Which parts of a decoder are rotated before its blocks are quantized: `jquant.rotate`'s arguments.
+    """Which parts of a decoder are rotated before its blocks are quantized; the arguments of `jquant.rotate`.
 
     Attributes:
-      residual: the residual stream, the norms' gains folded into what reads it.
+      residual: the residual stream; the norms' gains are folded into the weights that read it.
       heads: every value head's channels.
-      mlp: what `down` reads, which costs a fast transform when the model runs.
-      seed: of the random signs; None for none.
+      mlp: the input of `down`, which costs a fast transform when the model runs.
+      seed: of the random signs; None for no signs.
     """
 
     residual: bool = True
@@ -71,13 +71,13 @@ class Hadamard:
     seed: int | None = 0
 
     def __post_init__(self) -> None:
-        Rotation(1, self.seed)  # checks it
+        Rotation(1, self.seed)  # checks the seed
         if not (self.residual or self.heads or self.mlp):
             raise InputError("Hadamard rotates the residual stream, the heads or the MLP: all three are off.")
 
 
 def apply(x: Float[Array, "*b n"], rotation: Rotation) -> Float[Array, "*b n"]:
-    """x @ Q as a fast transform: O(n · Σ of the factors' orders), at most 64 each unless Paley's matrix is larger.
+    """x @ Q as a fast transform: O(n · Σ orders of the factors), at most 64 each unless Paley's matrix is larger.
 
     Computed in float32 at the highest matrix-product precision, returned in x's dtype.
 
@@ -108,7 +108,7 @@ def _check(x: Array, rotation: Rotation) -> None:
 
 
 def _kronecker(x: Array, factors: tuple[np.ndarray, ...]) -> Array:
-    """x @ (F₁ ⊗ F₂ ⊗ …): each product takes the leading part of the last axis and puts it last, so all come round."""
+    """x @ (F₁ ⊗ F₂ ⊗ …): each product contracts the leading part of the last axis and appends its result at the end."""
     rows, size, turned = math.prod(x.shape[:-1]), x.shape[-1], x
     for factor in factors:
         parts = turned.reshape(rows, len(factor), size // len(factor))
@@ -137,7 +137,7 @@ def _factors(rotation: Rotation) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
 
 
 def _signs(size: int, seed: int | None) -> np.ndarray:
-    """Random signs from the generator's raw bits, whose stream NumPy promises never to change (NEP 19)."""
+    """Random signs from the generator's raw bits, whose stream NumPy never changes (NEP 19)."""
     if seed is None:
         return np.ones(size)
     return 1.0 - 2.0 * (np.random.PCG64(seed).random_raw(size) >> 63)
@@ -150,13 +150,13 @@ def _random_orthogonal(size: int, seed: int | None) -> np.ndarray:
 
 
 def _sylvester(bits: int) -> np.ndarray:
-    """The Hadamard matrix of order 2^bits: (−1) to the number of bits that row and column share."""
+    """The Hadamard matrix of order 2^bits: (−1)^(number of bits that row and column share)."""
     shared = np.bitwise_count(np.arange(2**bits)[:, None] & np.arange(2**bits))
     return 1.0 - 2.0 * (shared % 2)
 
 
 def _paley(size: int) -> np.ndarray | None:
-    """The smallest of Paley's matrices of an order that divides `size` and has its odd part; [[1]] for powers of 2."""
+    """Paley's smallest matrix whose order divides `size` and has its odd part; [[1]] for powers of 2; else None."""
     odd = size // (size & -size)
     if odd == 1:
         return np.ones((1, 1))
@@ -185,7 +185,7 @@ def _second(jacobsthal: np.ndarray) -> np.ndarray:
 
 
 def _jacobsthal(p: int, r: int) -> np.ndarray:
-    """χ(a − b) for all pairs of elements of GF(pʳ), χ the quadratic character: even powers of a generator are squares.
+    """χ(a − b) for all pairs of elements of GF(pʳ). χ is the quadratic character: 1 for even powers of a generator.
 
     Elements are polynomials over GF(p), indexed by their coefficients.
     """
@@ -198,14 +198,14 @@ def _jacobsthal(p: int, r: int) -> np.ndarray:
 
 
 def _powers(p: int, r: int) -> np.ndarray:
-    """Coefficients of 1, x, x², … `[pʳ − 1, r]`, under the first rule xʳ = tail(x) by which x generates all units."""
-    one = (1, *[0] * (r - 1))
+    """Coefficients of 1, x, x², … `[pʳ − 1, r]`, for the first rule xʳ = tail(x) under which x generates all units."""
+    unity = (1, *[0] * (r - 1))
     for tail in product(range(p), repeat=r):
-        powers: list[tuple[int, ...]] = [one]
+        powers: list[tuple[int, ...]] = [unity]
         while len(powers) < p**r:
             *low, top = powers[-1]
             following = tuple((a + top * b) % p for a, b in zip((0, *low), tail, strict=True))
-            if following == one:
+            if following == unity:
                 break
             powers.append(following)
         if len(powers) == p**r - 1:
@@ -214,7 +214,7 @@ def _powers(p: int, r: int) -> np.ndarray:
 
 
 def _prime_power(q: int) -> tuple[int, int] | None:
-    """(p, r) with q = pʳ, p prime; None if there are none."""
+    """(p, r) with q = pʳ and p prime; None if q is no prime power."""
     p = next((d for d in range(2, math.isqrt(q) + 1) if q % d == 0), q)
     r = round(math.log(q, p))
     return (p, r) if p**r == q else None

@@ -1,8 +1,8 @@
-"""Orders of channels that put similar ones into the same group, whose one scale then suits them all.
+"""Orders of channels that put similar channels into the same group, so that one scale suits them all.
 
-A group's step follows its largest weight, so one large row costs the small rows beside it their precision. Sorted rows
-share their group with their equals. With the activations' magnitudes as keys this is GPTQ's act-order
-(arXiv 2210.17323, the authors' code) with groups that follow the order, at no cost when the model runs.
+A group's step is set by its largest weight, so one large row costs the small rows in its group their precision. Sorted
+rows share a group with similar rows. With the activations' magnitudes as keys this is GPTQ's act-order (arXiv
+2210.17323, the authors' code) with groups that follow the order, at no cost when the model runs.
 `jquant.permute_mlp` folds an order into a decoder.
 """
 
@@ -17,5 +17,5 @@ def row_magnitude(weight: Float[Array, "*l in out"]) -> Float[Array, "*l in"]:
 
 
 def sort_channels(keys: Float[Array, "*l in"]) -> Int[Array, "*l in"]:
-    """The channels from the smallest key to the largest; equal ones keep their order."""
+    """The channels from the smallest key to the largest; equal keys keep their order."""
     return jnp.argsort(keys, -1, stable=True)

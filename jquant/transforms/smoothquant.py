@@ -1,7 +1,7 @@
-"""SmoothQuant (arXiv 2211.10438): move the outliers of a layer's inputs into its weights, so that both fit 8 bits.
+"""SmoothQuant (arXiv 2211.10438): moves outliers of a layer's inputs into its weights, so that both fit 8 bits.
 
-For a scale s per input channel, W is replaced by diag(s) W and the layer's input by x / s, which whatever produces x
-absorbs exactly, as with AWQ. Eq. 4: sⱼ = max|Xⱼ|^α / max|Wⱼ|^(1 − α), both maxima of input channel j.
+For a scale s per input channel, W is replaced by diag(s) W and the layer's input by x / s. The producer of x absorbs
+1 / s exactly, as in AWQ. Eq. 4: sⱼ = max|Xⱼ|^α / max|Wⱼ|^(1 − α), both maxima of input channel j.
 """
 
 from collections.abc import Sequence
@@ -20,11 +20,11 @@ FLOOR = 1e-5
 
 @dataclass(frozen=True)
 class SmoothQuant:
-    """Shares the range of each input channel between activations and weights; for formats that quantize both.
+    """Divides the range of each input channel between activations and weights, when both are quantized.
 
     Attributes:
-      alpha: α, from 0 (the weights' rows become equally large) to 1 (the inputs' channels do). At 1/2 channel j is
-        √(max|Xⱼ| · max|Wⱼ|) on either side.
+      alpha: α, from 0 (the weights' rows get equal maxima) to 1 (the inputs' channels do). At 1/2 the maximum of
+        channel j is √(max|Xⱼ| · max|Wⱼ|) in both.
     """
 
     alpha: float = 0.5
@@ -38,11 +38,11 @@ class SmoothQuant:
     def __call__(
         self, weights: Sequence[Float[Array, "in _"]], formats: Sequence[Format], abs_max: Float[Array, " in"]
     ) -> Float[Array, " in"]:
-        """The scale s by which input channels are multiplied (and their producer divided), `[in]`, positive.
+        """The scale s by which input channels are multiplied (and their producer is divided), `[in]`, positive.
 
         Args:
-          weights: the matrices that read the input; max|Wⱼ| is over them all.
-          formats: what each weight will be rounded to; Eq. 4 does not ask.
+          weights: the matrices that read the input; max|Wⱼ| is over all of them.
+          formats: what each weight will be rounded to; not used by Eq. 4.
           abs_max: max|x| of each input channel over the calibration tokens and over the channels that must share a
             scale.
         """

@@ -1,4 +1,4 @@
-"""GGUF files: what their header says, their tensors as floats, and their quantized blocks as QTensors."""
+"""GGUF files: header, tensors as floats, and quantized blocks as QTensors."""
 
 from jquant.io.gguf.blocks import block_size, from_blocks, to_blocks
 from jquant.io.gguf.header import Header, Tensor, read_header, read_metadata

@@ -1,8 +1,8 @@
 """GGUF's quantized blocks as QTensors and back, bit for bit, for llama.cpp's types of 2 to 8 bits.
 
-A GGUF row is a column of ours: ggml stores weights `[out, in]`, and blocks of 32 or 256 run along `in`. What each type
-stores, and in which order, is ggml's (ggml-common.h); what the fields mean stands in `jquant.formats.GGUF`. Nothing is
-computed on the way: both directions only move bits, NaN scales included.
+A GGUF row is a column of ours: ggml stores weights `[out, in]`, and blocks of 32 or 256 run along `in`. ggml-common.h
+defines what each type stores and in which order; `jquant.formats.GGUF` says what the fields mean. Both directions only
+move bits, those of NaN scales too.
 """
 
 from typing import Any
@@ -16,8 +16,9 @@ from jquant.errors import InputError
 from jquant.formats import GGUF, unpack
 from jquant.qtensor import QTensor, from_codes
 
-# Fields of a block in their order, with their bytes. "d" and "m" are halves: scale and zero, or those of the super-
-# block, whose "m" is subtracted. "sub" are the sub-blocks' scales, "low" and "high" the codes' lower and upper bits.
+# Fields of a block in their order, with their bytes. "d" and "m" are float16: a block's scale and zero, or those of a
+# super-block, whose "m" is subtracted. "sub" are the sub-blocks' scales, "low" and "high" the codes' lower and upper
+# bits.
 LAYOUTS: dict[str, dict[str, int]] = {
     "Q4_0": {"d": 2, "low": 16},
     "Q4_1": {"d": 2, "m": 2, "low": 16},
@@ -32,8 +33,8 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "IQ4_NL": {"d": 2, "low": 16},
 }
 
-# Bits of a code in each of the two fields, and the run: `run` bytes hold their first fields for `run` codes in a row,
-# then their second ones for the next `run` codes, and so on.
+# For each of the two fields: bits of a code, and `run`. The lowest bits of `run` bytes hold the first `run` codes,
+# their next bits the next `run` codes, and so on.
 CODES: dict[str, dict[str, tuple[int, int]]] = {
     "Q4_0": {"low": (4, 16)},
     "Q4_1": {"low": (4, 16)},
@@ -48,7 +49,7 @@ CODES: dict[str, dict[str, tuple[int, int]]] = {
     "IQ4_NL": {"low": (4, 16)},
 }
 
-_INT8_OFFSET = np.uint8(128)  # ggml's int8 is our offset code with the top bit flipped
+_INT8_OFFSET = np.uint8(128)  # ggml's int8 codes are ours with the top bit flipped
 
 
 def block_size(kind: str) -> tuple[int, int]:
@@ -67,7 +68,7 @@ def from_blocks(raw: UInt8[np.ndarray, "out bytes"], kind: str, in_features: int
     """The weight `[in_features, out]` that rows of GGUF blocks hold.
 
     Raises:
-      InputError: an unknown kind, or rows of another length than `in_features` weights take.
+      InputError: an unknown kind, or rows whose length does not suit `in_features` weights.
     """
     weights, size = block_size(kind)
     if in_features % weights or raw.shape[1] * weights != in_features * size:
@@ -90,7 +91,7 @@ def to_blocks(q: QTensor, kind: str) -> UInt8[np.ndarray, "out bytes"]:
     """Rows of GGUF blocks that hold a weight `[in, out]`; the inverse of `from_blocks`.
 
     Raises:
-      InputError: an unknown kind, a weight in another format, or whose rows do not fill the blocks.
+      InputError: an unknown kind, a weight in another format, or rows that do not fill the blocks.
     """
     weights, _ = block_size(kind)
     if q.in_features % weights or len(q.shape) != 2 or q.format != GGUF[kind]:
@@ -133,7 +134,7 @@ def _split_sub(sub: np.ndarray, kind: str) -> tuple[np.ndarray, Any]:
         return _spread(sub[..., :8], 4, 8) | _spread(sub[..., 8:], 2, 4) << 4, None
     if kind == "Q6_K":
         return sub ^ _INT8_OFFSET, None
-    # The first four scales and minima lie in the lower 6 bits of 8 bytes, whose upper 2 bits belong to the last four.
+    # The lower 6 bits of the first 8 bytes are the first four scales and minima; the upper 2 belong to the last four.
     first, second, third = np.split(sub, 3, axis=-1)
     scales = np.concatenate([first & 63, third & 15 | first >> 6 << 4], -1)
     return scales, np.concatenate([second & 63, third >> 4 | second >> 6 << 4], -1)
@@ -152,7 +153,7 @@ def _join_sub(codes: list[np.ndarray], kind: str) -> np.ndarray:
 
 
 def _spread(fields: np.ndarray, bits: int, run: int) -> np.ndarray:
-    """Codes of `bits` bits from bytes; `CODES` says in which order."""
+    """Codes of `bits` bits from bytes, in the order that `CODES` describes."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
     parts = fields.reshape(*fields.shape[:-1], -1, 1, run) >> shifts & np.uint8(2**bits - 1)
     return parts.reshape(*fields.shape[:-1], -1)
@@ -183,7 +184,7 @@ def _half_bytes(values: Array) -> UInt8[np.ndarray, "out blocks 2"]:
 
 
 def _negated(values: Float16[Array, "..."]) -> Float16[Array, "..."]:
-    # The sign bit alone: arithmetic could change a NaN's other bits.
+    # Only the sign bit is flipped: arithmetic could change other bits of a NaN.
     return jnp.asarray((np.asarray(values).view(np.uint16) ^ np.uint16(0x8000)).view(np.float16))
 
 

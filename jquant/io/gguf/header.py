@@ -1,8 +1,8 @@
-"""What a GGUF file says of itself: key/value pairs, and where its tensors lie.
+"""A GGUF file's header: key/value pairs, and where its tensors are.
 
-Parsed here and not by `gguf.GGUFReader`, which believes the file: an array's length with one bit flipped makes it loop
-and allocate for ever, and its one NumPy view per string takes two seconds to open a file with 49,152 tokens, this
-parser 0.1 s. Here no count is believed that the rest of the file has no room for, so time and memory stay within a
+`gguf.GGUFReader` is not used, because it trusts the file: one flipped bit in an array's length makes it loop and
+allocate without end. It also makes one NumPy view per string: opening a file with 49,152 tokens takes it 2 s, this
+parser 0.1 s. This parser refuses counts that the rest of the file has no room for, so time and memory stay within a
 small multiple of the file's size.
 
 Source: the GGUF specification (ggml/docs/gguf.md); tensors are laid out as llama.cpp demands (ggml/src/gguf.cpp).
@@ -21,7 +21,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from jquant.errors import InputError
 from jquant.io.files import check_plain
 
-_STRING, _ARRAY = 8, 9  # gguf.GGUFValueType; the others, by their NumPy dtype:
+_STRING, _ARRAY = 8, 9  # gguf.GGUFValueType; the other types, with their NumPy dtypes:
 _SCALARS = {
     0: "<u1",
     1: "<i1",
@@ -35,19 +35,19 @@ _SCALARS = {
     11: "<i8",
     12: "<f8",
 }
-_ALIGNMENT = 32  # bytes, where general.alignment does not say otherwise
+_ALIGNMENT = 32  # bytes, unless general.alignment says otherwise
 _MOST_WEIGHTS = 1 << 48
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where a tensor lies.
+    """Where a tensor is in the file.
 
     Attributes:
       shape: the last axis is the one along which blocks run; kernels `[out, in]`.
       kind: how it is stored.
       offset: of its first byte in the file.
-      nbytes: what it takes.
+      nbytes: its size in bytes.
     """
 
     shape: tuple[int, ...]
@@ -58,7 +58,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Header:
-    """All that stands before the tensors' bytes.
+    """The part of the file before the tensors' bytes.
 
     Attributes:
       metadata: values by key; arrays of strings are lists, arrays of numbers NumPy arrays.
@@ -73,14 +73,14 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     """Key/value pairs and tensors of a little-endian GGUF file of version 2 or 3.
 
     Raises:
-      InputError: not such a file; one that ends too early; a key or tensor twice; tensors that are not where the order
-        of their names puts them, one after the other on multiples of general.alignment, or reach past the file's end.
+      InputError: not such a file; one that ends too early; a key or tensor twice; tensors that do not follow one
+        another in the order of their names, on multiples of general.alignment; a tensor past the file's end.
     """
     return _read(Path(path), tensors=True)
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The key/value pairs alone: a file cut off inside its tensors passes here. Errors as of `read_header`."""
+    """The key/value pairs alone; the file may be cut off inside its tensors. Errors as of `read_header`."""
     return _read(Path(path), tensors=False).metadata
 
 
@@ -96,13 +96,13 @@ def _read(path: Path, tensors: bool) -> Header:
 
 
 class _Parser:
-    """A position in the file that moves forward; every ValueError tells what is wrong there."""
+    """A position in the file that moves forward. Each ValueError says what is wrong at the position."""
 
     def __init__(self, data: mmap.mmap, size: int):
         self.data, self.size, self.at = data, size, 0
 
     def start(self) -> tuple[int, dict[str, Any]]:
-        """How many tensors there are, and the key/value pairs."""
+        """The number of tensors, and the key/value pairs."""
         if self.data[:4] != b"GGUF":
             raise ValueError("it does not begin with GGUF")
         self.at = 4
@@ -113,28 +113,28 @@ class _Parser:
         for _ in range(self.room_for(pairs, 12, "keys")):
             key = self.string()
             if key in metadata:
-                raise ValueError(f"the key {key[:80]!r} is there twice")
+                raise ValueError(f"the key {key[:80]!r} appears twice")
             metadata[key] = self.value(self.number("<u4"))
         return tensors, metadata
 
     def tensors(self, count: int, metadata: dict[str, Any]) -> dict[str, Tensor]:
-        """Where the tensors lie: each begins where the one before ends, rounded up to the alignment."""
+        """Where the tensors are: each begins at the end of the one before, rounded up to the alignment."""
         alignment = metadata.get("general.alignment", _ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
             raise ValueError(f"general.alignment is {alignment!r}, no power of two from 8")
         entries = [self.tensor() for _ in range(self.room_for(count, 24, "tensors"))]
         begin, expected = -(-self.at // alignment) * alignment, 0
-        found: dict[str, Tensor] = {}
+        placed: dict[str, Tensor] = {}
         for name, shape, kind, offset in entries:
-            if name in found:
-                raise ValueError(f"the tensor {name[:80]!r} is there twice")
+            if name in placed:
+                raise ValueError(f"the tensor {name[:80]!r} appears twice")
             if offset != expected:
-                raise ValueError(f"the tensor {name[:80]!r} lies at {offset} and not at {expected}, after the others")
-            found[name] = Tensor(shape, kind, begin + offset, nbytes := _bytes(name, shape, kind))
+                raise ValueError(f"the tensor {name[:80]!r} is at {offset} and not at {expected}, after the one before")
+            placed[name] = Tensor(shape, kind, begin + offset, nbytes := _bytes(name, shape, kind))
             if begin + offset + nbytes > self.size:
                 raise ValueError(f"it ends inside the tensor {name[:80]!r}")
             expected += -(-nbytes // alignment) * alignment
-        return found
+        return placed
 
     def tensor(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
         name, axes = self.string(), self.number("<u4")
@@ -147,7 +147,7 @@ class _Parser:
         return name, shape, GGMLQuantizationType(kind), offset
 
     def value(self, kind: int) -> Any:
-        """One value; arrays of arrays, which no known key has, are refused."""
+        """One value. Arrays of arrays are refused: no known key has them."""
         if kind == _STRING:
             return self.string()
         if kind != _ARRAY:
@@ -168,13 +168,13 @@ class _Parser:
         return self.take(length).decode()
 
     def take(self, count: int) -> bytes:
-        if count > self.size - self.at:  # a slice would silently come back short
+        if count > self.size - self.at:  # a slice would silently be too short
             raise ValueError("it ends too early")
         self.at += count
         return self.data[self.at - count : self.at]
 
     def room_for(self, count: int, least: int, what: str) -> int:
-        """The count, if the rest of the file has room for so many things of `least` bytes or more."""
+        """The count, checked: the rest of the file must have room for so many entries of at least `least` bytes."""
         if count * least > self.size - self.at:
             raise ValueError(f"it has no room for {count} {what}")
         return count
@@ -191,7 +191,7 @@ def _scalar(kind: int) -> str:
 
 def _bytes(name: str, shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
     weights = 1
-    for n in shape:  # one by one, so that the product stays small
+    for n in shape:  # checked axis by axis, so that the product stays small
         if not 1 <= n <= _MOST_WEIGHTS or (weights := weights * n) > _MOST_WEIGHTS:
             raise ValueError(f"the tensor {name[:80]!r} has the impossible shape {shape}")
     block, nbytes = GGML_QUANT_SIZES[kind]

@@ -15,14 +15,14 @@ _PLAIN = {gguf.GGMLQuantizationType.F32: np.float32, gguf.GGMLQuantizationType.F
 
 
 class GGUFCheckpoint:
-    """A .gguf file; a tensor is mapped into memory while it is read.
+    """A .gguf file; each tensor is mapped into memory only while it is read.
 
     Attributes:
       config: the decoder's shape.
       format: "gguf", which names the tensors' naming scheme.
       description: how the projections are stored, e.g. "gguf Q4_1".
-      files: what it consists of.
-      shapes: of its tensors, by name, kernels `[out, in]`; without rope_freqs, which the configuration holds.
+      files: the file, as a list.
+      shapes: its tensors' shapes by name, kernels `[out, in]`; without rope_freqs, which the configuration holds.
 
     Raises:
       InputError: not a GGUF file, a truncated or damaged one, or another architecture.
@@ -58,14 +58,14 @@ class GGUFCheckpoint:
         values = self._values(self._tensors[name])
         if not name.endswith(_ROTARY):
             return values
-        # llama.cpp interleaves each head's rotary pairs: rows (2i, 2i + 1) there are (i, i + d/2) here.
+        # llama.cpp interleaves each head's rotary pairs: its rows (2i, 2i + 1) are our rows (i, i + d/2).
         head = self.config.head_dim
         if values.ndim != 2 or len(values) % head:
             raise InputError(f"{self.path}: {name} has shape {values.shape}, which is no whole heads of {head} rows.")
         return values.reshape(-1, head // 2, 2, values.shape[-1]).swapaxes(1, 2).reshape(values.shape)
 
     def _values(self, tensor: Tensor) -> np.ndarray:
-        # Mapped anew: pages of a mapping that stays open count as this process's memory, in the end the whole file.
+        # Mapped for each tensor: all pages read from one open mapping would count as this process's memory.
         data = np.memmap(self.path, np.uint8, "r", tensor.offset, (tensor.nbytes,))
         rows = data.view(_PLAIN[tensor.kind]) if tensor.kind in _PLAIN else data.reshape(*tensor.shape[:-1], -1)
         return gguf.dequantize(rows, tensor.kind).reshape(tensor.shape)
