@@ -8,9 +8,9 @@ that lived and runs all other tests; `--lived nearest` judges them anew, after t
 
 Mutants come from cosmic-ray, the same number from each area of `TESTS`: places are drawn by seed, and at each one of
 the changes that it allows. Left out are changes of annotations and protocols, which Python doesn't run, and arithmetic
-that becomes bitwise or the reverse, which fails at once. A mutant stands in a copy of the last commit, whose tests must
-pass (`make test`). Results are appended to a file, and a mutant that has a row there is not judged again. Several
-processes may share the file, each with its own `--areas`.
+that becomes bitwise or the reverse, which fails at once. A mutant stands in a copy of the last commit. Results are
+appended to a file, and a mutant that has a row there is not judged again. In the end each test that failed must pass
+without a change. Several processes may share the file, each with its own `--areas`.
 """
 
 import argparse
@@ -237,6 +237,14 @@ def run(options: argparse.Namespace, copy: Path) -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
+def check(options: argparse.Namespace, copy: Path) -> None:
+    """Raises SystemExit if a test that killed a mutant fails without one."""
+    killers = {row["killed_by"].partition("[")[0] for row in earlier(options.results).values()}
+    failed, _ = outcome(copy, sorted(name for name in killers if name.startswith("tests/")))
+    if failed:
+        raise SystemExit(f"{failed} fails without any change: remove its rows.")
+
+
 def summary(options: argparse.Namespace) -> None:
     """Prints what became of the sample, area by area."""
     rows = [earlier(options.results).get((mutant.file, mutant.name)) for mutant in sample(options.count, options.seed)]
@@ -259,6 +267,7 @@ def main() -> None:
         copy = Path(folder) / "repository"
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(copy)], check=True)
         run(options, copy)
+        check(options, copy)
     summary(options)
 
 
