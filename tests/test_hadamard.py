@@ -11,7 +11,7 @@ import scipy.linalg
 from checkpoints import refused
 
 from jquant.transforms import Hadamard, Rotation
-from jquant.transforms.hadamard import apply, apply_transpose, matrix
+from jquant.transforms.hadamard import _jacobsthal, apply, apply_transpose, matrix
 
 # Powers of two; Paley II 12, 20, 28, 36, 100 (a field of 49 elements); Paley I 24, 44, 344 (a field of 343); multiples.
 HADAMARD = [1, 2, 4, 64, 128, 12, 20, 24, 28, 36, 44, 48, 72, 96, 100, 140, 344, 576, 1536]
@@ -58,6 +58,17 @@ def test_the_widths_of_known_models_have_one_too(size):
 @pytest.mark.parametrize("size", [2, 64, 512])
 def test_powers_of_two_without_signs_are_sylvesters(size):
     np.testing.assert_allclose(exact(Rotation(size, None)), scipy.linalg.hadamard(size) / size**0.5, rtol=1e-7)
+
+
+@pytest.mark.parametrize(("p", "r"), [(5, 1), (11, 1), (13, 1), (3, 2), (7, 2), (7, 3)])
+def test_the_quadratic_character_is_one_at_one_and_eulers_criterion_in_prime_fields(p, r):
+    found = _jacobsthal(p, r)
+    assert found[p ** (r - 1), 0] == 1  # the element 1, whose first coefficient counts most
+    np.testing.assert_array_equal(found, found.T * (-1 if p**r % 4 == 3 else 1))
+    if r == 1:
+        powers = np.array([pow(int(a), (p - 1) // 2, p) for a in range(p)])
+        differences = (np.arange(p)[:, None] - np.arange(p)) % p
+        np.testing.assert_array_equal(found, np.where(powers == p - 1, -1, powers)[differences])
 
 
 @pytest.mark.parametrize(("size", "odd"), [(18, 9), (92, 23), (184, 23), (10, 5)])

@@ -164,9 +164,3 @@ def test_search_without_a_gram_matrix_is_refused_by_the_name_of_its_metric(metri
     with pytest.raises(InputError, match=metric):
         Search(metric)(jnp.asarray(weight()), Int(4, 16))
     choose(Search("mse", 2), jnp.asarray(weight()), Int(4, 16), None)
-
-
-@pytest.mark.parametrize("format", [Int(3, 16), NF4(16)], ids=str)
-def test_a_search_of_one_step_is_min_max(format):
-    found, plain = (choose(range, weight(), format, None)[0] for range in (Search(steps=1), MinMax()))
-    np.testing.assert_array_equal(found, plain)
