@@ -37,7 +37,6 @@ WIKITEXT = Path(__file__).parents[2] / "shared/data/wikitext-2-raw"
 NO_WIKITEXT = "WikiText-2 is absent"
 
 
-@pytest.hookimpl(tryfirst=True)
 # The files that take longest begin first, so that both workers end together.
 LONGEST = ("streaming", "contract", "sweep", "outliers", "table", "fuzz", "sharding", "hosts", "generation", "pipeline")
 
@@ -47,6 +46,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Compiles with or without LLVM's optimisations, as the test is marked; no program outlives a change."""
     unoptimised = "0" if item.get_closest_marker("optimised") else "1"
