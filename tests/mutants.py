@@ -64,7 +64,7 @@ TESTS: dict[str, dict[str, str]] = {
     "ranges": {"ranges/llama_cpp": "llama_cpp", "ranges/loss": "loss", "ranges/": "ranges"},
 }
 LIMIT_S = 1800
-MEMORY = 4 << 30
+MEMORY = 8 << 30
 BITWISE = {"RShift", "LShift", "BitOr", "BitAnd", "BitXor"}
 # Imported once; every mutant's process is a fork.
 PRELOADED = ["jax.numpy", "flax.nnx", "transformers", "optax", "orbax.checkpoint", "torch", "gguf", "scipy.stats"]

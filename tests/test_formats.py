@@ -5,6 +5,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import bitsandbytes.functional as bnb
+import gguf
 import jax
 import jax.numpy as jnp
 import jaxtyping
@@ -19,6 +20,7 @@ from hypothesis.extra import numpy as hnp
 from jquant.activations import Activation
 from jquant.errors import InputError
 from jquant.formats import (
+    GGUF,
     NF4,
     NF4_LEVELS,
     Codebook,
@@ -417,6 +419,12 @@ def test_grouped_gathers_each_block_row_by_row_and_real_members_are_those_of_the
         for layer in range(2):
             np.testing.assert_array_equal(members[layer, group, :, column], np.pad(w[layer][at], filling).ravel())
         np.testing.assert_array_equal(real[group, :, column], np.pad(np.ones(w[0][at].shape), filling).ravel())
+
+
+@pytest.mark.parametrize("name", GGUF)
+def test_llama_cpps_types_take_its_bits_under_any_range(name):
+    weights, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
+    assert bits_per_weight(minmax(jnp.asarray(normal(512, 8)), GGUF[name])) == 8 * size / weights
 
 
 @pytest.mark.parametrize("format", [Int(4, 16), NF4(16, double_quantized())], ids=str)
