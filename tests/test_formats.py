@@ -374,6 +374,7 @@ def test_stacked_weights_dequantize_like_their_layers(format):
     np.testing.assert_array_equal(dequantize(stacked), np.stack([dequantize(q) for q in layers]))
     again = on_grid(jnp.asarray(w), stacked.scale, _integer_zero(layers), format)
     np.testing.assert_array_equal(again.codes, stacked.codes)
+    np.testing.assert_array_equal(dequantize(again), dequantize(stacked))
 
 
 @pytest.mark.parametrize("format", [Int(3, 8), NF4(8, double_quantized())], ids=str)
