@@ -37,6 +37,15 @@ WIKITEXT = Path(__file__).parents[2] / "shared/data/wikitext-2-raw"
 NO_WIKITEXT = "WikiText-2 is absent"
 
 
+# The files that take longest begin first, so that both workers end together.
+LONGEST = ("streaming", "contract", "sweep", "outliers", "table", "fuzz", "sharding", "hosts", "generation", "pipeline")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Compiles with or without LLVM's optimisations, as the test is marked; no program outlives a change."""
