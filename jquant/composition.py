@@ -19,27 +19,48 @@ class Tuning:
     """A stage of learning after rounding, of scales and optionally codes (`jquant.learning.tuning`).
 
     Attributes:
-      steps: of Adam, whose rates fall to 0 along a cosine.
-      windows: calibration windows a step, taken in turn.
-      rate: of Adam on the scales' logarithm (and on float zeros, in units of the scale).
-      code_rate: of Adam on the weights behind the codes, in units of the scale; 0 keeps the codes. The gradient passes
-        straight through rounding. A weight starts at its code's value, half a unit from the next code.
+      steps: of the optimizer.
+      windows: of text a step; each window comes once an epoch, in an order drawn from `seed`.
+      rate: of the scales' logarithm, and of zeros: float ones in units of the scale, integer ones in codes.
+      weight_rate: of the weights behind the codes, in units of the scale; 0 keeps the codes. The gradient passes
+        straight through rounding (`learning.fake_quant`).
+      norm_rate: of the norms' scales; 0 keeps them.
+      begin: where weights behind the codes start: "codes", at the values of the codes; "weights", at the float weights.
       target: "block" fits each block's outputs to the float model's, before the next block is rounded; "model" learns
         all weights together at the end, by the KL divergence from the float model's predictions.
       text: weight of the calibration text's cross-entropy in the loss of "model", 0 to 1; the KL divergence has the
         rest. It lowers the perplexity, but the model also learns the text: docs/results.md has the cost in KL.
+      reverse: share of KL(student ‖ teacher) in the KL divergence, 0 to 1; the rest is KL(teacher ‖ student).
+        "confidence" takes the teacher's mean probability of the text's tokens (BitDistiller, arXiv 2402.10631, Eq. 8).
+      optimizer: "adam"; "lion" (arXiv 2302.06675); "adafactor", without first moments and with factored second ones.
+      b2: decay of the second moments (of Lion's momentum).
+      schedule: how rates fall to 0, along a "cosine" or a "linear" line.
+      warmup: steps over which they rise before.
+      clip: the gradient's largest norm over all parameters; None for any.
+      accumulate: parts in which a step's windows go through the model, one after another.
+      seed: of the windows' order.
     """
 
     steps: int = 64
     windows: int = 2
     rate: float = 2e-3
-    code_rate: float = 0.0
+    weight_rate: float = 0.0
+    norm_rate: float = 0.0
+    begin: Literal["codes", "weights"] = "codes"
     target: Literal["block", "model"] = "model"
     text: float = 0.0
+    reverse: float | Literal["confidence"] = 0.0
+    optimizer: Literal["adam", "lion", "adafactor"] = "adam"
+    b2: float = 0.999
+    schedule: Literal["cosine", "linear"] = "cosine"
+    warmup: int = 0
+    clip: float | None = None
+    accumulate: int = 1
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.windows < 1 or not self.rate > 0 or self.code_rate < 0:
-            raise InputError(f"Tuning takes steps, windows and a rate above 0 and a code_rate from 0, not {self}.")
+        if self.steps < 1 or self.windows < 1 or not self.rate > 0 or self.weight_rate < 0:
+            raise InputError(f"Tuning takes steps, windows and a rate above 0 and a weight_rate from 0, not {self}.")
         if self.target not in ("block", "model"):
             raise InputError(f'Tuning takes target="block" or "model", not {self.target!r}.')
         if not 0 <= self.text <= (self.target == "model"):

@@ -76,7 +76,7 @@ METHODS: dict[str, Callable[[int, Group, bool], Method]] = {
         Int(bits, group, symmetric),
         Search("diagonal"),
         GPTQ(),
-        tuning=(Tuning(200, rate=2.0 ** (-5 - bits), code_rate=0.01, text=0.15),),
+        tuning=(Tuning(200, rate=2.0 ** (-5 - bits), weight_rate=0.01, text=0.15),),
     ),
     # Ranges.
     "rtn_percentile": lambda bits, group, symmetric: Method(Int(bits, group, symmetric), Percentile()),

@@ -15,7 +15,8 @@ from jquant.calibration.options import Options
 from jquant.evaluation.perplexity import Reference, Scores, score
 from jquant.formats import Format
 from jquant.io.load import load_model
-from jquant.learning.tuning import _values, product, tune, tune_block
+from jquant.kernels.bfloat16 import bfloat16_matmul
+from jquant.learning.tuning import initial, split, tune, tune_block
 from jquant.methods import Method, Tuning, method
 from jquant.models.decoder import Decoder, blocks, rotary_table
 from jquant.pipeline.in_memory import quantize_decoder
@@ -65,7 +66,7 @@ def test_tuned_scales_come_closer_to_the_float_model_under_the_same_codes_and_bi
 
 def test_codes_move_when_they_have_a_rate(decoder):
     quantized, _ = quantize_decoder(decoder, method("rtn", 2, 16))
-    scales, both = (tune(quantized, decoder, TOKENS, Tuning(LONG, 8, 3e-3, code_rate=r)) for r in (0.0, 0.01))
+    scales, both = (tune(quantized, decoder, TOKENS, Tuning(LONG, 8, 3e-3, weight_rate=r)) for r in (0.0, 0.01))
     for a, b in zip(quantized_leaves(quantized).values(), quantized_leaves(both).values(), strict=True):
         assert 0 < np.mean(np.asarray(a.codes) != np.asarray(b.codes)) < 0.9
     assert compared(decoder, both).kl.mean() < compared(decoder, scales).kl.mean()
@@ -79,21 +80,21 @@ def test_the_text_as_target_lowers_perplexity_below_the_float_models_and_keeps_l
     assert text.kl.mean() > model.kl.mean()
 
 
+@pytest.mark.parametrize("weight_rate", [0.0, 0.01])
 @pytest.mark.parametrize("format", FORMATS, ids=str)
-def test_what_is_learned_starts_at_the_quantized_weight(format):
-    w = jnp.asarray(np.random.default_rng(0).normal(size=(32, 8)), jnp.float32)
-    q = quantize(w, *MinMax()(w, format), format)
-    groups = q.scale.shape
-    at_rest = {"log_scale": jnp.zeros(groups)}
-    np.testing.assert_array_equal(_values(q, at_rest), dequantize(q))
-    np.testing.assert_array_equal(_values(q, at_rest | {"behind": jnp.zeros(w.shape)}), dequantize(q))
+def test_what_is_learned_starts_at_the_quantized_weight(decoder, format, weight_rate):
+    quantized, _ = quantize_decoder(decoder, Method(format))
+    student = split(quantized)
+    packed = student.packed(initial(student, Tuning(weight_rate=weight_rate)))
+    for (path, a), b in zip(leaves(quantized).items(), leaves(packed).values(), strict=True):
+        assert same_bytes(a, b), path
 
 
 def test_a_tunings_product_is_that_of_bfloat16_factors_forwards_and_backwards():
     rng = np.random.default_rng(1)
     x, w, slope = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((3, 5, 16), (16, 4), (3, 5, 4)))
     short = lambda a: np.asarray(a.astype(jnp.bfloat16), np.float64)  # noqa: E731
-    y, back = jax.vjp(product, x, w)
+    y, back = jax.vjp(bfloat16_matmul, x, w)
     at_x, at_w = back(slope)
     np.testing.assert_allclose(y, short(x) @ short(w), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(at_x, short(slope) @ short(w).T, rtol=1e-5, atol=1e-5)
@@ -163,6 +164,3 @@ def test_what_cannot_be_tuned_is_refused(decoder):
             quantize_decoder(decoder, method("gptq_tuned", 3, 16), tokens, Options(held_out=held_out))
     with refused("nothing to tune"):
         tune(decoder, decoder, TOKENS)
-    nested, _ = quantize_decoder(decoder, Method(jquant.NF4(16, jquant.double_quantized())))
-    with refused("attention.k.kernel", "quantized themselves"):
-        tune(nested, decoder, TOKENS)

@@ -1,4 +1,4 @@
-"""Scales (and codes) learned by gradients after rounding, block by block or through the whole model.
+"""Training with the quantizer in the loop: scales, zeros and weights, block by block or through the whole model.
 
 Roundings minimise the error of one layer's outputs. Here the error is that of a block's outputs (AutoRound, arXiv
 2309.05516; EfficientQAT's first phase, arXiv 2407.11062 §3.2), or of the whole model's predictions: EfficientQAT's
@@ -9,7 +9,6 @@ float model explains.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -24,14 +23,16 @@ from jaxtyping import Float, Int
 from jquant.composition import Tuning
 from jquant.data import check_tokens
 from jquant.errors import InputError
-from jquant.formats import block_shape, expand, pack, unpack
-from jquant.learning.objectives import all_finite, map_rows
+from jquant.kernels.bfloat16 import bfloat16_matmul
+from jquant.learning import loop
+from jquant.learning.fake_quant import FakeQuantized, has_integer_zero
+from jquant.learning.loop import Learned
+from jquant.learning.objectives import map_rows
 from jquant.models.decoder import Block, Decoder
+from jquant.models.params import Packed
 from jquant.progress import Progress, showing
-from jquant.qtensor import QTensor, stored_grid
+from jquant.qtensor import QTensor
 from jquant.rounding.limits import check_scales
-
-Learned = dict[tuple[Any, ...], dict[str, Array]]  # by the kernel's path
 
 
 def tune(
@@ -42,7 +43,7 @@ def tune(
     *,
     progress: Progress | bool = True,
 ) -> Decoder:
-    """The quantized decoder with scales, and codes if `tuning.code_rate` says so, learned to match the float one.
+    """The quantized decoder with scales, and codes if `tuning.weight_rate` says so, learned to match the float one.
 
     Args:
       quantized: as `quantize_decoder` returns it; left untouched.
@@ -53,20 +54,17 @@ def tune(
         step.
 
     Raises:
-      InputError: nothing is quantized, or scales are quantized themselves; a tuning with target "block"; windows that
-        the model can't read; a step whose loss or parameters are not finite.
+      InputError: nothing is quantized; a tuning with target "block"; windows that the model can't read; a step whose
+        loss or parameters are not finite.
     """
     tuning = tuning or Tuning()
     if tuning.target == "block":
         raise InputError('Blocks are tuned one by one as they are rounded (Method.tuning): target is not "block" here.')
     check_tokens(tokens, decoder.config, "Calibration windows")
-    parts = _split(quantized)
-
-    def slopes(learned: Learned, which: Int[np.ndarray, " windows"]) -> tuple[Array, Learned]:
-        return _model_slopes(learned, parts, decoder, tokens[which], tuning.text)
-
+    student = split(quantized)
+    batch = lambda which: tokens[which]  # noqa: E731
     with showing(progress) as tell:
-        return parts.merge(_learn(parts.kernels, slopes, len(tokens), tuning, tell))
+        return _learn(student, (student, decoder), batch, len(tokens), model_loss, tuning, tell)
 
 
 def tune_block(
@@ -76,7 +74,7 @@ def tune_block(
     rotary: Float[Array, "context half 2"],
     tuning: Tuning,
 ) -> Block:
-    """The quantized block with scales, and codes if `tuning.code_rate` says so, learned to match the float one.
+    """The quantized block with scales, and codes if `tuning.weight_rate` says so, learned to match the float one.
 
     The loss is the mean over tokens of the output's squared error over its squared length. The next block normalises
     its input, so relative errors count; and an attention sink is a thousand times as long as other tokens.
@@ -89,231 +87,152 @@ def tune_block(
       tuning: a stage with target "block".
 
     Raises:
-      InputError: nothing is quantized, or scales are quantized themselves; a step whose loss or parameters are not
-        finite.
+      InputError: nothing is quantized; a step whose loss or parameters are not finite.
     """
-    parts = _split(quantized)
-
-    def slopes(learned: Learned, which: Int[np.ndarray, " windows"]) -> tuple[Array, Learned]:
-        return _block_slopes(learned, parts, inputs[which], outputs[which], rotary)
-
-    return parts.merge(_learn(parts.kernels, slopes, len(inputs), tuning, None))
+    student = split(quantized)
+    batch = lambda which: (inputs[which], outputs[which])  # noqa: E731
+    return _learn(student, (student, rotary), batch, len(inputs), block_loss, tuning, None)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class _Parts:
-    """A module in parts: its structure, the kernels that are learned or have quantized counterparts, and the rest."""
+class Student:
+    """A quantized module in parts: its structure, its quantized kernels, and the rest.
+
+    Attributes:
+      graph: the module's structure (static).
+      kernels: path -> `FakeQuantized`.
+      rest: path -> array.
+    """
 
     graph: Any = field(metadata={"static": True})
-    kernels: Any  # path -> kernel
-    rest: Any  # path -> array
+    kernels: Any
+    rest: Any
 
-    def merge(self, kernels: Mapping[tuple[Any, ...], Any]) -> Any:
-        """The module with other kernels."""
-        return nnx.merge(self.graph, nnx.State(unflatten_mapping({**self.rest, **kernels})))
+    def module(self, learned: Learned) -> Any:
+        """The module with fake-quantized kernels under what is learned."""
+        kernels = {path: replace(kernel, learned=learned.get(path, {})) for path, kernel in self.kernels.items()}
+        return self._merged(kernels, learned)
 
-    def student(self, learned: Mapping[tuple[Any, ...], Any]) -> Any:
-        """The module with kernels decoded under what is learned (if anything) and multiplied by `product`."""
-        return self.merge({path: _Student(kernel, learned[path]) for path, kernel in self.kernels.items()})
+    def packed(self, learned: Learned) -> Any:
+        """The module with quantized kernels."""
+        kernels = {path: _pack(replace(kernel, learned=learned.get(path, {}))) for path, kernel in self.kernels.items()}
+        check_scales({".".join(map(str, path)): q for path, q in kernels.items()})
+        return self._merged(kernels, learned)
+
+    def _merged(self, kernels: Mapping[tuple[Any, ...], Any], learned: Learned) -> Any:
+        norms = {path: each["norm"] for path, each in learned.items() if "norm" in each}
+        return nnx.merge(self.graph, nnx.State(unflatten_mapping({**self.rest, **norms, **kernels})))
 
 
-def _split(module: nnx.Module) -> _Parts:
-    """A quantized module in parts."""
-    graph, state = nnx.split(module)
+def split(quantized: nnx.Module) -> Student:
+    """A quantized module in parts.
+
+    Raises:
+      InputError: nothing is quantized.
+    """
+    graph, state = nnx.split(quantized)
     params = flatten_mapping(nnx.to_pure_dict(state))
-    kernels = {path: leaf for path, leaf in params.items() if isinstance(leaf, QTensor)}
-    _check(kernels)
-    return _Parts(graph, kernels, {path: leaf for path, leaf in params.items() if path not in kernels})
+    kernels = {path: FakeQuantized.of(leaf) for path, leaf in params.items() if isinstance(leaf, QTensor)}
+    if not kernels:
+        raise InputError("There is nothing to tune: the decoder holds no quantized weight.")
+    return Student(graph, kernels, {path: leaf for path, leaf in params.items() if path not in kernels})
 
 
 def _learn(
-    kernels: Mapping[tuple[Any, ...], QTensor],
-    slopes: Callable[[Learned, Int[np.ndarray, " windows"]], tuple[Array, Learned]],
-    windows: int,
+    student: Student,
+    frozen: tuple[Student, Any],
+    batch: Callable[[Int[np.ndarray, " windows"]], Any],
+    count: int,
+    loss: loop.Loss,
     tuning: Tuning,
     progress: Progress | None,
-) -> dict[tuple[Any, ...], QTensor]:
-    """The kernels after Adam's steps down the slopes, each over the next few windows."""
-    learned = {path: _start(q, tuning) for path, q in kernels.items()}
-    moments = _optimizer(tuning).init(learned)
+) -> Any:
+    """The module after the optimizer's steps, each over the next few of `count` windows."""
+    learned = initial(student, tuning)
+    if tuning.weight_rate:  # the codes are those of the weights from now on
+        frozen = (replace(student, kernels={p: replace(k, codes=None) for p, k in student.kernels.items()}), frozen[1])
+    state = loop.start(learned, tuning)
+    del learned
     for number in range(tuning.steps):
-        which = np.arange(number * tuning.windows, (number + 1) * tuning.windows) % windows
-        loss, slope = slopes(learned, which)
-        learned, moments = _step(learned, slope, moments, tuning)
-        loss, finite = jax.device_get((loss, all_finite(learned)))  # waits: one step's activations are alive at a time
-        if not (np.isfinite(loss) and finite):
+        state, value, finite = loop.step(
+            state, frozen, batch(loop.windows_of(number, count, tuning)), loss=loss, stage=tuning
+        )
+        if not finite:  # waits: one step's activations are alive at a time
             raise InputError(
-                f"Tuning of the {tuning.target}, step {number + 1} of {tuning.steps}: the loss ({loss:.4g}) or what is "
+                f"Tuning of the {tuning.target}, step {number + 1} of {tuning.steps}: the loss ({value:.4g}) or what is "
                 f"learned is not finite; take a lower rate, or look for activations that overflow their dtype."
             )
         if progress:
-            progress("tune", number + 1, tuning.steps, loss=float(loss))
-    tuned = {path: _finished(q, learned[path]) for path, q in kernels.items()}
-    check_scales({".".join(map(str, path)): q for path, q in tuned.items()})
-    return tuned
+            progress("tune", number + 1, tuning.steps, loss=float(value))
+    return frozen[0].packed(state.learned)
 
 
-def _check(kernels: Mapping[tuple[Any, ...], QTensor]) -> None:
-    if not kernels:
-        raise InputError("There is nothing to tune: the decoder holds no quantized weight.")
-    for path, q in kernels.items():
-        if not isinstance(q.format.scale, str):
-            raise InputError(f"{'.'.join(map(str, path))}: scales that are quantized themselves can't be tuned.")
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class _Student:
-    """A quantized kernel that each `x @ kernel` decodes anew under what is learned.
-
-    If `learned` is None, the kernel is a float array.
-    """
-
-    kernel: Any
-    learned: Any
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.kernel.shape
-
-    def __rmatmul__(self, x: Array) -> Array:
-        decoded = lambda x, q, learned: product(x, q if learned is None else _values(q, learned))  # noqa: E731
-        return jax.checkpoint(decoded)(x, self.kernel, self.learned)
-
-
-@jax.custom_vjp
-def product(x: Float[Array, "*b in"], w: Float[Array, "in out"]) -> Float[Array, "*b out"]:
-    """x @ w with both factors rounded to bfloat16 and sums in float32; so are the products of its gradient.
-
-    It takes half the time on hardware with bfloat16 products. Rounding to bfloat16 changes a factor by at most 2⁻⁹ of
-    itself; 4-bit quantization changes a weight by far more.
-    """
-    return _product_forward(x, w)[0]
-
-
-def _product_forward(x: Array, w: Array) -> tuple[Array, tuple[Array, ...]]:
-    short = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
-    y = jnp.matmul(*short, preferred_element_type=jnp.float32).astype(x.dtype)
-    return y, (*short, jnp.empty(0, x.dtype), jnp.empty(0, w.dtype))
-
-
-def _product_backward(saved: tuple[Array, ...], slope: Array) -> tuple[Array, Array]:
-    x, w, like_x, like_w = saved
-    slope, flat = slope.astype(jnp.bfloat16), lambda a: a.reshape(-1, a.shape[-1])
-    at_x = jnp.matmul(slope, w.T, preferred_element_type=jnp.float32)
-    at_w = jnp.matmul(flat(x).T, flat(slope), preferred_element_type=jnp.float32)
-    return at_x.astype(like_x.dtype), at_w.astype(like_w.dtype)
-
-
-product.defvjp(_product_forward, _product_backward)
-
-
-def _values(q: QTensor, learned: Mapping[str, Array]) -> Float[Array, "*l in out"]:
-    """The weight decoded under what is learned; the gradient of `behind` passes straight through the codes."""
-    block = block_shape(q.format, q.shape)
-    wide = lambda v: expand(v, block, q.shape)  # noqa: E731
-    at = jax.tree.map(wide, _grid(q, learned))
-    if "behind" not in learned:
-        return q.format.decode(unpack(q.codes, q.format.bits, q.in_features), *at)
-    codes, inside = _codes(q, learned["behind"])
-    step = jax.lax.stop_gradient(at[0].astype(jnp.float32)) * inside
-    behind = learned["behind"]
-    return q.format.decode(codes, *at) + step * (behind - jax.lax.stop_gradient(behind))
-
-
-def _grid(q: QTensor, learned: Mapping[str, Array]) -> tuple[Array, Array | None]:
-    scale, zero = stored_grid(q)
-    tuned_scale = scale.astype(jnp.float32) * jnp.exp(learned["log_scale"])
-    if "shift" in learned:
-        assert zero is not None
-        return tuned_scale, zero.astype(jnp.float32) + learned["shift"] * scale.astype(jnp.float32)
-    return tuned_scale, zero
-
-
-def _codes(q: QTensor, behind: Float[Array, "*l in out"]) -> tuple[Array, Array]:
-    """Codes of the old values moved by `behind` steps, on the grid before tuning, and 1 for those within the grid."""
-    at = jax.tree.map(lambda v: expand(v, block_shape(q.format, q.shape), q.shape), stored_grid(q))
-    old = q.format.decode(unpack(q.codes, q.format.bits, q.in_features), *at)
-    moved = old + jax.lax.stop_gradient(behind) * jnp.abs(at[0].astype(jnp.float32))
-    ends = [q.format.decode(q.format.encode(jnp.float32(far), *at), *at) for far in (-3e38, 3e38)]
-    return q.format.encode(moved, *at), ((moved >= ends[0]) & (moved <= ends[1])).astype(jnp.float32)
-
-
-def _start(q: QTensor, tuning: Tuning) -> dict[str, Array]:
-    scale, zero = stored_grid(q)
-    learned = {"log_scale": jnp.zeros(scale.shape, jnp.float32)}
-    if zero is not None and jnp.issubdtype(zero.dtype, jnp.floating):
-        learned["shift"] = jnp.zeros(zero.shape, jnp.float32)
-    if tuning.code_rate:
-        learned["behind"] = jnp.zeros(q.shape, jnp.float32)
+def initial(student: Student, tuning: Tuning) -> Learned:
+    """What is learned, at the start."""
+    learned: Learned = {}
+    for path, kernel in student.kernels.items():
+        learned[path] = {"log_scale": jnp.zeros(kernel.scale.shape, jnp.float32)}
+        if kernel.zero is not None and (tuning.weight_rate or not has_integer_zero(kernel.format)):
+            learned[path]["shift"] = jnp.zeros(kernel.zero.shape, jnp.float32)
+        if tuning.weight_rate:
+            learned[path]["weight"] = _weight(kernel)
+    if tuning.norm_rate:
+        norms = {path: leaf for path, leaf in student.rest.items() if "norm" in str(path[-2])}
+        learned |= {path: {"norm": jnp.array(leaf)} for path, leaf in norms.items()}
     return learned
 
 
 @jax.jit
-def _finished(q: QTensor, learned: Mapping[str, Array]) -> QTensor:
-    """The learned weight in the format it had."""
-    scale, zero = _grid(q, learned)
-    tuned = replace(q, scale=scale.astype(q.scale.dtype))
-    if "shift" in learned:
-        assert zero is not None
-        tuned = replace(tuned, zero=zero.astype(q.zero.dtype))
-    if "behind" in learned:
-        tuned = replace(tuned, codes=pack(_codes(q, learned["behind"])[0], q.format.bits))
-    return tuned
-
-
-def _optimizer(tuning: Tuning) -> optax.GradientTransformation:
-    adam = lambda rate: optax.adam(optax.cosine_decay_schedule(rate, tuning.steps))  # noqa: E731
-    rates: dict[Any, optax.GradientTransformation] = {
-        "log_scale": adam(tuning.rate),
-        "shift": adam(tuning.rate),
-        "behind": adam(tuning.code_rate),
-    }
-    named = lambda learned: {path: dict(zip(values, values, strict=True)) for path, values in learned.items()}  # noqa: E731
-    return optax.multi_transform(rates, named)
-
-
-@partial(jax.jit, static_argnames="tuning", donate_argnames=("learned", "moments"))
-def _step(learned: Learned, slope: Learned, moments: Any, tuning: Tuning) -> tuple[Learned, Any]:
-    updates, moments = _optimizer(tuning).update(slope, moments)
-    return optax.apply_updates(learned, updates), moments  # pyright: ignore[reportReturnType]
+def _weight(kernel: FakeQuantized) -> Float[Array, "*l in out"]:
+    return kernel.value() / kernel.steps
 
 
 @jax.jit
-def _block_slopes(
-    learned: Learned, parts: _Parts, inputs: Float[Array, "b t d"], outputs: Float[Array, "b t d"], rotary: Array
-) -> tuple[Array, Learned]:
+def _pack(kernel: FakeQuantized) -> QTensor:
+    return kernel.pack()
+
+
+def block_loss(learned: Learned, frozen: Any, batch: Any, tuning: Tuning) -> Float[Array, ""]:
+    """Mean over tokens of the squared error of a block's output over its squared length."""
+    (student, rotary), (inputs, outputs) = frozen, batch
     outputs = outputs.astype(jnp.float32)
-
-    def loss(learned: Learned) -> Array:
-        predicted = parts.student(learned)(inputs, rotary)[0].astype(jnp.float32)
-        return jnp.mean(jnp.sum((predicted - outputs) ** 2, -1) / jnp.maximum(jnp.sum(outputs**2, -1), 1e-12))
-
-    return jax.value_and_grad(loss)(learned)
+    predicted = student.module(learned)(inputs, rotary)[0].astype(jnp.float32)
+    return jnp.mean(jnp.sum((predicted - outputs) ** 2, -1) / jnp.maximum(jnp.sum(outputs**2, -1), 1e-12))
 
 
-@partial(jax.jit, static_argnames="text")
-def _model_slopes(
-    learned: Learned, parts: _Parts, teacher: Decoder, tokens: Int[Array, "b t"], text: float
-) -> tuple[Array, Learned]:
-    exact = _exact_hidden(teacher, tokens) if text < 1 else None
+def model_loss(learned: Learned, frozen: Any, tokens: Int[Array, "b t"], tuning: Tuning) -> Float[Array, ""]:
+    """(1 − text) · mean KL divergence from the teacher + text · mean cross-entropy, nats."""
+    student, teacher = frozen
+    exact = None if tuning.text == 1 else jax.lax.stop_gradient(_with_products(teacher).hidden(tokens))
     # Embedding and head are not quantized: student and teacher share them.
     head = teacher.embedding.get_value().T if teacher.head is None else teacher.head.kernel.get_value()
-
-    def loss(learned: Learned) -> Array:
-        return _loss(parts.student(learned).hidden(tokens), exact, head.astype(jnp.bfloat16), tokens, text)
-
-    return jax.value_and_grad(loss)(learned)
+    return _loss(student.module(learned).hidden(tokens, remat=True), exact, head.astype(jnp.bfloat16), tokens, tuning)
 
 
-def _exact_hidden(teacher: Decoder, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-    """The float model's final states, with products in bfloat16 like the student's."""
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Product:
+    """A float kernel that multiplies in bfloat16."""
+
+    w: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.w.shape
+
+    def __rmatmul__(self, x: Array) -> Array:
+        return bfloat16_matmul(x, self.w)
+
+
+def _with_products(teacher: Decoder) -> Decoder:
+    """The float model, with products in bfloat16 like the student's."""
     graph, state = nnx.split(teacher)
     params = flatten_mapping(nnx.to_pure_dict(state))
-    kernels = {path: leaf for path, leaf in params.items() if path[0] == "segments" and path[-1] == "kernel"}
-    rest = {path: leaf for path, leaf in params.items() if path not in kernels}
-    return _Parts(graph, kernels, rest).student(dict.fromkeys(kernels)).hidden(tokens)
+    wrapped = {
+        path: _Product(leaf) if path[0] == "segments" and path[-1] == "kernel" else leaf for path, leaf in params.items()
+    }
+    return nnx.merge(graph, nnx.State(unflatten_mapping(wrapped)))
 
 
 def _loss(
@@ -321,18 +240,25 @@ def _loss(
     exact: Float[Array, "b t d"] | None,
     head: Float[Array, "d vocab"],
     tokens: Int[Array, "b t"],
-    text: float,
+    tuning: Tuning,
 ) -> Float[Array, ""]:
-    """(1 − text) · mean KL divergence from the teacher + text · mean cross-entropy, nats."""
+    text = tuning.text
 
     @jax.checkpoint
     def rows(states: Array, others: Array, targets: Array) -> Array:
-        log_q = jax.nn.log_softmax(product(states, head).astype(jnp.float32))
+        log_q = jax.nn.log_softmax(bfloat16_matmul(states, head).astype(jnp.float32))
         # optax's cross-entropy would normalise the logits a second time.
         loss = -text * jnp.take_along_axis(log_q, targets[:, None], -1)[:, 0]
         if text < 1:
-            log_p = jax.nn.log_softmax(product(others, head).astype(jnp.float32))
-            loss += (1 - text) * optax.losses.kl_divergence_with_log_targets(log_q, log_p)
+            log_p = jax.nn.log_softmax(bfloat16_matmul(others, head).astype(jnp.float32))
+            forward = optax.losses.kl_divergence_with_log_targets(log_q, log_p)
+            if tuning.reverse:
+                backward = optax.losses.kl_divergence_with_log_targets(log_p, log_q)
+                share = tuning.reverse
+                if share == "confidence":
+                    share = jnp.mean(jnp.exp(jnp.take_along_axis(log_p, targets[:, None], -1)))
+                forward = (1 - share) * forward + share * backward
+            loss += (1 - text) * forward
         return loss
 
     others = hidden if exact is None else exact

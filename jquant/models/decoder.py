@@ -155,8 +155,12 @@ class Decoder(nnx.Module):
         x = self.embedding.get_value()[tokens]
         return x if self.norm.rotation is None else hadamard.apply(x, self.norm.rotation)
 
-    def hidden(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-        """States after the last norm, the input of `logits`; 80 times smaller than the default model's logits."""
+    def hidden(self, tokens: Int[Array, "b t"], remat: bool = False) -> Float[Array, "b t d"]:
+        """States after the last norm, the input of `logits`; 80 times smaller than the default model's logits.
+
+        With `remat`, gradients keep the projections' outputs of every layer and compute the rest again, attention's
+        squares above all.
+        """
         rotary = rotary_table(self.config, jnp.arange(tokens.shape[1]))
         x = self.embed(tokens)
         for segment in self.segments:
@@ -165,6 +169,8 @@ class Decoder(nnx.Module):
             def layer(x: Array, params: Any, graph: Any = graph) -> tuple[Array, None]:
                 return nnx.merge(graph, params)(x, rotary)[0], None
 
+            if remat:
+                layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
             x, _ = jax.lax.scan(layer, x, layers)
         return self.norm(x)
 

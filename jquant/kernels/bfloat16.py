@@ -1,0 +1,39 @@
+"""x @ w with factors in bfloat16, forwards and backwards: what training multiplies by."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental.layout import Layout, with_layout_constraint
+from jaxtyping import Float
+
+
+@jax.custom_vjp
+def bfloat16_matmul(x: Float[Array, "*b in"], w: Float[Array, "in out"]) -> Float[Array, "*b out"]:
+    """x @ w with both factors rounded to bfloat16 and sums in float32; so are the products of its gradient.
+
+    It takes half the time on hardware with bfloat16 products. Rounding to bfloat16 changes a factor by at most 2⁻⁹ of
+    itself; 4-bit quantization changes a weight by far more.
+    """
+    return _forward(x, w)[0]
+
+
+def _forward(x: Array, w: Array) -> tuple[Array, tuple[Array, ...]]:
+    short = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+    y = jnp.matmul(*short, preferred_element_type=jnp.float32).astype(x.dtype)
+    return y, (*short, jnp.empty(0, x.dtype), jnp.empty(0, w.dtype))
+
+
+def _backward(saved: tuple[Array, ...], slope: Array) -> tuple[Array, Array]:
+    x, w, like_x, like_w = saved
+    slope, flat = slope.astype(jnp.bfloat16), lambda a: a.reshape(-1, a.shape[-1])
+    at_x = jnp.matmul(slope, _transposed(w), preferred_element_type=jnp.float32)
+    at_w = jnp.matmul(_transposed(flat(x)), flat(slope), preferred_element_type=jnp.float32)
+    return at_x.astype(like_x.dtype), at_w.astype(like_w.dtype)
+
+
+bfloat16_matmul.defvjp(_forward, _backward)
+
+
+def _transposed(a: Array) -> Array:
+    """aᵀ, moved in memory: XLA's CPU backend multiplies bfloat16 at full rate only where rows lie along memory."""
+    return with_layout_constraint(a.T, Layout((0, 1)))

@@ -1,0 +1,187 @@
+"""Fake quantization: a weight's or an input's quantized values in floats, with gradients past the rounding.
+
+Rounding has no useful gradient. The straight-through estimator (arXiv 1308.3432) takes it as a constant offset: the
+quantized value follows the weight while the weight lies within the grid, and the grid's end beyond it. The gradients of
+scales and zeros follow from the same rule; for scales they are those of LSQ (arXiv 1902.08153, Eq. 3).
+"""
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, UInt8
+
+from jquant.activations import Activation, quantize_inputs
+from jquant.formats import Format, block_shape, expand, grouped, unpack
+from jquant.formats.base import round_scale
+from jquant.kernels.bfloat16 import bfloat16_matmul
+from jquant.qtensor import Grid, QTensor, is_integer, stored_grid
+
+Zero = Float[Array, "*l groups columns"] | None
+
+
+def fake_quant(
+    w: Float[Array, "*l in out"], scale: Float[Array, "*l groups columns"], zero: Zero, format: Format
+) -> Float[Array, "*l in out"]:
+    """`dequantize(quantize(w, scale, zero, format))`, bit for bit, with gradients.
+
+    With g the gradient of the result ŵ, s the scale and z the zero of a weight's group, each rounded to its stored type:
+
+      ∂w: g within the grid, 0 beyond its ends.
+      ∂scale: Σ g (ŵ − w) / s over the group's weights within the grid, and Σ g ŵ / s over those beyond it ((ŵ − z) / s
+        for float zeros).
+      ∂zero: 0 within the grid; beyond it Σ g for a float zero, −Σ g s for an integer one.
+
+    Args:
+      w: the weight.
+      scale: one per block of `format.group`; of either sign.
+      zero: a float zero, or an integer one as a float, which is rounded; None where the format has none.
+      format: what codes mean. Quantized scales are quantized, too.
+    """
+    typed = as_typed(scale, zero, format)
+    grid = Grid.of(*typed, format, w.shape)
+    codes = grid.encode(w)
+    low, high = (grid.decode(format.encode(jnp.float32(end), *grid.nearest)) for end in (-3e38, 3e38))
+    return _straight_through(format, w, scale, zero, codes, (w >= low) & (w <= high))
+
+
+def fixed_codes(
+    codes: UInt8[Array, "*l in out"], scale: Float[Array, "*l groups columns"], zero: Zero, format: Format
+) -> Float[Array, "*l in out"]:
+    """The values of codes that don't change, with the gradients of scale and zero: those of `fake_quant` beyond the grid,
+    but that a float zero moves every value."""
+    nowhere = jnp.zeros(codes.shape, jnp.float32)
+    return _straight_through(format, nowhere, scale, zero, codes, jnp.zeros(codes.shape, jnp.bool_))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class FakeQuantized:
+    """A quantized kernel as a function of what is learned; `x @ kernel` rounds it anew.
+
+    Attributes:
+      learned: "log_scale", the logarithm of a factor on each scale, `[*l, groups, columns]`; perhaps "shift", added to
+        each zero: codes for integer zeros, units of the scale for float ones; perhaps "weight", the weight behind the
+        codes in units of its first scale, `[*l, in, out]`.
+      scale: the first one, float32 `[*l, groups, columns]`.
+      zero: the first one, float32, or None.
+      codes: uint8 `[*l, in, out]` that don't change, where no weight is learned.
+      input_scale: see `QTensor`.
+      format: what codes mean (static).
+      features: (in, out) (static).
+      activation: see `QTensor` (static).
+      exact: whether products are computed in the inputs' dtype, not in bfloat16 (static).
+    """
+
+    learned: Any
+    scale: Any
+    zero: Any
+    codes: Any
+    input_scale: Any
+    format: Format = field(metadata={"static": True})
+    features: tuple[int, int] = field(metadata={"static": True})
+    activation: Activation | None = field(metadata={"static": True})
+    exact: bool = field(default=False, metadata={"static": True})
+
+    @staticmethod
+    def of(q: QTensor, exact: bool = False) -> "FakeQuantized":
+        """A quantized weight, of which nothing is learned yet; codes don't change."""
+        # Unpacked once: within a step, XLA would unpack the zeros again for every weight.
+        scale, zero = (None if v is None else v.astype(jnp.float32) for v in stored_grid(q))
+        codes = unpack(q.codes, q.format.bits, q.in_features)
+        return FakeQuantized({}, scale, zero, codes, q.input_scale, q.format, q.shape[-2:], q.activation, exact)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight, `[*l, in, out]`."""
+        return (*self.scale.shape[:-2], *self.features)
+
+    @property
+    def steps(self) -> Float[Array, "*l in out"]:
+        """The size of each weight's first scale, the unit of "weight"; 1 where that is 0."""
+        size = jnp.abs(self.scale)
+        return expand(jnp.where(size == 0, 1, size), block_shape(self.format, self.shape), self.shape)
+
+    def grid(self) -> tuple[Float[Array, "*l groups columns"], Zero]:
+        """Scales and zeros."""
+        scale, zero = self.scale, self.zero
+        if "shift" in self.learned:
+            zero += self.learned["shift"] * (1.0 if has_integer_zero(self.format) else jnp.abs(scale))
+        return scale * jnp.exp(self.learned.get("log_scale", 0.0)), zero
+
+    def value(self) -> Float[Array, "*l in out"]:
+        """The rounded weight."""
+        if "weight" in self.learned:
+            return fake_quant(self.learned["weight"] * self.steps, *self.grid(), self.format)
+        return fixed_codes(self.codes, *self.grid(), self.format)
+
+    def pack(self) -> QTensor:
+        """The quantized weight whose values are `value`, bit for bit."""
+        grid = Grid.of(*as_typed(*self.grid(), self.format), self.format, self.shape)
+        codes = grid.encode(self.learned["weight"] * self.steps) if "weight" in self.learned else self.codes
+        return replace(grid.pack(codes), activation=self.activation, input_scale=self.input_scale)
+
+    def __rmatmul__(self, x: Float[Array, "*b in"]) -> Float[Array, "*b out"]:
+        if self.activation is not None:
+            x = fake_quant_inputs(x, self.activation, self.input_scale)
+        return x @ self.value().astype(x.dtype) if self.exact else bfloat16_matmul(x, self.value())
+
+
+def fake_quant_inputs(x: Float[Array, "*b in"], activation: Activation, scale: Array | None) -> Float[Array, "*b in"]:
+    """A layer's inputs rounded to their format; the gradient passes straight through."""
+    flat = x.reshape(-1, x.shape[-1])
+    rounded = quantize_inputs(jax.lax.stop_gradient(flat), activation, scale).reshape(x.shape)
+    return x + jax.lax.stop_gradient(rounded.astype(x.dtype) - x)
+
+
+def as_typed(scale: Array, zero: Zero, format: Format) -> tuple[Array, Any]:
+    """Scale and zero as a range returns them: rounded to the stored dtype, integer zeros as codes."""
+    if isinstance(format.scale, str):
+        scale = round_scale(scale, format.scale)
+    if zero is None or not has_integer_zero(format):
+        return scale, zero if zero is None or not isinstance(format.scale, str) else zero.astype(format.scale)
+    return scale, jnp.clip(jnp.round(zero), 0, 2**format.bits - 1).astype(jnp.uint8)
+
+
+def has_integer_zero(format: Format) -> bool:
+    """Whether the format's zeros are codes."""
+    value = jax.ShapeDtypeStruct((), jnp.float32)
+    return is_integer(jax.eval_shape(format.grid, value, value)[1])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _straight_through(
+    format: Format,
+    w: Float[Array, "*l in out"],
+    scale: Array,
+    zero: Zero,
+    codes: UInt8[Array, "*l in out"],
+    inside: Bool[Array, "*l in out"],
+) -> Float[Array, "*l in out"]:
+    """The codes' values; within the grid the gradient passes to `w`."""
+    return Grid.of(*as_typed(scale, zero, format), format, codes.shape).decode(codes)
+
+
+def _forward(format: Format, w: Array, scale: Array, zero: Zero, codes: Array, inside: Array) -> tuple[Array, Any]:
+    grid = Grid.of(*as_typed(scale, zero, format), format, codes.shape)
+    value = grid.decode(codes)
+    return value, (w, value, grid, inside)
+
+
+def _backward(format: Format, saved: Any, slope: Float[Array, "*l in out"]) -> tuple[Any, ...]:
+    w, value, grid, inside = saved
+    block, at = block_shape(format, value.shape), grid.per_weight
+    summed = lambda v: jnp.sum(grouped(v, block), -2)  # noqa: E731
+    step = at[0].astype(jnp.float32)
+    outside = jnp.where(inside, 0, slope)
+    shifted = at[1] is not None and not has_integer_zero(format)
+    origin = at[1].astype(jnp.float32) if shifted else 0.0
+    at_scale = summed(slope * jnp.where(step == 0, 0, (value - jnp.where(inside, w, origin)) / jnp.where(step == 0, 1, step)))
+    at_zero = None if at[1] is None else summed(outside if shifted else -outside * step)
+    return jnp.where(inside, slope, 0).astype(w.dtype), at_scale, at_zero, None, None
+
+
+_straight_through.defvjp(_forward, _backward)
