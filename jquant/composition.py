@@ -34,9 +34,10 @@ class Tuning:
         "confidence" takes the teacher's mean probability of the text's tokens (BitDistiller, arXiv 2402.10631, Eq. 8).
       optimizer: "adam"; "lion" (arXiv 2302.06675); "adafactor", without first moments and with factored second ones.
       b2: decay of the second moments (of Lion's momentum).
-      schedule: how rates fall to 0, along a "cosine" or a "linear" line.
+      schedule: how rates fall to 0, along a "cosine" or a "linear" line; or "constant".
       warmup: steps over which they rise before.
       clip: the gradient's largest norm over all parameters; None for any.
+      compute: dtype of the products' factors; sums, weights and the optimizer's state are float32.
       accumulate: parts in which a step's windows go through the model, one after another.
       seed: of the windows' order.
     """
@@ -52,9 +53,10 @@ class Tuning:
     reverse: float | Literal["confidence"] = 0.0
     optimizer: Literal["adam", "lion", "adafactor"] = "adam"
     b2: float = 0.999
-    schedule: Literal["cosine", "linear"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: int = 0
     clip: float | None = None
+    compute: Literal["bfloat16", "float32"] = "bfloat16"
     accumulate: int = 1
     seed: int = 0
 

@@ -20,8 +20,7 @@ from jquant.learning.tuning import initial, split, tune, tune_block
 from jquant.methods import Method, Tuning, method
 from jquant.models.decoder import Decoder, blocks, rotary_table
 from jquant.pipeline.in_memory import quantize_decoder
-from jquant.qtensor import QTensor, bits_per_weight, dequantize, quantize
-from jquant.ranges import MinMax
+from jquant.qtensor import QTensor, bits_per_weight
 
 TOKENS = np.random.default_rng(5).integers(0, checkpoints.VOCAB, (8, 32), np.int32)
 STEPS = 20

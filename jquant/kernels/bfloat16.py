@@ -7,6 +7,11 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Float
 
 
+def matmul_in(compute: str, x: Float[Array, "*b in"], w: Float[Array, "in out"]) -> Float[Array, "*b out"]:
+    """x @ w in x's dtype, with factors in "bfloat16" or "float32"."""
+    return bfloat16_matmul(x, w) if compute == "bfloat16" else x @ w.astype(x.dtype)
+
+
 @jax.custom_vjp
 def bfloat16_matmul(x: Float[Array, "*b in"], w: Float[Array, "in out"]) -> Float[Array, "*b out"]:
     """x @ w with both factors rounded to bfloat16 and sums in float32; so are the products of its gradient.

@@ -16,8 +16,8 @@ from jaxtyping import Bool, Float, UInt8
 
 from jquant.activations import Activation, quantize_inputs
 from jquant.formats import Format, block_shape, expand, grouped, unpack
-from jquant.formats.base import round_scale
-from jquant.kernels.bfloat16 import bfloat16_matmul
+from jquant.formats.base import ratio, round_scale
+from jquant.kernels.bfloat16 import matmul_in
 from jquant.qtensor import Grid, QTensor, is_integer, stored_grid
 
 Zero = Float[Array, "*l groups columns"] | None
@@ -28,7 +28,7 @@ def fake_quant(
 ) -> Float[Array, "*l in out"]:
     """`dequantize(quantize(w, scale, zero, format))`, bit for bit, with gradients.
 
-    With g the gradient of the result ŵ, s the scale and z the zero of a weight's group, each rounded to its stored type:
+    With g the gradient of the result ŵ, s the scale and z the zero of a weight's group, rounded to their stored types:
 
       ∂w: g within the grid, 0 beyond its ends.
       ∂scale: Σ g (ŵ − w) / s over the group's weights within the grid, and Σ g ŵ / s over those beyond it ((ŵ − z) / s
@@ -51,8 +51,7 @@ def fake_quant(
 def fixed_codes(
     codes: UInt8[Array, "*l in out"], scale: Float[Array, "*l groups columns"], zero: Zero, format: Format
 ) -> Float[Array, "*l in out"]:
-    """The values of codes that don't change, with the gradients of scale and zero: those of `fake_quant` beyond the grid,
-    but that a float zero moves every value."""
+    """The values of codes that don't change; scales and zeros have the gradients of `fake_quant` beyond the grid."""
     nowhere = jnp.zeros(codes.shape, jnp.float32)
     return _straight_through(format, nowhere, scale, zero, codes, jnp.zeros(codes.shape, jnp.bool_))
 
@@ -63,36 +62,47 @@ class FakeQuantized:
     """A quantized kernel as a function of what is learned; `x @ kernel` rounds it anew.
 
     Attributes:
-      learned: "log_scale", the logarithm of a factor on each scale, `[*l, groups, columns]`; perhaps "shift", added to
-        each zero: codes for integer zeros, units of the scale for float ones; perhaps "weight", the weight behind the
-        codes in units of its first scale, `[*l, in, out]`.
+      learned: some of "log_scale", the logarithm of a factor on each scale, `[*l, groups, columns]`; "log_clip", that
+        of a factor on scales and float zeros; "shift", added to each zero: in codes for integer zeros, in units of the
+        scale for float ones; "weight", the weight behind the codes in units of its first scale, `[*l, in, out]`.
       scale: the first one, float32 `[*l, groups, columns]`.
       zero: the first one, float32, or None.
-      codes: uint8 `[*l, in, out]` that don't change, where no weight is learned.
+      codes: uint8 `[*l, in, out]`, if they don't change; else None.
+      weight: the weight behind the codes, if it doesn't change and codes do; else None.
       input_scale: see `QTensor`.
       format: what codes mean (static).
       features: (in, out) (static).
       activation: see `QTensor` (static).
-      exact: whether products are computed in the inputs' dtype, not in bfloat16 (static).
+      compute: see `Tuning` (static).
     """
 
     learned: Any
     scale: Any
     zero: Any
     codes: Any
+    weight: Any
     input_scale: Any
     format: Format = field(metadata={"static": True})
     features: tuple[int, int] = field(metadata={"static": True})
     activation: Activation | None = field(metadata={"static": True})
-    exact: bool = field(default=False, metadata={"static": True})
+    compute: str = field(default="bfloat16", metadata={"static": True})
 
     @staticmethod
-    def of(q: QTensor, exact: bool = False) -> "FakeQuantized":
+    def of(q: QTensor) -> "FakeQuantized":
         """A quantized weight, of which nothing is learned yet; codes don't change."""
         # Unpacked once: within a step, XLA would unpack the zeros again for every weight.
-        scale, zero = (None if v is None else v.astype(jnp.float32) for v in stored_grid(q))
+        scale, zero = stored_grid(q)
         codes = unpack(q.codes, q.format.bits, q.in_features)
-        return FakeQuantized({}, scale, zero, codes, q.input_scale, q.format, q.shape[-2:], q.activation, exact)
+        start = FakeQuantized.on_grid(None, scale, zero, q.format, q.shape)
+        return replace(start, codes=codes, activation=q.activation, input_scale=q.input_scale)
+
+    @staticmethod
+    def on_grid(
+        weight: Any, scale: Array, zero: Array | None, format: Format, shape: tuple[int, ...]
+    ) -> "FakeQuantized":
+        """A float weight rounded to nearest on a grid, of which nothing is learned yet."""
+        scale, zero = (None if v is None else v.astype(jnp.float32) for v in (scale, zero))
+        return FakeQuantized({}, scale, zero, None, weight, None, format, shape[-2:], None)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -107,27 +117,35 @@ class FakeQuantized:
 
     def grid(self) -> tuple[Float[Array, "*l groups columns"], Zero]:
         """Scales and zeros."""
-        scale, zero = self.scale, self.zero
-        if "shift" in self.learned:
-            zero += self.learned["shift"] * (1.0 if has_integer_zero(self.format) else jnp.abs(scale))
-        return scale * jnp.exp(self.learned.get("log_scale", 0.0)), zero
+        scale, zero, learned, moving = self.scale, self.zero, self.learned, not has_integer_zero(self.format)
+        if "shift" in learned:
+            zero += learned["shift"] * (jnp.abs(scale) if moving else 1.0)
+        if "log_clip" in learned:
+            factor = jnp.exp(learned["log_clip"])
+            return scale * factor, zero * factor if zero is not None and moving else zero
+        return scale * jnp.exp(learned["log_scale"]) if "log_scale" in learned else scale, zero
+
+    def behind(self) -> Float[Array, "*l in out"] | None:
+        """The weight behind the codes; None if these don't change."""
+        return self.learned["weight"] * self.steps if "weight" in self.learned else self.weight
 
     def value(self) -> Float[Array, "*l in out"]:
         """The rounded weight."""
-        if "weight" in self.learned:
-            return fake_quant(self.learned["weight"] * self.steps, *self.grid(), self.format)
-        return fixed_codes(self.codes, *self.grid(), self.format)
+        weight = self.behind()
+        if weight is None:
+            return fixed_codes(self.codes, *self.grid(), self.format)
+        return fake_quant(weight, *self.grid(), self.format)
 
     def pack(self) -> QTensor:
         """The quantized weight whose values are `value`, bit for bit."""
-        grid = Grid.of(*as_typed(*self.grid(), self.format), self.format, self.shape)
-        codes = grid.encode(self.learned["weight"] * self.steps) if "weight" in self.learned else self.codes
-        return replace(grid.pack(codes), activation=self.activation, input_scale=self.input_scale)
+        grid, weight = Grid.of(*as_typed(*self.grid(), self.format), self.format, self.shape), self.behind()
+        q = grid.pack(self.codes if weight is None else grid.encode(weight))
+        return replace(q, activation=self.activation, input_scale=self.input_scale)
 
     def __rmatmul__(self, x: Float[Array, "*b in"]) -> Float[Array, "*b out"]:
         if self.activation is not None:
             x = fake_quant_inputs(x, self.activation, self.input_scale)
-        return x @ self.value().astype(x.dtype) if self.exact else bfloat16_matmul(x, self.value())
+        return matmul_in(self.compute, x, self.value())
 
 
 def fake_quant_inputs(x: Float[Array, "*b in"], activation: Activation, scale: Array | None) -> Float[Array, "*b in"]:
@@ -179,7 +197,7 @@ def _backward(format: Format, saved: Any, slope: Float[Array, "*l in out"]) -> t
     outside = jnp.where(inside, 0, slope)
     shifted = at[1] is not None and not has_integer_zero(format)
     origin = at[1].astype(jnp.float32) if shifted else 0.0
-    at_scale = summed(slope * jnp.where(step == 0, 0, (value - jnp.where(inside, w, origin)) / jnp.where(step == 0, 1, step)))
+    at_scale = summed(slope * ratio(value - jnp.where(inside, w, origin), step))
     at_zero = None if at[1] is None else summed(outside if shifted else -outside * step)
     return jnp.where(inside, slope, 0).astype(w.dtype), at_scale, at_zero, None, None
 

@@ -1,6 +1,6 @@
 """The training loop: one jitted, donated step, an order of windows, and what it leaves on disk."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,7 +13,9 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jquant.composition import Tuning
+from jquant.errors import InputError
 from jquant.learning.objectives import all_finite
+from jquant.progress import Progress
 
 Learned = dict[tuple[Any, ...], dict[str, Array]]  # by the parameter's path
 Loss = Callable[[Learned, Any, Any, Tuning], Float[Array, ""]]
@@ -28,9 +30,50 @@ class State:
     moments: Any
 
 
-def start(learned: Learned, stage: Tuning) -> State:
-    """The state before the first step."""
-    return State(learned, optimizer(stage).init(learned))
+@dataclass(frozen=True)
+class Task:
+    """What is trained on.
+
+    Attributes:
+      name: in error messages, e.g. "Tuning of the model".
+      loss: a function of what is learned, `frozen`, a batch and the stage; a mean over the batch's windows.
+      frozen: what no step changes.
+      batch: the batch of these windows, a tree of arrays `[windows, …]`.
+      count: windows in all.
+    """
+
+    name: str
+    loss: Loss
+    frozen: Any
+    batch: Callable[[Int[np.ndarray, " windows"]], Any]
+    count: int
+
+
+def fit(task: Task, learned: Learned, stage: Tuning, progress: Progress | None = None) -> Learned:
+    """What is learned after the stage's steps.
+
+    Args:
+      task: what is trained on.
+      learned: at the start; donated.
+      stage: see `Tuning`.
+      progress: called with ("tune", steps done, steps in all) and the loss before that step.
+
+    Raises:
+      InputError: a step whose loss or parameters are not finite.
+    """
+    state = State(learned, optimizer(stage).init(learned))
+    del learned
+    for number in range(stage.steps):
+        batch = task.batch(windows_of(number, task.count, stage))
+        state, value, finite = step(state, task.frozen, batch, loss=task.loss, stage=stage)
+        if not finite:  # waits: one step's activations are alive at a time
+            raise InputError(
+                f"{task.name}, step {number + 1} of {stage.steps}: the loss ({value:.4g}) or what is learned is not "
+                f"finite; take a lower rate, or look for activations that overflow their dtype."
+            )
+        if progress:
+            progress("tune", number + 1, stage.steps, loss=float(value))
+    return state.learned
 
 
 def windows_of(step: int, count: int, stage: Tuning) -> Int[np.ndarray, " windows"]:
@@ -41,9 +84,7 @@ def windows_of(step: int, count: int, stage: Tuning) -> Int[np.ndarray, " window
 
 
 @partial(jax.jit, static_argnames=("loss", "stage"), donate_argnames="state")
-def step(
-    state: State, frozen: Any, batch: Any, *, loss: Loss, stage: Tuning
-) -> tuple[State, Float[Array, ""], Array]:
+def step(state: State, frozen: Any, batch: Any, *, loss: Loss, stage: Tuning) -> tuple[State, Float[Array, ""], Array]:
     """One step of the optimizer.
 
     Args:
@@ -72,7 +113,8 @@ def step(
 
 def optimizer(stage: Tuning) -> optax.GradientTransformation:
     """The stage's optimizer: clipped gradients, scaled by their moments, times each parameter's rate."""
-    rates = {"log_scale": stage.rate, "shift": stage.rate, "weight": stage.weight_rate, "norm": stage.norm_rate}
+    rates = dict.fromkeys(("log_scale", "log_clip", "shift", "a", "b"), stage.rate)
+    rates |= {"weight": stage.weight_rate, "norm": stage.norm_rate}
     parts = [optax.clip_by_global_norm(stage.clip)] if stage.clip else []
     match stage.optimizer:
         case "adam":
@@ -85,9 +127,13 @@ def optimizer(stage: Tuning) -> optax.GradientTransformation:
 
 
 def schedule(stage: Tuning) -> optax.Schedule:
-    """The factor on every rate by step: linear warm-up to 1, then down to 0 along a cosine or a line."""
+    """The factor on every rate by step: linear warm-up to 1, then down to 0 along a cosine or a line, or neither."""
     falling = max(stage.steps - stage.warmup, 1)
-    down = optax.cosine_decay_schedule(1.0, falling) if stage.schedule == "cosine" else optax.linear_schedule(1.0, 0.0, falling)
+    down = {
+        "cosine": optax.cosine_decay_schedule(1.0, falling),
+        "linear": optax.linear_schedule(1.0, 0.0, falling),
+        "constant": optax.constant_schedule(1.0),
+    }[stage.schedule]
     if not stage.warmup:
         return down
     # The first step has a rate, too.
@@ -101,8 +147,3 @@ def _scaled(rates: dict[str, float]) -> optax.GradientTransformation:
         return {path: {name: rates[name] * u for name, u in each.items()} for path, each in updates.items()}, state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
-
-
-def epochs(stage: Tuning, count: int) -> Iterator[np.ndarray]:
-    """The windows of every step."""
-    return (windows_of(step, count, stage) for step in range(stage.steps))

@@ -7,7 +7,7 @@ With the text as target the quantized model learns the text, too: its perplexity
 float model explains.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,13 +23,11 @@ from jaxtyping import Float, Int
 from jquant.composition import Tuning
 from jquant.data import check_tokens
 from jquant.errors import InputError
-from jquant.kernels.bfloat16 import bfloat16_matmul
-from jquant.learning import loop
+from jquant.kernels.bfloat16 import matmul_in
 from jquant.learning.fake_quant import FakeQuantized, has_integer_zero
-from jquant.learning.loop import Learned
+from jquant.learning.loop import Learned, Task, fit
 from jquant.learning.objectives import map_rows
 from jquant.models.decoder import Block, Decoder
-from jquant.models.params import Packed
 from jquant.progress import Progress, showing
 from jquant.qtensor import QTensor
 from jquant.rounding.limits import check_scales
@@ -61,10 +59,10 @@ def tune(
     if tuning.target == "block":
         raise InputError('Blocks are tuned one by one as they are rounded (Method.tuning): target is not "block" here.')
     check_tokens(tokens, decoder.config, "Calibration windows")
-    student = split(quantized)
-    batch = lambda which: tokens[which]  # noqa: E731
+    learned, student = initial(split(quantized), tuning)
+    task = Task("Tuning of the model", model_loss, (student, decoder), tokens.__getitem__, len(tokens))
     with showing(progress) as tell:
-        return _learn(student, (student, decoder), batch, len(tokens), model_loss, tuning, tell)
+        return student.packed(fit(task, learned, tuning, tell))
 
 
 def tune_block(
@@ -89,9 +87,10 @@ def tune_block(
     Raises:
       InputError: nothing is quantized; a step whose loss or parameters are not finite.
     """
-    student = split(quantized)
+    learned, student = initial(split(quantized), tuning)
     batch = lambda which: (inputs[which], outputs[which])  # noqa: E731
-    return _learn(student, (student, rotary), batch, len(inputs), block_loss, tuning, None)
+    task = Task("Tuning of the block", block_loss, (student, rotary), batch, len(inputs))
+    return student.packed(fit(task, learned, tuning))
 
 
 @jax.tree_util.register_dataclass
@@ -109,10 +108,10 @@ class Student:
     kernels: Any
     rest: Any
 
-    def module(self, learned: Learned) -> Any:
-        """The module with fake-quantized kernels under what is learned."""
-        kernels = {path: replace(kernel, learned=learned.get(path, {})) for path, kernel in self.kernels.items()}
-        return self._merged(kernels, learned)
+    def module(self, learned: Learned, compute: str = "float32") -> Any:
+        """The module with fake-quantized kernels under what is learned, whose products have factors in `compute`."""
+        with_learned = lambda path, kernel: replace(kernel, learned=learned.get(path, {}), compute=compute)  # noqa: E731
+        return self._merged({path: with_learned(path, kernel) for path, kernel in self.kernels.items()}, learned)
 
     def packed(self, learned: Learned) -> Any:
         """The module with quantized kernels."""
@@ -126,61 +125,35 @@ class Student:
 
 
 def split(quantized: nnx.Module) -> Student:
-    """A quantized module in parts.
+    """A module with quantized, or fake-quantized, kernels in parts.
 
     Raises:
-      InputError: nothing is quantized.
+      InputError: there are none.
     """
     graph, state = nnx.split(quantized)
     params = flatten_mapping(nnx.to_pure_dict(state))
-    kernels = {path: FakeQuantized.of(leaf) for path, leaf in params.items() if isinstance(leaf, QTensor)}
+    kernels = {path: leaf for path, leaf in params.items() if isinstance(leaf, FakeQuantized)}
+    kernels |= {path: FakeQuantized.of(leaf) for path, leaf in params.items() if isinstance(leaf, QTensor)}
     if not kernels:
         raise InputError("There is nothing to tune: the decoder holds no quantized weight.")
     return Student(graph, kernels, {path: leaf for path, leaf in params.items() if path not in kernels})
 
 
-def _learn(
-    student: Student,
-    frozen: tuple[Student, Any],
-    batch: Callable[[Int[np.ndarray, " windows"]], Any],
-    count: int,
-    loss: loop.Loss,
-    tuning: Tuning,
-    progress: Progress | None,
-) -> Any:
-    """The module after the optimizer's steps, each over the next few of `count` windows."""
-    learned = initial(student, tuning)
-    if tuning.weight_rate:  # the codes are those of the weights from now on
-        frozen = (replace(student, kernels={p: replace(k, codes=None) for p, k in student.kernels.items()}), frozen[1])
-    state = loop.start(learned, tuning)
-    del learned
-    for number in range(tuning.steps):
-        state, value, finite = loop.step(
-            state, frozen, batch(loop.windows_of(number, count, tuning)), loss=loss, stage=tuning
-        )
-        if not finite:  # waits: one step's activations are alive at a time
-            raise InputError(
-                f"Tuning of the {tuning.target}, step {number + 1} of {tuning.steps}: the loss ({value:.4g}) or what is "
-                f"learned is not finite; take a lower rate, or look for activations that overflow their dtype."
-            )
-        if progress:
-            progress("tune", number + 1, tuning.steps, loss=float(value))
-    return frozen[0].packed(state.learned)
-
-
-def initial(student: Student, tuning: Tuning) -> Learned:
-    """What is learned, at the start."""
+def initial(student: Student, tuning: Tuning) -> tuple[Learned, Student]:
+    """What is learned, at the start, and the student that learns it."""
     learned: Learned = {}
+    kernels = dict(student.kernels)
     for path, kernel in student.kernels.items():
         learned[path] = {"log_scale": jnp.zeros(kernel.scale.shape, jnp.float32)}
         if kernel.zero is not None and (tuning.weight_rate or not has_integer_zero(kernel.format)):
             learned[path]["shift"] = jnp.zeros(kernel.zero.shape, jnp.float32)
         if tuning.weight_rate:
             learned[path]["weight"] = _weight(kernel)
+            kernels[path] = replace(kernel, codes=None)  # from now on they are those of the weight
     if tuning.norm_rate:
         norms = {path: leaf for path, leaf in student.rest.items() if "norm" in str(path[-2])}
         learned |= {path: {"norm": jnp.array(leaf)} for path, leaf in norms.items()}
-    return learned
+    return learned, replace(student, kernels=kernels)
 
 
 @jax.jit
@@ -197,41 +170,42 @@ def block_loss(learned: Learned, frozen: Any, batch: Any, tuning: Tuning) -> Flo
     """Mean over tokens of the squared error of a block's output over its squared length."""
     (student, rotary), (inputs, outputs) = frozen, batch
     outputs = outputs.astype(jnp.float32)
-    predicted = student.module(learned)(inputs, rotary)[0].astype(jnp.float32)
+    predicted = student.module(learned, tuning.compute)(inputs, rotary)[0].astype(jnp.float32)
     return jnp.mean(jnp.sum((predicted - outputs) ** 2, -1) / jnp.maximum(jnp.sum(outputs**2, -1), 1e-12))
 
 
 def model_loss(learned: Learned, frozen: Any, tokens: Int[Array, "b t"], tuning: Tuning) -> Float[Array, ""]:
     """(1 − text) · mean KL divergence from the teacher + text · mean cross-entropy, nats."""
     student, teacher = frozen
-    exact = None if tuning.text == 1 else jax.lax.stop_gradient(_with_products(teacher).hidden(tokens))
+    exact = None if tuning.text == 1 else jax.lax.stop_gradient(_computing(teacher, tuning.compute).hidden(tokens))
     # Embedding and head are not quantized: student and teacher share them.
     head = teacher.embedding.get_value().T if teacher.head is None else teacher.head.kernel.get_value()
-    return _loss(student.module(learned).hidden(tokens, remat=True), exact, head.astype(jnp.bfloat16), tokens, tuning)
+    head = head.astype(jnp.bfloat16) if tuning.compute == "bfloat16" else head
+    return _loss(student.module(learned, tuning.compute).hidden(tokens, remat=True), exact, head, tokens, tuning)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Product:
-    """A float kernel that multiplies in bfloat16."""
+    """A float kernel that multiplies as `compute` says."""
 
     w: Any
+    compute: str = field(metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.w.shape
 
     def __rmatmul__(self, x: Array) -> Array:
-        return bfloat16_matmul(x, self.w)
+        return matmul_in(self.compute, x, self.w)
 
 
-def _with_products(teacher: Decoder) -> Decoder:
-    """The float model, with products in bfloat16 like the student's."""
-    graph, state = nnx.split(teacher)
+def _computing(decoder: Decoder, compute: str) -> Decoder:
+    """A float decoder whose products have factors in `compute`."""
+    graph, state = nnx.split(decoder)
     params = flatten_mapping(nnx.to_pure_dict(state))
-    wrapped = {
-        path: _Product(leaf) if path[0] == "segments" and path[-1] == "kernel" else leaf for path, leaf in params.items()
-    }
+    is_kernel = lambda path: path[0] == "segments" and path[-1] == "kernel"  # noqa: E731
+    wrapped = {path: _Product(leaf, compute) if is_kernel(path) else leaf for path, leaf in params.items()}
     return nnx.merge(graph, nnx.State(unflatten_mapping(wrapped)))
 
 
@@ -246,11 +220,11 @@ def _loss(
 
     @jax.checkpoint
     def rows(states: Array, others: Array, targets: Array) -> Array:
-        log_q = jax.nn.log_softmax(bfloat16_matmul(states, head).astype(jnp.float32))
+        log_q = jax.nn.log_softmax(matmul_in(tuning.compute, states, head).astype(jnp.float32))
         # optax's cross-entropy would normalise the logits a second time.
         loss = -text * jnp.take_along_axis(log_q, targets[:, None], -1)[:, 0]
         if text < 1:
-            log_p = jax.nn.log_softmax(bfloat16_matmul(others, head).astype(jnp.float32))
+            log_p = jax.nn.log_softmax(matmul_in(tuning.compute, others, head).astype(jnp.float32))
             forward = optax.losses.kl_divergence_with_log_targets(log_q, log_p)
             if tuning.reverse:
                 backward = optax.losses.kl_divergence_with_log_targets(log_p, log_q)

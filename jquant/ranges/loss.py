@@ -2,13 +2,12 @@
 
 from dataclasses import dataclass, field
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
 from jquant.errors import InputError
-from jquant.formats import Format, block_shape, expand, grouped
+from jquant.formats import Format
 from jquant.parts import check_part
 from jquant.qtensor import QTensor
 from jquant.ranges.base import Range
@@ -78,21 +77,3 @@ def clipped(grid: tuple[Array, Array | None], clips: Array) -> tuple[Array, Arra
     if zero is not None and zero.dtype != jnp.uint8:
         zero = (zero.astype(jnp.float32) * clips).astype(zero.dtype)
     return (scale.astype(jnp.float32) * clips).astype(scale.dtype), zero
-
-
-def rounded(w: Float[Array, "in out"], grid: tuple[Array, Array | None], format: Format) -> Array:
-    """The weight's nearest values on a grid."""
-    at = jax.tree.map(lambda v: expand(v, block_shape(format, w.shape), w.shape), grid)
-    return format.decode(format.encode(w, *at), *at)
-
-
-def clip_gradient(
-    w: Float[Array, "in out"], grid: tuple[Array, Array | None], gradient: Float[Array, "in out"], format: Format
-) -> Float[Array, "groups columns"]:
-    """dL/d(log clip) of each block from dL/dŵ: a value inside the range has ∂ŵ/∂(log c) = ŵ − w, a clipped one ŵ."""
-    block = block_shape(format, w.shape)
-    at = jax.tree.map(lambda v: expand(v, block, w.shape), grid)
-    value = format.decode(format.encode(w, *at), *at)
-    ends = [format.decode(format.encode(jnp.float32(far), *at), *at) for far in (-3e38, 3e38)]
-    inside = (w >= ends[0]) & (w <= ends[1])
-    return jnp.sum(grouped(gradient * (value - jnp.where(inside, w, 0)), block), -2)
