@@ -32,6 +32,7 @@ from jquant.formats import (
 )
 from jquant.io.language_model import LanguageModel
 from jquant.io.load import load_model, open_model
+from jquant.learning.journal import Journal
 from jquant.learning.tuning import tune
 from jquant.methods import METHODS, Method, Tuning, method
 from jquant.models.folding import permute_mlp, rotate
@@ -70,6 +71,7 @@ __all__ = [
     "Hadamard",
     "InputError",
     "Int",
+    "Journal",
     "LanguageModel",
     "LlamaCpp",
     "LossSearch",

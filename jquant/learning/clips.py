@@ -46,7 +46,8 @@ def learn_clips(
         path: {"log_clip": jnp.zeros(kernel.scale.shape, jnp.float32)} for path, kernel in student.kernels.items()
     }
     stage = Tuning(search.steps, search.windows, search.rate, text=1.0, schedule="constant", compute="float32")
-    task = Task("LossSearch", model_loss, (student, decoder), tokens.__getitem__, len(tokens))
+    frozen, (count, context) = (student, decoder), tokens.shape
+    task = Task("LossSearch", model_loss, frozen, tokens.__getitem__, count, context, student.packed)
     return _by_layer(rounded, fit(task, learned, stage))
 
 

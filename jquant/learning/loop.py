@@ -1,5 +1,6 @@
 """The training loop: one jitted, donated step, an order of windows, and what it leaves on disk."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ from jaxtyping import Float, Int
 
 from jquant.composition import Tuning
 from jquant.errors import InputError
+from jquant.learning.journal import Writer
 from jquant.learning.objectives import all_finite
 from jquant.progress import Progress
 
@@ -40,6 +42,8 @@ class Task:
       frozen: what no step changes.
       batch: the batch of these windows, a tree of arrays `[windows, …]`.
       count: windows in all.
+      context: tokens a window.
+      packed: the module with what is learned, for evaluations.
     """
 
     name: str
@@ -47,32 +51,51 @@ class Task:
     frozen: Any
     batch: Callable[[Int[np.ndarray, " windows"]], Any]
     count: int
+    context: int
+    packed: Callable[[Learned], Any]
 
 
-def fit(task: Task, learned: Learned, stage: Tuning, progress: Progress | None = None) -> Learned:
+def fit(
+    task: Task, learned: Learned, stage: Tuning, writer: Writer | None = None, progress: Progress | None = None
+) -> Learned:
     """What is learned after the stage's steps.
 
     Args:
       task: what is trained on.
       learned: at the start; donated.
       stage: see `Tuning`.
-      progress: called with ("tune", steps done, steps in all) and the loss before that step.
+      writer: of checkpoints, from which a killed training goes on, and metrics.
+      progress: called with ("tune", steps done, steps in all), the loss before that step and the speed.
 
     Raises:
-      InputError: a step whose loss or parameters are not finite.
+      InputError: a step whose loss or parameters are not finite; what can't be written.
     """
-    state = State(learned, optimizer(stage).init(learned))
-    del learned
-    for number in range(stage.steps):
+
+    def start() -> State:
+        return State(learned, optimizer(stage).init(learned))
+
+    first, state = (0, start()) if writer is None else writer.resumed(start)
+    del learned, start
+    begin = time.perf_counter()
+    for number in range(first, stage.steps):
+        done, last = number + 1, number + 1 == stage.steps
         batch = task.batch(windows_of(number, task.count, stage))
         state, value, finite = step(state, task.frozen, batch, loss=task.loss, stage=stage)
         if not finite:  # waits: one step's activations are alive at a time
+            kept = f" The checkpoint before is in {writer.folder}." if writer and writer.kept() else ""
             raise InputError(
-                f"{task.name}, step {number + 1} of {stage.steps}: the loss ({value:.4g}) or what is learned is not "
-                f"finite; take a lower rate, or look for activations that overflow their dtype."
+                f"{task.name}, step {done} of {stage.steps}: the loss ({value:.4g}) or what is learned is not "
+                f"finite; take a lower rate, or look for activations that overflow their dtype.{kept}"
             )
+        loss, tokens = float(value), stage.windows * task.context
+        speed = (done - first) * tokens / (time.perf_counter() - begin)
+        if writer:
+            writer.note(done, {"loss": loss, "tokens": done * tokens})
+            if writer.due(done, last):
+                writer.note(done, writer.evaluated(task.packed(state.learned)))
+            writer.wrote(done, state, last)
         if progress:
-            progress("tune", number + 1, stage.steps, loss=float(value))
+            progress("tune", done, stage.steps, loss=loss, **{"tokens/s": speed})
     return state.learned
 
 

@@ -20,11 +20,13 @@ from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 from jax import Array
 from jaxtyping import Float, Int
 
+from jquant import provenance
 from jquant.composition import Tuning
 from jquant.data import check_tokens
 from jquant.errors import InputError
 from jquant.kernels.bfloat16 import matmul_in
 from jquant.learning.fake_quant import FakeQuantized, has_integer_zero
+from jquant.learning.journal import Journal
 from jquant.learning.loop import Learned, Task, fit
 from jquant.learning.objectives import map_rows
 from jquant.models.decoder import Block, Decoder
@@ -39,30 +41,49 @@ def tune(
     tokens: Int[np.ndarray, "n context"],
     tuning: Tuning | None = None,
     *,
+    journal: Journal | None = None,
     progress: Progress | bool = True,
 ) -> Decoder:
-    """The quantized decoder with scales, and codes if `tuning.weight_rate` says so, learned to match the float one.
+    """The quantized decoder with scales, zeros and weights, as `tuning` says, learned to match the float one.
 
     Args:
       quantized: as `quantize_decoder` returns it; left untouched.
       decoder: the float decoder it was made from.
-      tokens: calibration windows.
+      tokens: windows of text.
       tuning: a stage with target "model"; `Tuning()` by default.
-      progress: see `Options`; a function is called with ("tune", steps done, steps in all) and the loss before that
-        step.
+      journal: where checkpoints and metrics go; the same call goes on after a kill, and ends with the same bytes.
+      progress: see `Options`; a function is called with ("tune", steps done, steps in all), the loss before that step
+        and the speed.
 
     Raises:
       InputError: nothing is quantized; a tuning with target "block"; windows that the model can't read; a step whose
-        loss or parameters are not finite.
+        loss or parameters are not finite; a journal's folder that holds another training or can't be written.
     """
     tuning = tuning or Tuning()
     if tuning.target == "block":
         raise InputError('Blocks are tuned one by one as they are rounded (Method.tuning): target is not "block" here.')
-    check_tokens(tokens, decoder.config, "Calibration windows")
+    check_tokens(tokens, decoder.config, "Windows to learn from")
     learned, student = initial(split(quantized), tuning)
-    task = Task("Tuning of the model", model_loss, (student, decoder), tokens.__getitem__, len(tokens))
+    frozen, (count, context) = (student, decoder), tokens.shape
+    task = Task("Tuning of the model", model_loss, frozen, tokens.__getitem__, count, context, student.packed)
     with showing(progress) as tell:
-        return student.packed(fit(task, learned, tuning, tell))
+        if journal is None:
+            return student.packed(fit(task, learned, tuning, None, tell))
+        with journal.opened(_run(quantized, decoder, tokens, tuning)) as writer:
+            return student.packed(fit(task, learned, tuning, writer, tell))
+
+
+def _run(quantized: Decoder, decoder: Decoder, tokens: np.ndarray, tuning: Tuning) -> dict[str, Any]:
+    """What decides the bytes of a training's result."""
+    digest = lambda tree: provenance.array_digest(*jax.tree.leaves(nnx.state(tree)))  # noqa: E731
+    return {
+        "tuning": provenance.describe(tuning),
+        "tokens": provenance.array_digest(tokens),
+        "quantized": digest(quantized),
+        "float": digest(decoder),
+        "code": provenance.code_of(tuning, [__name__]),
+        "packages": provenance.packages(),
+    }
 
 
 def tune_block(
@@ -89,7 +110,8 @@ def tune_block(
     """
     learned, student = initial(split(quantized), tuning)
     batch = lambda which: (inputs[which], outputs[which])  # noqa: E731
-    task = Task("Tuning of the block", block_loss, (student, rotary), batch, len(inputs))
+    count, context = inputs.shape[:2]
+    task = Task("Tuning of the block", block_loss, (student, rotary), batch, count, context, student.packed)
     return student.packed(fit(task, learned, tuning))
 
 
@@ -151,7 +173,7 @@ def initial(student: Student, tuning: Tuning) -> tuple[Learned, Student]:
             learned[path]["weight"] = _weight(kernel)
             kernels[path] = replace(kernel, codes=None)  # from now on they are those of the weight
     if tuning.norm_rate:
-        norms = {path: leaf for path, leaf in student.rest.items() if "norm" in str(path[-2])}
+        norms = {path: leaf for path, leaf in student.rest.items() if any("norm" in str(key) for key in path)}
         learned |= {path: {"norm": jnp.array(leaf)} for path, leaf in norms.items()}
     return learned, replace(student, kernels=kernels)
 

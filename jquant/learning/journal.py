@@ -1,0 +1,212 @@
+"""What a training writes while it runs: checkpoints to resume from, and its metrics.
+
+    run.json        what decides the bytes of the result
+    metrics.jsonl   a line a step: step, loss, tokens, seconds of this process; evaluations on lines of their own
+    state/<step>    the last checkpoint, by Orbax
+    tensorboard/    the same metrics, if asked for
+
+A process may die at any moment. The same call goes on from the last checkpoint. Metrics after it are written again.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from filelock import FileLock, Timeout
+
+from jquant import provenance
+from jquant.data import check_whole
+from jquant.errors import InputError
+from jquant.io.files import read_json, write_json, write_text
+from jquant.parallel.processes import on_first
+
+RUN, METRICS, STATE, BOARD, LOCK = "run.json", "metrics.jsonl", "state", "tensorboard", ".lock"
+
+
+@dataclass(frozen=True)
+class Journal:
+    """Where training writes, and how often.
+
+    Attributes:
+      folder: of one training; made if it is missing.
+      every: steps between checkpoints; the last step has one, too.
+      evaluate: a function of the quantized module as it is now; returns figures by name.
+      evaluate_every: steps between evaluations.
+      tensorboard: whether metrics are also written for TensorBoard (the extra `tensorboard`).
+    """
+
+    folder: str | Path
+    every: int = 50
+    evaluate: Callable[[Any], Mapping[str, float]] | None = None
+    evaluate_every: int = 100
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        check_whole(1, every=self.every, evaluate_every=self.evaluate_every)
+
+    @contextmanager
+    def opened(self, run: Mapping[str, Any]) -> Iterator["Writer"]:
+        """The folder as this training's.
+
+        Args:
+          run: what decides the result's bytes, as JSON.
+
+        Raises:
+          InputError: the folder holds another training, is written by another process, or can't be written.
+        """
+        folder = Path(self.folder)
+        lock = FileLock(folder / LOCK, timeout=0, thread_local=False)
+        on_first(partial(_hold, folder, lock))
+        try:
+            on_first(partial(_claim, folder, dict(run)))
+            writer = Writer(self, folder)
+            try:
+                yield writer
+            finally:
+                writer.close()
+        finally:
+            lock.release()
+
+
+class Writer:
+    """An open journal."""
+
+    def __init__(self, journal: Journal, folder: Path):
+        self.journal, self.folder, self._begin = journal, folder, time.perf_counter()
+        options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+        self._manager = ocp.CheckpointManager((folder / STATE).absolute(), options=options)
+        self._board = _board(folder / BOARD) if journal.tensorboard and jax.process_index() == 0 else None
+
+    def resumed(self, start: Callable[[], Any]) -> tuple[int, Any]:
+        """Steps done before, and the state after them; `start` makes the state before the first step.
+
+        Raises:
+          InputError: a checkpoint that can't be read.
+        """
+        done = self._manager.latest_step()
+        if done is None:
+            on_first(partial(_keep_metrics, self.folder / METRICS, 0))
+            return 0, start()
+        try:
+            abstract = jax.eval_shape(start) if jax.device_count() == 1 else start()
+            leaves, structure = jax.tree.flatten(abstract)
+            kept = self._manager.restore(done, args=ocp.args.StandardRestore(_numbered(leaves)))
+        except (OSError, ValueError, KeyError) as broken:
+            reason = str(broken).splitlines()[0][:200]
+            raise InputError(f"{self.folder / STATE / str(done)} can't be read ({reason}).") from None
+        on_first(partial(_keep_metrics, self.folder / METRICS, done))
+        return done, jax.tree.unflatten(structure, [kept[name] for name in sorted(kept)])
+
+    def wrote(self, step: int, state: Any, last: bool) -> None:
+        """Keeps the state after a step, if it is its turn.
+
+        Raises:
+          InputError: it can't be written; the checkpoint before it is kept.
+        """
+        if not last and step % self.journal.every:
+            return
+        before = self._manager.latest_step()
+        try:
+            self._manager.save(step, args=ocp.args.StandardSave(_numbered(jax.tree.leaves(state))))
+        except (OSError, ValueError) as failed:  # tensorstore reports a full disk as a ValueError
+            reason = getattr(failed, "strerror", None) or str(failed).splitlines()[0][:200]
+            kept = f"that of step {before} is kept" if before else "there is none before it"
+            raise InputError(f"The checkpoint of step {step} can't be written to {self.folder} ({reason}); {kept}.") from None
+
+    def note(self, step: int, figures: Mapping[str, float]) -> None:
+        """Adds a line to the metrics.
+
+        Raises:
+          InputError: it can't be written.
+        """
+        line = {"step": step, **figures, "seconds": round(time.perf_counter() - self._begin, 3)}
+        on_first(partial(_append, self.folder / METRICS, json.dumps(line) + "\n"))
+        if self._board:
+            for name, value in figures.items():
+                self._board.add_scalar(name, value, step)
+
+    def kept(self) -> int | None:
+        """The step of the last checkpoint."""
+        return self._manager.latest_step()
+
+    def evaluated(self, module: Any) -> Mapping[str, float]:
+        """The figures of a quantized module."""
+        assert self.journal.evaluate is not None
+        return self.journal.evaluate(module)
+
+    def due(self, step: int, last: bool) -> bool:
+        """Whether an evaluation follows a step."""
+        return self.journal.evaluate is not None and (last or step % self.journal.evaluate_every == 0)
+
+    def close(self) -> None:
+        """Ends what is open."""
+        self._manager.close()
+        if self._board:
+            self._board.close()
+
+
+def _hold(folder: Path, lock: FileLock) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise InputError(f"{folder} is being written by another process.") from None
+    except OSError as failed:
+        raise InputError(f"{folder} can't be written ({failed.strerror}).") from None
+
+
+def _claim(folder: Path, run: dict[str, Any]) -> None:
+    """Writes run.json, or compares with the one that is there."""
+    if not (folder / RUN).exists():
+        if others := [path.name for path in folder.iterdir() if path.name != LOCK]:
+            raise InputError(f"{folder} is not empty (it holds {others[0]}), and holds no {RUN} that says what is in it.")
+        write_json(folder / RUN, run)
+        return
+    earlier = read_json(folder / RUN)
+    if changes := provenance.differences(earlier, json.loads(json.dumps(run))):
+        more = f" and {len(changes) - 3} more" if changes[3:] else ""
+        raise InputError(
+            f"{folder} holds another training ({'; '.join(changes[:3])}{more}): give this one another folder."
+        )
+
+
+def _numbered(leaves: list[Any]) -> dict[str, Any]:
+    return {f"{number:05}": leaf for number, leaf in enumerate(leaves)}
+
+
+def _keep_metrics(path: Path, done: int) -> None:
+    """Drops the lines of steps after the checkpoint."""
+    if path.exists():
+        lines = path.read_text().splitlines()
+        write_text(path, "".join(line + "\n" for line in lines if _step_of(line) <= done))
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; infinite for half a line."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return float("inf")
+
+
+def _append(path: Path, line: str) -> None:
+    try:
+        with path.open("a") as file:
+            file.write(line)
+    except OSError as failed:
+        raise InputError(f"{path} can't be written ({failed.strerror}).") from None
+
+
+def _board(folder: Path) -> Any:
+    try:
+        from tensorboardX import SummaryWriter  # imported here: an optional extra
+    except ImportError:
+        raise InputError("Metrics for TensorBoard need the extra: pip install 'jquant[tensorboard]'.") from None
+    return SummaryWriter(str(folder))

@@ -1,0 +1,236 @@
+"""The training loop: resuming after a kill, the journal's files, accumulation, schedules, orders, refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import checkpoints
+import jax
+import numpy as np
+import pytest
+from checkpoints import refused
+from test_pipeline import leaves, same_bytes
+
+from jquant import Journal, Tuning
+from jquant.io.load import load_model
+from jquant.learning import loop
+from jquant.learning.tuning import tune
+from jquant.methods import method
+from jquant.pipeline.in_memory import quantize_decoder
+
+TOKENS = np.random.default_rng(5).integers(0, checkpoints.VOCAB, (6, 32), np.int32)
+STAGE = Tuning(7, 2, 3e-3, weight_rate=0.01)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    small = checkpoints.llama(initializer_range=0.08, hidden_size=32, intermediate_size=64, num_attention_heads=2)
+    return checkpoints.save(tmp_path_factory.mktemp("tiny"), small)
+
+
+@pytest.fixture(scope="module")
+def decoder(folder):
+    return load_model(folder).decoder
+
+
+@pytest.fixture(scope="module")
+def quantized(decoder):
+    return quantize_decoder(decoder, method("rtn", 2, 16))[0]
+
+
+# ---- resuming -------------------------------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    pass
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def figures(folder: Path) -> list[dict]:
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in metrics(folder)]
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 6])
+def test_a_training_that_ended_early_goes_on_to_the_same_bytes_and_metrics(decoder, quantized, tmp_path, at):
+    def end_early(stage: str, done: int, total: int, /, **_: float) -> None:
+        if done == at:
+            raise Killed
+
+    whole = tune(quantized, decoder, TOKENS, STAGE, journal=Journal(tmp_path / "whole", every=2), progress=False)
+    journal = Journal(tmp_path / "parts", every=2)
+    with pytest.raises(Killed):
+        tune(quantized, decoder, TOKENS, STAGE, journal=journal, progress=end_early)
+    assert [line["step"] for line in metrics(tmp_path / "parts")] == list(range(1, at + 1))
+    calls = []
+    resumed = tune(
+        quantized, decoder, TOKENS, STAGE, journal=journal, progress=lambda *call, **_: calls.append(call[1])
+    )
+    assert calls == list(range(at // 2 * 2 + 1, 8))
+    assert same_bytes(leaves(resumed), leaves(whole))
+    assert same_bytes(leaves(whole), leaves(tune(quantized, decoder, TOKENS, STAGE, progress=False)))
+    assert figures(tmp_path / "parts") == figures(tmp_path / "whole")
+    assert [path.name for path in (tmp_path / "parts/state").iterdir()] == ["7"]
+
+
+def test_a_finished_training_is_read_not_repeated(decoder, quantized, tmp_path):
+    first, again = (
+        tune(quantized, decoder, TOKENS, STAGE, journal=Journal(tmp_path), progress=False) for _ in range(2)
+    )
+    assert same_bytes(leaves(first), leaves(again))
+    assert len(metrics(tmp_path)) == 7
+
+
+SCRIPT = """
+import sys, numpy as np
+from jquant import Journal, Tuning, method
+from jquant.io.load import load_model
+from jquant.learning.tuning import tune
+from jquant.pipeline.in_memory import quantize_decoder
+decoder = load_model(sys.argv[1]).decoder
+tokens = np.load(sys.argv[2])
+quantized = quantize_decoder(decoder, method("rtn", 2, 16))[0]
+show = lambda stage, done, total, **figures: print(done, flush=True)
+tune(quantized, decoder, tokens, Tuning(400, 2, 3e-3, weight_rate=0.01), journal=Journal(sys.argv[3], every=5), progress=show)
+"""
+
+
+def test_a_killed_process_loses_nothing_but_the_steps_after_its_checkpoint(folder, decoder, quantized, tmp_path):
+    np.save(tmp_path / "tokens.npy", TOKENS)
+    place = tmp_path / "run"
+    command = [sys.executable, "-c", SCRIPT, str(folder), str(tmp_path / "tokens.npy"), str(place)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if int(line) >= 12:
+                os.kill(process.pid, signal.SIGKILL)
+                break
+    kept = max(int(path.name) for path in (place / "state").iterdir() if path.name.isdigit())
+    assert 10 <= kept < 400
+    stage = replace(STAGE, steps=400)
+    resumed = tune(quantized, decoder, TOKENS, stage, journal=Journal(place, every=100), progress=False)
+    assert [line["step"] for line in metrics(place)] == list(range(1, 401))
+    assert same_bytes(leaves(resumed), leaves(tune(quantized, decoder, TOKENS, stage, progress=False)))
+
+
+def test_a_journal_of_another_training_is_refused_with_what_differs(decoder, quantized, tmp_path):
+    tune(quantized, decoder, TOKENS, STAGE, journal=Journal(tmp_path), progress=False)
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    for changed, said in (
+        ({"tuning": replace(STAGE, rate=1e-3)}, "tuning.rate 0.003, now 0.001"),
+        ({"tokens": TOKENS[:4]}, "tokens"),
+    ):
+        given = {"tuning": STAGE, "tokens": TOKENS} | changed
+        with refused("another training", said):
+            tune(quantized, decoder, given["tokens"], given["tuning"], journal=Journal(tmp_path), progress=False)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("mine")
+    with refused("thesis.txt", "run.json"):
+        tune(quantized, decoder, TOKENS, STAGE, journal=Journal(tmp_path / "other"), progress=False)
+
+
+def test_evaluations_stand_in_the_metrics(decoder, quantized, tmp_path):
+    seen = []
+
+    def evaluate(module) -> dict[str, float]:
+        seen.append(leaves(module))
+        return {"kl": float(len(seen))}
+
+    journal = Journal(tmp_path, evaluate=evaluate, evaluate_every=3)
+    final = tune(quantized, decoder, TOKENS, STAGE, journal=journal, progress=False)
+    assert [(line["step"], line["kl"]) for line in metrics(tmp_path) if "kl" in line] == [(3, 1), (6, 2), (7, 3)]
+    assert same_bytes(seen[-1], leaves(final))
+    assert not same_bytes(seen[0], seen[1])
+
+
+def test_a_checkpoint_that_cannot_be_written_keeps_the_one_before(decoder, quantized, tmp_path, monkeypatch):
+    from jquant.learning import journal as module
+
+    save = module.ocp.CheckpointManager.save
+
+    def full(manager, step, *args, **kwargs):
+        if step == 4:
+            raise OSError(28, "No space left on device")
+        return save(manager, step, *args, **kwargs)
+
+    monkeypatch.setattr(module.ocp.CheckpointManager, "save", full)
+    journal = Journal(tmp_path, every=2)
+    with refused("step 4", "No space left on device", "step 2 is kept"):
+        tune(quantized, decoder, TOKENS, STAGE, journal=journal, progress=False)
+    monkeypatch.undo()
+    resumed = tune(quantized, decoder, TOKENS, STAGE, journal=journal, progress=False)
+    assert same_bytes(leaves(resumed), leaves(tune(quantized, decoder, TOKENS, STAGE, progress=False)))
+
+
+def test_a_training_that_diverges_ends_in_a_sentence_and_keeps_its_checkpoint(decoder, quantized, tmp_path):
+    wild = replace(STAGE, rate=1e4, schedule="constant")
+    with refused("Tuning of the model, step 3 of 7", "lower rate", str(tmp_path)):
+        tune(quantized, decoder, TOKENS, wild, journal=Journal(tmp_path, every=1), progress=False)
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["2"]
+
+
+# ---- the step -------------------------------------------------------------------------------------------------------
+
+
+def test_every_window_comes_once_an_epoch_in_another_order():
+    stage = Tuning(windows=4, seed=3)
+    steps = [loop.windows_of(step, 10, stage) for step in range(5)]
+    epochs = np.concatenate(steps).reshape(2, 10)
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(10))
+    assert (epochs[0] != epochs[1]).any()
+    assert (np.concatenate(steps) == np.concatenate([loop.windows_of(s, 10, stage) for s in range(5)])).all()
+    assert (steps[0] != loop.windows_of(0, 10, replace(stage, seed=4))).any()
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(decoder, quantized):
+    one, two = (
+        tune(quantized, decoder, TOKENS, replace(STAGE, windows=4, accumulate=parts, compute="float32", steps=3))
+        for parts in (1, 2)
+    )
+    for (path, a), b in zip(leaves(one).items(), leaves(two).values(), strict=True):
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+            x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+            assert np.mean(np.abs(x - y) > 1e-3 * np.abs(x).max()) < 0.01, path
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "lion", "adafactor"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_every_optimizer_and_schedule_lowers_the_loss(decoder, quantized, optimizer, schedule):
+    rate = 1e-2
+    stage = Tuning(30, 6, rate, weight_rate=rate, optimizer=optimizer, schedule=schedule, warmup=2, clip=10.0)
+    losses = []
+    tune(quantized, decoder, TOKENS, stage, progress=lambda *_, loss, **__: losses.append(loss))
+    assert losses[-1] < 0.97 * losses[0]
+
+
+def test_schedules_rise_and_fall():
+    factors = {
+        name: [float(loop.schedule(Tuning(10, schedule=name, warmup=2))(step)) for step in range(10)]
+        for name in ("cosine", "linear", "constant")
+    }
+    for name, values in factors.items():
+        assert values[:3] == pytest.approx([0.5, 1, 1]), name
+    np.testing.assert_allclose(factors["linear"][2:], 1 - np.arange(8) / 8, rtol=1e-6)
+    np.testing.assert_allclose(factors["cosine"][2:], (1 + np.cos(np.pi * np.arange(8) / 8)) / 2, rtol=1e-5)
+    assert factors["constant"][2:] == [1] * 8
+
+
+def test_norms_are_learned_if_asked(decoder, quantized):
+    plain, normed = (tune(quantized, decoder, TOKENS, replace(STAGE, norm_rate=rate)) for rate in (0.0, 1e-3))
+    for path, leaf in leaves(decoder).items():
+        if "norm" in path:
+            assert same_bytes(leaves(plain)[path], leaf)
+            assert not same_bytes(leaves(normed)[path], leaf)
+
+
+def test_metrics_go_to_tensorboard_if_asked(decoder, quantized, tmp_path):
+    pytest.importorskip("tensorboardX")
+    tune(quantized, decoder, TOKENS, STAGE, journal=Journal(tmp_path, tensorboard=True), progress=False)
+    assert any((tmp_path / "tensorboard").iterdir())
