@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,13 +15,17 @@ import jax
 import numpy as np
 import pytest
 from checkpoints import refused
+from flax import nnx
 from test_pipeline import leaves, same_bytes
 
-from jquant import Journal, Tuning
+from jquant import Journal, Options, Tuning
 from jquant.io.load import load_model
 from jquant.learning import loop
-from jquant.learning.tuning import tune
+from jquant.learning.tuning import begun, model_loss, split, tune
 from jquant.methods import method
+from jquant.models.config import DecoderConfig
+from jquant.models.decoder import Decoder
+from jquant.parallel.mesh import Devices
 from jquant.pipeline.in_memory import quantize_decoder
 
 TOKENS = np.random.default_rng(5).integers(0, checkpoints.VOCAB, (6, 32), np.int32)
@@ -91,13 +97,15 @@ SCRIPT = """
 import sys, numpy as np
 from jquant import Journal, Tuning, method
 from jquant.io.load import load_model
-from jquant.learning.tuning import tune
+from jquant.learning.tuning import begun, model_loss, split, tune
+from jquant.parallel.mesh import Devices
 from jquant.pipeline.in_memory import quantize_decoder
 decoder = load_model(sys.argv[1]).decoder
 tokens = np.load(sys.argv[2])
 quantized = quantize_decoder(decoder, method("rtn", 2, 16))[0]
 show = lambda stage, done, total, **figures: print(done, flush=True)
-tune(quantized, decoder, tokens, Tuning(400, 2, 3e-3, weight_rate=0.01), journal=Journal(sys.argv[3], every=5), progress=show)
+stage = Tuning(400, 2, 3e-3, weight_rate=0.01)
+tune(quantized, decoder, tokens, stage, journal=Journal(sys.argv[3], every=5), progress=show)
 """
 
 
@@ -173,6 +181,73 @@ def test_a_training_that_diverges_ends_in_a_sentence_and_keeps_its_checkpoint(de
     with refused("Tuning of the model, step 3 of 7", "lower rate", str(tmp_path)):
         tune(quantized, decoder, TOKENS, wild, journal=Journal(tmp_path, every=1), progress=False)
     assert [path.name for path in (tmp_path / "state").iterdir()] == ["2"]
+
+
+# ---- meshes ---------------------------------------------------------------------------------------------------------
+
+WIDE = Tuning(20, 8, 3e-3, weight_rate=0.01, norm_rate=1e-3, compute="float32", text=0.3)
+
+
+@pytest.fixture(scope="module")
+def on_one(decoder, quantized) -> list[float]:
+    return losses_of(decoder, quantized, None)
+
+
+def losses_of(decoder, quantized, devices) -> list[float]:
+    losses = []
+    tune(quantized, decoder, TOKENS, WIDE, devices=devices, progress=lambda *_, loss, **__: losses.append(loss))
+    return losses
+
+
+@pytest.mark.parametrize("mesh", [(8, 1), (4, 2), (1, 8)])
+def test_a_mesh_takes_the_same_steps(decoder, quantized, on_one, mesh):
+    assert len(on_one) == 20
+    assert on_one[-1] < on_one[0]
+    np.testing.assert_allclose(losses_of(decoder, quantized, Devices(*mesh)), on_one, rtol=1e-5)
+
+
+def wide_decoder(layers: int) -> Decoder:
+    config = DecoderConfig(
+        vocab_size=checkpoints.VOCAB, hidden=64, ffn=128, layers=layers, heads=4, kv_heads=2, head_dim=16,
+        norm_eps=1e-5, rope_base=1e4, rope_divisors=None, tied=True, context_length=64,
+    )  # fmt: skip
+    return Decoder(config, nnx.Rngs(0))
+
+
+def test_parameters_moments_and_work_are_split_and_collectives_do_not_grow_with_depth():
+    """An eighth of the state lies on each device; each computes about an eighth of the products."""
+    devices, collectives = Devices(4, 2), {}
+    for layers in (4, 8):
+        small = wide_decoder(layers)
+        quantized, _ = quantize_decoder(small, method("rtn", 2, 16))
+        start, student = begun(split(quantized), WIDE)
+        learned = start()
+        compiled = {}
+        for mesh in (None, devices):
+            cut = mesh.parameters if mesh else (lambda tree: tree)
+            state = cut(loop.State(learned, loop.optimizer(WIDE).init(learned)))
+            batch = mesh.place(TOKENS[[0, 1, 2, 3, 4, 5, 0, 1]], "data") if mesh else TOKENS[[0, 1, 2, 3, 4, 5, 0, 1]]
+            compiled[mesh] = loop.step.lower(
+                state, cut((student, small)), batch, loss=model_loss, stage=WIDE, devices=mesh
+            ).compile()
+        sizes = [program.memory_analysis().argument_size_in_bytes for program in compiled.values()]
+        assert sizes[1] < sizes[0] / 7
+        flops = [program.cost_analysis()["flops"] for program in compiled.values()]
+        assert flops[1] < flops[0] / 5
+        found = re.findall(
+            r"(all-gather|all-reduce|reduce-scatter|all-to-all)(?:-start)?\(", compiled[devices].as_text()
+        )
+        collectives[layers] = Counter(found)
+    assert collectives[4] == collectives[8]
+    assert collectives[4]["all-gather"]
+
+
+def test_windows_that_do_not_divide_over_the_mesh_are_refused(decoder, quantized):
+    with refused("3 windows", "4 devices"):
+        tune(quantized, decoder, TOKENS, replace(STAGE, windows=3), devices=Devices(4, 2))
+    plan = replace(method("rtn", 2, 16), tuning=(replace(STAGE, windows=3),))
+    with refused("3 windows", "4 devices"):
+        quantize_decoder(decoder, plan, TOKENS, Options(devices=Devices(4, 2)))
 
 
 # ---- the step -------------------------------------------------------------------------------------------------------

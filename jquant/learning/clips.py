@@ -42,13 +42,13 @@ def learn_clips(
         return {}
     rounded = _rounded(decoder, layers)
     student = split(rounded)
-    learned = {
+    start = lambda: {  # noqa: E731
         path: {"log_clip": jnp.zeros(kernel.scale.shape, jnp.float32)} for path, kernel in student.kernels.items()
     }
     stage = Tuning(search.steps, search.windows, search.rate, text=1.0, schedule="constant", compute="float32")
     frozen, (count, context) = (student, decoder), tokens.shape
-    task = Task("LossSearch", model_loss, frozen, tokens.__getitem__, count, context, student.packed)
-    return _by_layer(rounded, fit(task, learned, stage))
+    task = Task("LossSearch", start, model_loss, frozen, tokens.__getitem__, count, context, student.packed)
+    return _by_layer(rounded, fit(task, stage))
 
 
 def _shared_search(layers: Sequence[Choices]) -> LossSearch | None:

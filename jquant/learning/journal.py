@@ -95,8 +95,8 @@ class Writer:
             on_first(partial(_keep_metrics, self.folder / METRICS, 0))
             return 0, start()
         try:
-            abstract = jax.eval_shape(start) if jax.device_count() == 1 else start()
-            leaves, structure = jax.tree.flatten(abstract)
+            like = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)  # noqa: E731
+            leaves, structure = jax.tree.flatten(jax.tree.map(like, start()))
             kept = self._manager.restore(done, args=ocp.args.StandardRestore(_numbered(leaves)))
         except (OSError, ValueError, KeyError) as broken:
             reason = str(broken).splitlines()[0][:200]
@@ -118,7 +118,9 @@ class Writer:
         except (OSError, ValueError) as failed:  # tensorstore reports a full disk as a ValueError
             reason = getattr(failed, "strerror", None) or str(failed).splitlines()[0][:200]
             kept = f"that of step {before} is kept" if before else "there is none before it"
-            raise InputError(f"The checkpoint of step {step} can't be written to {self.folder} ({reason}); {kept}.") from None
+            raise InputError(
+                f"The checkpoint of step {step} can't be written to {self.folder} ({reason}); {kept}."
+            ) from None
 
     def note(self, step: int, figures: Mapping[str, float]) -> None:
         """Adds a line to the metrics.
@@ -166,7 +168,9 @@ def _claim(folder: Path, run: dict[str, Any]) -> None:
     """Writes run.json, or compares with the one that is there."""
     if not (folder / RUN).exists():
         if others := [path.name for path in folder.iterdir() if path.name != LOCK]:
-            raise InputError(f"{folder} is not empty (it holds {others[0]}), and holds no {RUN} that says what is in it.")
+            raise InputError(
+                f"{folder} is not empty (it holds {others[0]}), and holds no {RUN} that says what is in it."
+            )
         write_json(folder / RUN, run)
         return
     earlier = read_json(folder / RUN)

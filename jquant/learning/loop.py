@@ -17,6 +17,7 @@ from jquant.composition import Tuning
 from jquant.errors import InputError
 from jquant.learning.journal import Writer
 from jquant.learning.objectives import all_finite
+from jquant.parallel.mesh import DATA, Devices
 from jquant.progress import Progress
 
 Learned = dict[tuple[Any, ...], dict[str, Array]]  # by the parameter's path
@@ -38,31 +39,32 @@ class Task:
 
     Attributes:
       name: in error messages, e.g. "Tuning of the model".
+      start: makes what is learned, before the first step.
       loss: a function of what is learned, `frozen`, a batch and the stage; a mean over the batch's windows.
       frozen: what no step changes.
       batch: the batch of these windows, a tree of arrays `[windows, …]`.
       count: windows in all.
       context: tokens a window.
       packed: the module with what is learned, for evaluations.
+      devices: the mesh over which parameters, moments and windows are split; None for one device.
     """
 
     name: str
+    start: Callable[[], Learned]
     loss: Loss
     frozen: Any
     batch: Callable[[Int[np.ndarray, " windows"]], Any]
     count: int
     context: int
     packed: Callable[[Learned], Any]
+    devices: Devices | None = None
 
 
-def fit(
-    task: Task, learned: Learned, stage: Tuning, writer: Writer | None = None, progress: Progress | None = None
-) -> Learned:
+def fit(task: Task, stage: Tuning, writer: Writer | None = None, progress: Progress | None = None) -> Learned:
     """What is learned after the stage's steps.
 
     Args:
       task: what is trained on.
-      learned: at the start; donated.
       stage: see `Tuning`.
       writer: of checkpoints, from which a killed training goes on, and metrics.
       progress: called with ("tune", steps done, steps in all), the loss before that step and the speed.
@@ -71,16 +73,21 @@ def fit(
       InputError: a step whose loss or parameters are not finite; what can't be written.
     """
 
+    devices = task.devices
+    cut = devices.parameters if devices else lambda tree: tree
+    on_data = (lambda batch: devices.place(batch, DATA)) if devices else lambda tree: tree
+
     def start() -> State:
-        return State(learned, optimizer(stage).init(learned))
+        learned = task.start()
+        return cut(State(learned, optimizer(stage).init(learned)))
 
     first, state = (0, start()) if writer is None else writer.resumed(start)
-    del learned, start
+    frozen = cut(task.frozen)
     begin = time.perf_counter()
     for number in range(first, stage.steps):
         done, last = number + 1, number + 1 == stage.steps
-        batch = task.batch(windows_of(number, task.count, stage))
-        state, value, finite = step(state, task.frozen, batch, loss=task.loss, stage=stage)
+        batch = on_data(task.batch(windows_of(number, task.count, stage)))
+        state, value, finite = step(state, frozen, batch, loss=task.loss, stage=stage, devices=devices)
         if not finite:  # waits: one step's activations are alive at a time
             kept = f" The checkpoint before is in {writer.folder}." if writer and writer.kept() else ""
             raise InputError(
@@ -106,8 +113,10 @@ def windows_of(step: int, count: int, stage: Tuning) -> Int[np.ndarray, " window
     return np.asarray([epochs[position // count][position % count] for position in positions])
 
 
-@partial(jax.jit, static_argnames=("loss", "stage"), donate_argnames="state")
-def step(state: State, frozen: Any, batch: Any, *, loss: Loss, stage: Tuning) -> tuple[State, Float[Array, ""], Array]:
+@partial(jax.jit, static_argnames=("loss", "stage", "devices"), donate_argnames="state")
+def step(
+    state: State, frozen: Any, batch: Any, *, loss: Loss, stage: Tuning, devices: Devices | None = None
+) -> tuple[State, Float[Array, ""], Array]:
     """One step of the optimizer.
 
     Args:
@@ -116,6 +125,7 @@ def step(state: State, frozen: Any, batch: Any, *, loss: Loss, stage: Tuning) ->
       batch: arrays `[windows, …]`; `stage.accumulate` equal parts go through the model one after another.
       loss: a function of what is learned, `frozen`, a part of the batch and the stage; a mean over its windows.
       stage: see `Tuning`.
+      devices: the mesh over which the state is split.
 
     Returns:
       The new state, the loss before the step, and whether loss and new parameters are finite.
@@ -131,6 +141,8 @@ def step(state: State, frozen: Any, batch: Any, *, loss: Loss, stage: Tuning) ->
         value, slopes = jax.tree.map(lambda a: a / stage.accumulate, total)
     updates, moments = optimizer(stage).update(slopes, state.moments, state.learned)
     learned = optax.apply_updates(state.learned, updates)
+    if devices:
+        learned, moments = devices.constrain((learned, moments))
     return State(learned, moments), value, jnp.isfinite(value) & all_finite(learned)
 
 

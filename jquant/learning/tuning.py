@@ -7,8 +7,9 @@ With the text as target the quantized model learns the text, too: its perplexity
 float model explains.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -30,6 +31,7 @@ from jquant.learning.journal import Journal
 from jquant.learning.loop import Learned, Task, fit
 from jquant.learning.objectives import map_rows
 from jquant.models.decoder import Block, Decoder
+from jquant.parallel.mesh import Devices
 from jquant.progress import Progress, showing
 from jquant.qtensor import QTensor
 from jquant.rounding.limits import check_scales
@@ -42,6 +44,7 @@ def tune(
     tuning: Tuning | None = None,
     *,
     journal: Journal | None = None,
+    devices: Devices | None = None,
     progress: Progress | bool = True,
 ) -> Decoder:
     """The quantized decoder with scales, zeros and weights, as `tuning` says, learned to match the float one.
@@ -52,6 +55,7 @@ def tune(
       tokens: windows of text.
       tuning: a stage with target "model"; `Tuning()` by default.
       journal: where checkpoints and metrics go; the same call goes on after a kill, and ends with the same bytes.
+      devices: the mesh over which parameters, optimizer state and windows are split.
       progress: see `Options`; a function is called with ("tune", steps done, steps in all), the loss before that step
         and the speed.
 
@@ -63,14 +67,25 @@ def tune(
     if tuning.target == "block":
         raise InputError('Blocks are tuned one by one as they are rounded (Method.tuning): target is not "block" here.')
     check_tokens(tokens, decoder.config, "Windows to learn from")
-    learned, student = initial(split(quantized), tuning)
+    check_devices(tuning, devices)
+    start, student = begun(split(quantized), tuning)
     frozen, (count, context) = (student, decoder), tokens.shape
-    task = Task("Tuning of the model", model_loss, frozen, tokens.__getitem__, count, context, student.packed)
+    name, batch = "Tuning of the model", tokens.__getitem__
+    task = Task(name, start, model_loss, frozen, batch, count, context, student.packed, devices)
     with showing(progress) as tell:
         if journal is None:
-            return student.packed(fit(task, learned, tuning, None, tell))
+            return student.packed(fit(task, tuning, None, tell))
         with journal.opened(_run(quantized, decoder, tokens, tuning)) as writer:
-            return student.packed(fit(task, learned, tuning, writer, tell))
+            return student.packed(fit(task, tuning, writer, tell))
+
+
+def check_devices(tuning: Tuning, devices: Devices | None) -> None:
+    """Raises InputError unless a step's windows divide over the mesh."""
+    together = tuning.windows // tuning.accumulate
+    if devices and together % devices.data:
+        raise InputError(
+            f"Tuning's {together} windows at a time do not divide over the {devices.data} devices of the mesh's data."
+        )
 
 
 def _run(quantized: Decoder, decoder: Decoder, tokens: np.ndarray, tuning: Tuning) -> dict[str, Any]:
@@ -108,11 +123,11 @@ def tune_block(
     Raises:
       InputError: nothing is quantized; a step whose loss or parameters are not finite.
     """
-    learned, student = initial(split(quantized), tuning)
+    start, student = begun(split(quantized), tuning)
     batch = lambda which: (inputs[which], outputs[which])  # noqa: E731
     count, context = inputs.shape[:2]
-    task = Task("Tuning of the block", block_loss, (student, rotary), batch, count, context, student.packed)
-    return student.packed(fit(task, learned, tuning))
+    name, frozen = "Tuning of the block", (student, rotary)
+    return student.packed(fit(Task(name, start, block_loss, frozen, batch, count, context, student.packed), tuning))
 
 
 @jax.tree_util.register_dataclass
@@ -161,21 +176,27 @@ def split(quantized: nnx.Module) -> Student:
     return Student(graph, kernels, {path: leaf for path, leaf in params.items() if path not in kernels})
 
 
-def initial(student: Student, tuning: Tuning) -> tuple[Learned, Student]:
-    """What is learned, at the start, and the student that learns it."""
+def begun(student: Student, tuning: Tuning) -> tuple[Callable[[], Learned], Student]:
+    """A function that makes what is learned, and the student that learns it."""
+    kernels = student.kernels
+    if tuning.weight_rate:
+        kernels = {path: replace(kernel, codes=None) for path, kernel in kernels.items()}
+    return partial(initial, student, tuning), replace(student, kernels=kernels)
+
+
+def initial(student: Student, tuning: Tuning) -> Learned:
+    """What is learned, at the start."""
     learned: Learned = {}
-    kernels = dict(student.kernels)
     for path, kernel in student.kernels.items():
         learned[path] = {"log_scale": jnp.zeros(kernel.scale.shape, jnp.float32)}
         if kernel.zero is not None and (tuning.weight_rate or not has_integer_zero(kernel.format)):
             learned[path]["shift"] = jnp.zeros(kernel.zero.shape, jnp.float32)
         if tuning.weight_rate:
             learned[path]["weight"] = _weight(kernel)
-            kernels[path] = replace(kernel, codes=None)  # from now on they are those of the weight
     if tuning.norm_rate:
         norms = {path: leaf for path, leaf in student.rest.items() if any("norm" in str(key) for key in path)}
         learned |= {path: {"norm": jnp.array(leaf)} for path, leaf in norms.items()}
-    return learned, replace(student, kernels=kernels)
+    return learned
 
 
 @jax.jit

@@ -100,6 +100,24 @@ class Devices:
                 f"model={self.model}."
             )
 
+    def parameters(self, tree: Tree) -> Tree:
+        """A tree's arrays, each cut over all devices for training: rows over `data`, columns over `model`.
+
+        Axes that don't divide are not cut.
+        """
+        return jax.tree.map(lambda leaf: self.place(leaf, *self._parts_of(leaf)), tree)
+
+    def constrain(self, tree: Tree) -> Tree:
+        """Within a jitted function: arrays cut as `parameters` cuts them."""
+        sharding = lambda leaf: NamedSharding(self.mesh, P(*self._parts_of(leaf)))  # noqa: E731
+        return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, sharding(leaf)), tree)
+
+    def _parts_of(self, leaf: Any) -> tuple[str | None, ...]:
+        if leaf.ndim < 2:
+            return ()
+        sizes = zip(leaf.shape[-2:], (self.data, self.model), (DATA, MODEL), strict=True)
+        return (*(None,) * (leaf.ndim - 2), *(axis if length % count == 0 else None for length, count, axis in sizes))
+
     def on_each(self, function: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[..., Any]:
         """The function run on every device separately.
 

@@ -15,7 +15,7 @@ from jquant.errors import InputError
 from jquant.formats import Group
 from jquant.io.language_model import LanguageModel
 from jquant.learning.clips import learn_clips
-from jquant.learning.tuning import tune
+from jquant.learning.tuning import check_devices, tune
 from jquant.methods import Rules, complete
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Block, Decoder, blocks, with_blocks
@@ -85,7 +85,7 @@ def quantize_decoders(
         for name, plan in plans.items():
             quantized = with_blocks(decoder, sinks[name].kept)
             for stage in plan.tuning("model"):
-                quantized = tune(quantized, decoder, fit, stage, progress=tell)
+                quantized = tune(quantized, decoder, fit, stage, devices=options.devices, progress=tell)
             results[name] = quantized, sinks[name].report
     return results
 
@@ -134,6 +134,8 @@ def check_tokens_and_options(config: DecoderConfig, plans: Sequence[Plan], token
         raise InputError(
             f"Tuning learns from text: held_out={options.held_out} of {windows} calibration windows leaves none."
         )
+    for stage in (stage for plan in plans for stage in plan.tuning("model")):
+        check_devices(stage, options.devices)
 
 
 def quantize(
