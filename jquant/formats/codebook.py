@@ -10,7 +10,16 @@ import numpy as np
 from jax import Array
 
 from jquant.errors import InputError
-from jquant.formats.base import Format, Group, as_stored, check_group, check_scale, round_scale, times_inverse
+from jquant.formats.base import (
+    Format,
+    Group,
+    as_stored,
+    check_bits,
+    check_group,
+    check_scale,
+    round_scale,
+    times_inverse,
+)
 
 
 @dataclass(frozen=True)
@@ -152,6 +161,16 @@ def NF3(group: Group = 64, scale: str | Format = "float32") -> Codebook:
 def FP4(group: Group = 64, scale: str | Format = "float32") -> Codebook:
     """bitsandbytes' 4-bit float; `MXFP4` has that of the OCP specification."""
     return Codebook(FP4_LEVELS, group, scale)
+
+
+def SEQ(bits: int = 2, group: Group = 64, scale: str | Format = "float16") -> Codebook:
+    """2^bits levels half a step off zero, −(2^bits − 1)/2 … (2^bits − 1)/2 steps: ParetoQ's stretched elastic grid.
+
+    arXiv 2502.02631, Eq. 6: better than a grid with a zero at 2 bits and less. Its α is 2^(bits−1) steps.
+    """
+    check_bits("SEQ", bits)
+    half = (2**bits - 1) / 2
+    return Codebook(tuple(code - half for code in range(2**bits)), group, scale)
 
 
 def double_quantized(group: int = 256) -> Codebook:
