@@ -75,7 +75,7 @@ def generate_ids(
 ) -> Iterator[int]:
     """Yields `tokens` ids that continue a prompt of ids; see `generate`."""
     check_whole(0, seed=seed)
-    _check(np.asarray(prompt)[None], decoder.config, _Sampling(tokens, temperature, top_k))
+    check_sampling(np.asarray(prompt)[None], decoder.config, Sampling(tokens, temperature, top_k))
     slots, config = len(prompt) + tokens, decoder.config
     # Slots in steps of 256, so that prompts of similar length share one compilation.
     slots = min(-(-slots // 256) * 256, config.context_length)
@@ -91,7 +91,7 @@ def generate_ids(
         yield int(token[0])
 
 
-class _Sampling(NamedTuple):
+class Sampling(NamedTuple):
     """How a text goes on; see `generate`."""
 
     tokens: int
@@ -132,8 +132,8 @@ def generate_batch(
             f"Prompts that are continued together have one length; these have from {min(lengths)} to {max(lengths)} "
             f"tokens: give those of each length to a call of their own."
         )
-    sampling, start = _Sampling(tokens, temperature, top_k), np.asarray(prompts)
-    _check(start, decoder.config, sampling)
+    sampling, start = Sampling(tokens, temperature, top_k), np.asarray(prompts)
+    check_sampling(start, decoder.config, sampling)
     if keys.shape != start.shape[:1] or not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
         raise InputError(
             f"{len(start)} prompts take as many typed keys, not {keys.dtype} {list(keys.shape)}: "
@@ -148,7 +148,7 @@ def generate_batch(
     return np.asarray(_continue(structure, leaves, logits, cache, keys, sampling)[0])
 
 
-def _check(prompts: np.ndarray, config: DecoderConfig, sampling: _Sampling) -> None:
+def check_sampling(prompts: np.ndarray, config: DecoderConfig, sampling: Sampling) -> None:
     """Raises InputError for prompts that can't be continued so."""
     tokens, temperature, top_k = sampling
     check_whole(0, tokens=tokens)
@@ -206,7 +206,7 @@ def step(
 
 @partial(jax.jit, static_argnames=("structure", "sampling"), donate_argnames="cache")
 def _continue(
-    structure: Any, leaves: list[Array], logits: Float[Array, "b vocab"], cache: Cache, keys: Array, sampling: _Sampling
+    structure: Any, leaves: list[Array], logits: Float[Array, "b vocab"], cache: Cache, keys: Array, sampling: Sampling
 ) -> tuple[Int[Array, "b tokens"], Cache]:
     """The ids of all texts from the logits after their prompts; and the cache, so that its buffers are donated."""
 
@@ -221,7 +221,7 @@ def _continue(
 
 
 def _pick_each(
-    logits: Float[Array, "b vocab"], keys: Array, index: int | Array, sampling: _Sampling
+    logits: Float[Array, "b vocab"], keys: Array, index: int | Array, sampling: Sampling
 ) -> Int[Array, " b"]:
     _, temperature, top_k = sampling
     if temperature == 0:
