@@ -25,7 +25,7 @@ from jquant.io.hub import cache_dir
 from jquant.models.decoder import Decoder
 
 NEW_TOKENS, BATCHES, ROUNDS = 256, (1, 8, 32, 64), 3
-ALONE = "generate_ids"
+ALONE, TOGETHER = ("generate_ids", 1), "generate_batch"  # function, texts
 
 
 def main() -> None:
@@ -38,28 +38,27 @@ def main() -> None:
         for _ in generate_ids(model.decoder, prompt, tokens=NEW_TOKENS, temperature=1.0):
             pass
 
-    runs = {ALONE: (alone, 1)}
-    runs |= {f"generate_batch, {b}": (together(model.decoder, prompt, b), b) for b in BATCHES}
-    first = {name: timed(run) for name, (run, _) in runs.items()}
-    speeds = {name: [] for name in runs}
+    runs = {ALONE: alone} | {(TOGETHER, texts): together(model.decoder, prompt, texts) for texts in BATCHES}
+    first = {key: timed(run) for key, run in runs.items()}
+    speeds = {key: [] for key in runs}
     for _ in range(ROUNDS):
-        for name, (run, texts) in runs.items():
-            speeds[name].append(texts * NEW_TOKENS / timed(run))
+        for key, run in runs.items():
+            speeds[key].append(key[1] * NEW_TOKENS / timed(run))
     rows = [
         {
-            "run": name,
+            "function": function,
             "texts": texts,
-            "tokens_per_second": statistics.median(speeds[name]),
-            "ratio": statistics.median(a / b for a, b in zip(speeds[name], speeds[ALONE], strict=True)),
-            "first_call_s": first[name],
+            "tokens_per_second": statistics.median(speed),
+            "ratio": statistics.median(a / b for a, b in zip(speed, speeds[ALONE], strict=True)),
+            "first_call_s": first[function, texts],
         }
-        for name, (_, texts) in runs.items()
+        for (function, texts), speed in speeds.items()
     ]
-    table = Table("run", "texts", "tokens/s", f"ratio to {ALONE}", "ms a step", "first call s")
+    table = Table("function", "texts", "tokens/s", "ratio", "ms a step", "first call s")
     for row in rows:
         speed = row["tokens_per_second"]
         cells = (f"{speed:.0f}", f"{row['ratio']:.2f}", f"{1000 * row['texts'] / speed:.0f}")
-        table.add_row(row["run"], str(row["texts"]), *cells, f"{row['first_call_s']:.1f}")
+        table.add_row(row["function"], str(row["texts"]), *cells, f"{row['first_call_s']:.1f}")
     Console().print(table)
     protocol = f"{NEW_TOKENS} tokens after BOS, temperature 1; medians of {ROUNDS} alternating rounds; float32"
     print(json.dumps({"rows": rows, "protocol": protocol, **versions()}))
