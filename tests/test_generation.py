@@ -1,17 +1,20 @@
-"""Generated text: what the full forward pass says, token by token; reproducible sampling; streaming; limits."""
+"""Generated text: what the full forward pass says, token by token; reproducible sampling; streaming; batches."""
 
 from dataclasses import replace
 
 import checkpoints
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 import torch
-from checkpoints import refused
+from checkpoints import refused, relative
 
 import jquant
-from jquant.evaluation.generation import generate_ids
+from jquant.evaluation.generation import _among, generate_batch, generate_ids, step, unstack
 from jquant.io.load import LanguageModel, load_model
+from jquant.models.cache import Cache
 
 forward = jax.jit(lambda decoder, tokens: decoder(tokens))
 
@@ -140,3 +143,109 @@ def test_the_context_can_be_filled_but_not_exceeded(tiny):
 
 def test_no_tokens_asked_for_are_none_given(tiny):
     assert list(generate_ids(tiny.decoder, PROMPT, tokens=0)) == []
+
+
+# ---- many prompts at once -------------------------------------------------------------------------------------------
+
+PROMPTS = np.random.default_rng(3).integers(2, checkpoints.VOCAB, (5, 11), np.int32)
+KEYS = jax.random.split(jax.random.key(7), 5)
+
+
+@pytest.mark.parametrize("which", ["tiny", "quantized"])
+def test_every_row_of_a_batch_is_greedy_as_alone(which, request):
+    decoder = request.getfixturevalue(which).decoder
+    ids = generate_batch(decoder, PROMPTS, KEYS, tokens=20)
+    assert ids.shape == (5, 20)
+    assert ids.tolist() == [list(generate_ids(decoder, prompt, tokens=20)) for prompt in PROMPTS]
+    assert len({tuple(row) for row in ids.tolist()}) == 5
+
+
+def test_logits_of_a_batch_are_those_of_each_row_alone_within_rounding(tiny):
+    leaves, structure = jax.tree.flatten((tiny.decoder, unstack(tiny.decoder)))
+
+    def logits(prompts: np.ndarray) -> np.ndarray:
+        """After the prompt and after one token more, which reads the cache."""
+        cache = Cache.init(tiny.config, len(prompts), 16, np.float32)
+        first, cache = step(structure, leaves, prompts[:, :-1], cache)
+        return np.stack([first, step(structure, leaves, prompts[:, -1:], cache)[0]], 1)
+
+    together = logits(PROMPTS)
+    for prompt, row in zip(PROMPTS, together, strict=True):
+        assert relative(row, logits(prompt[None])[0]) < 1e-5
+    assert relative(together[0], together[1]) > 0.1
+
+
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_a_row_depends_on_its_own_prompt_and_key_alone(tiny, top_k):
+    options = {"tokens": 20, "temperature": 1.5, "top_k": top_k}
+    ids = generate_batch(tiny.decoder, PROMPTS, KEYS, **options)
+    others = generate_batch(tiny.decoder, PROMPTS[::-1], KEYS[::-1], **options)
+    np.testing.assert_array_equal(others[::-1], ids)
+    for place in range(5):
+        alone = generate_batch(tiny.decoder, PROMPTS[[place]], KEYS[np.array([place])], **options)
+        np.testing.assert_array_equal(alone[0], ids[place])
+    one_prompt = generate_batch(tiny.decoder, PROMPTS[[0] * 5], KEYS, **options)
+    assert len({tuple(row) for row in one_prompt.tolist()}) == 5
+    np.testing.assert_array_equal(one_prompt[0], ids[0])
+
+
+def test_fewer_tokens_are_the_first_of_more(tiny):
+    ids = generate_batch(tiny.decoder, PROMPTS, KEYS, tokens=20, temperature=1.5)
+    np.testing.assert_array_equal(generate_batch(tiny.decoder, PROMPTS, KEYS, tokens=1, temperature=1.5), ids[:, :1])
+    np.testing.assert_array_equal(generate_batch(tiny.decoder, PROMPTS, KEYS, tokens=9, temperature=1.5), ids[:, :9])
+    assert generate_batch(tiny.decoder, PROMPTS, KEYS, tokens=0).shape == (5, 0)
+
+
+@pytest.mark.parametrize("top_k", [None, 12])
+def test_tokens_drawn_in_a_batch_follow_the_softmax(tiny, top_k):
+    """Chi-square of the first tokens of 3,000 texts with one prompt; the vocabulary has two and a half blocks."""
+    prompts, keys = np.repeat(PROMPTS[:1, :3], 3000, 0), jax.random.split(jax.random.key(1), 3000)
+    drawn = generate_batch(tiny.decoder, prompts, keys, tokens=1, temperature=1.3, top_k=top_k)[:, 0]
+    logits = np.asarray(forward(tiny.decoder, prompts[:1]))[0, -1].astype(np.float64) / 1.3
+    p = np.exp(logits - logits.max())
+    if top_k is not None:
+        p[p < np.sort(p)[-top_k]] = 0
+    expected, observed = 3000 * p / p.sum(), np.bincount(drawn, minlength=checkpoints.VOCAB)
+    assert observed[expected == 0].sum() == 0
+    often = expected >= 5
+    assert often.sum() >= 10
+    rare = [] if top_k else [(observed[~often].sum(), expected[~often].sum())]
+    pairs = np.array([*zip(observed[often], expected[often], strict=True), *rare])
+    assert scipy.stats.chisquare(*pairs.T).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("vocab", [100, 1000])
+def test_the_most_likely_tokens_are_those_of_a_sort(vocab):
+    """Whole numbers: many logits are equal, and those equal to the k-th stay."""
+    logits = jnp.asarray(np.random.default_rng(0).integers(-40, 40, (3, vocab)), jnp.float32)
+    for k in (1, 2, 7, 50, vocab):
+        least = np.sort(logits)[:, -k, None]
+        np.testing.assert_array_equal(_among(logits, k), np.where(logits < least, -np.inf, logits))
+
+
+def test_prompts_of_several_lengths_are_refused(tiny):
+    with refused("3", "11", "one length"):
+        generate_batch(tiny.decoder, [PROMPTS[0], PROMPTS[1, :3]], KEYS[:2], tokens=3)
+    same = generate_batch(tiny.decoder, [PROMPTS[0], PROMPTS[1]], KEYS[:2], tokens=3)
+    np.testing.assert_array_equal(same, generate_batch(tiny.decoder, PROMPTS[:2], KEYS[:2], tokens=3))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "keys", "options", "parts"),
+    [
+        (PROMPTS, KEYS[:4], {}, ["5 prompts", "[4]"]),
+        (PROMPTS[:1], KEYS[0], {}, ["1 prompts", "[]"]),
+        (PROMPTS, jax.random.key_data(KEYS), {}, ["typed keys", "uint32 [5, 2]"]),
+        (PROMPTS, KEYS, {"tokens": 290}, ["11", "290", "300"]),
+        (PROMPTS, KEYS, {"tokens": -1}, ["tokens", "-1"]),
+        (PROMPTS, KEYS, {"temperature": float("nan")}, ["temperature", "nan"]),
+        (PROMPTS, KEYS, {"top_k": 321}, ["top_k=321", "320"]),
+        (PROMPTS + 300, KEYS, {}, ["ids", "319"]),
+        (PROMPTS[0], KEYS, {}, ["int32 [11]"]),
+        (PROMPTS[:, :0], KEYS, {}, ["no tokens"]),
+        ([], KEYS[:0], {}, ["no tokens"]),
+    ],
+)
+def test_a_batch_that_can_not_be_continued_is_refused(tiny, prompts, keys, options, parts):
+    with refused(*parts):
+        generate_batch(tiny.decoder, prompts, keys, **({"tokens": 3} | options))

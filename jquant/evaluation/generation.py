@@ -1,10 +1,21 @@
-"""Greedy and sampled generation that streams tokens."""
+"""Greedy and sampled generation: of one text, streamed token by token, and of many prompts at once.
+
+Ops and bytes of a step for `b` texts; in brackets those of the default model in float32 with 256 slots:
+
+- weights: all bytes are read once whatever `b` is (538 MB), and 2 operations per weight and text (269 MFLOP × b);
+- cache: all slots of every text are read, the empty ones too (46 kB × slots × b, 11.8 MB × b);
+- logits: 4 bytes per token of the vocabulary and text (197 kB × b).
+
+One text is bound by the weights' bytes: a step takes 21 ms on two cores of an AMD EPYC. With 32 texts it takes about
+60 ms: projections and head 34 ms, attention 19 ms. Beyond that attention's products of a single query, which sum along
+the keys' last axis, grow faster than the number of texts: 64 texts give no more tokens per second than 32.
+"""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +28,11 @@ from jquant.data import check_tokens, check_whole
 from jquant.errors import InputError
 from jquant.io.language_model import LanguageModel
 from jquant.models.cache import Cache
+from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Block, Decoder, rotary_table
+
+# Tokens that `_draw` and `_among` take together. A vocabulary of 49,152 has 384 such blocks.
+BLOCK = 128
 
 
 def generate(
@@ -60,20 +75,9 @@ def generate_ids(
     seed: int = 0,
 ) -> Iterator[int]:
     """Yields `tokens` ids that continue a prompt of ids; see `generate`."""
-    check_whole(0, tokens=tokens, seed=seed)
-    check_whole(1, top_k=1 if top_k is None else top_k)
-    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 <= temperature < math.inf:
-        raise InputError(f"temperature takes a finite number from 0, not {temperature!r}.")
-    if len(prompt) == 0:
-        raise InputError("The prompt has no tokens.")
+    check_whole(0, seed=seed)
+    check_sampling(np.asarray(prompt)[None], decoder.config, Sampling(tokens, temperature, top_k))
     slots, config = len(prompt) + tokens, decoder.config
-    if slots > config.context_length:
-        raise InputError(
-            f"A prompt of {len(prompt)} tokens and {tokens} new ones exceed the context of {config.context_length}."
-        )
-    if top_k is not None and top_k > config.vocab_size:
-        raise InputError(f"top_k={top_k} is more than the model's {config.vocab_size} tokens.")
-    check_tokens(np.asarray(prompt)[None], config, "The prompt's ids")
     # Slots in steps of 256, so that prompts of similar length share one compilation.
     slots = min(-(-slots // 256) * 256, config.context_length)
     leaves, structure = jax.tree.flatten((decoder, unstack(decoder)))
@@ -86,6 +90,82 @@ def generate_ids(
             # Dispatched before the token is read, so that Python's share overlaps with the next step.
             logits, cache = step(structure, leaves, token[:, None], cache)
         yield int(token[0])
+
+
+class Sampling(NamedTuple):
+    """How a text goes on; see `generate`."""
+
+    tokens: int
+    temperature: float
+    top_k: int | None
+
+
+def generate_batch(
+    decoder: Decoder,
+    prompts: Sequence[np.ndarray] | np.ndarray,
+    keys: Array,
+    *,
+    tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+) -> Int[np.ndarray, "b tokens"]:
+    """The `tokens` ids that continue each of several prompts, all generated at once.
+
+    The prompts have one length: then nothing is padded or masked, and every text has its tokens at the same positions
+    as alone. A text depends on its own prompt and key only. Alone it has the same logits up to rounding (products of
+    another shape may add in another order), so a sampled text may take another way there. The loop over the tokens
+    runs on the device; no token is read before the last one is there.
+
+    Args:
+      decoder: float or quantized.
+      prompts: ids, `[b, n]` or `b` arrays of `n`.
+      keys: typed keys `[b]`, one a prompt; unused at temperature 0.
+      tokens: how many for each; an end-of-sequence token ends nothing.
+      temperature: as of `generate`.
+      top_k: as of `generate`.
+
+    Raises:
+      InputError: prompts of several lengths, or not one key a prompt; otherwise as of `generate`.
+    """
+    lengths = {np.size(prompt) for prompt in prompts}
+    if len(lengths) > 1:
+        raise InputError(
+            f"Prompts that are continued together have one length; these have from {min(lengths)} to {max(lengths)} "
+            f"tokens: give those of each length to a call of their own."
+        )
+    sampling, start = Sampling(tokens, temperature, top_k), np.asarray(prompts)
+    check_sampling(start, decoder.config, sampling)
+    if keys.shape != start.shape[:1] or not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
+        raise InputError(
+            f"{len(start)} prompts take as many typed keys, not {keys.dtype} {list(keys.shape)}: "
+            f"jax.random.split(jax.random.key(seed), {len(start)}) makes them."
+        )
+    if tokens == 0:
+        return np.empty((len(start), 0), np.int32)
+    leaves, structure = jax.tree.flatten((decoder, unstack(decoder)))
+    slots = start.shape[1] + tokens - 1  # the last token is not read
+    cache = Cache.init(decoder.config, len(start), slots, decoder.embedding.get_value().dtype)
+    logits, cache = step(structure, leaves, jnp.asarray(start, jnp.int32), cache)
+    return np.asarray(_continue(structure, leaves, logits, cache, keys, sampling)[0])
+
+
+def check_sampling(prompts: np.ndarray, config: DecoderConfig, sampling: Sampling) -> None:
+    """Raises InputError for prompts that can't be continued so."""
+    tokens, temperature, top_k = sampling
+    check_whole(0, tokens=tokens)
+    check_whole(1, top_k=1 if top_k is None else top_k)
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 <= temperature < math.inf:
+        raise InputError(f"temperature takes a finite number from 0, not {temperature!r}.")
+    if prompts.size == 0:
+        raise InputError("The prompt has no tokens.")
+    if prompts.shape[-1] + tokens > config.context_length:
+        raise InputError(
+            f"A prompt of {prompts.shape[-1]} tokens and {tokens} new ones exceed the context of "
+            f"{config.context_length}."
+        )
+    if top_k is not None and top_k > config.vocab_size:
+        raise InputError(f"top_k={top_k} is more than the model's {config.vocab_size} tokens.")
+    check_tokens(prompts, config, "The prompt's ids")
 
 
 def unstack(decoder: Decoder) -> tuple[Block, ...]:
@@ -125,6 +205,63 @@ def step(
     return logits.astype(jnp.float32), Cache(tuple(filled), cache.length + tokens.shape[1])
 
 
+@partial(jax.jit, static_argnames=("structure", "sampling"), donate_argnames="cache")
+def _continue(
+    structure: Any, leaves: list[Array], logits: Float[Array, "b vocab"], cache: Cache, keys: Array, sampling: Sampling
+) -> tuple[Int[Array, "b tokens"], Cache]:
+    """The ids of all texts from the logits after their prompts; and the cache, so that its buffers are donated."""
+
+    def following(so_far: tuple[Array, Cache], index: Array) -> tuple[tuple[Array, Cache], Array]:
+        logits, cache = so_far
+        token = _pick_each(logits, keys, index, sampling)
+        return step(structure, leaves, token[:, None], cache), token
+
+    (logits, cache), ids = jax.lax.scan(following, (logits, cache), jnp.arange(sampling.tokens - 1))
+    last = _pick_each(logits, keys, sampling.tokens - 1, sampling)
+    return jnp.concatenate([ids, last[None]]).T, cache
+
+
+def _pick_each(
+    logits: Float[Array, "b vocab"], keys: Array, index: int | Array, sampling: Sampling
+) -> Int[Array, " b"]:
+    _, temperature, top_k = sampling
+    if temperature == 0:
+        return jnp.argmax(logits, -1)
+    logits = logits if top_k is None else _among(logits, top_k)
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
+    return jax.vmap(_draw)(keys, logits / temperature)
+
+
+def _draw(key: Array, logits: Float[Array, " vocab"]) -> Int[Array, ""]:
+    """A token with its probability: first its block, by the block's summed probability, and then the token in it.
+
+    `jax.random.categorical` takes one random number a token. Those of 32 × 49,152 tokens take 14 ms on two cores,
+    where the rest of the step takes 60 ms; a hundredth of them is enough here.
+    """
+    blocks = _in_blocks(logits)
+    of_block, of_token = jax.random.split(key)
+    block = jax.random.categorical(of_block, jax.nn.logsumexp(blocks, -1))
+    return block * BLOCK + jax.random.categorical(of_token, blocks[block])
+
+
+def _in_blocks(logits: Float[Array, "*b vocab"]) -> Float[Array, "*b blocks block"]:
+    """Logits in blocks, the last one filled up with −∞."""
+    filled = [(0, 0)] * (logits.ndim - 1) + [(0, -logits.shape[-1] % BLOCK)]
+    return jnp.pad(logits, filled, constant_values=-jnp.inf).reshape(*logits.shape[:-1], -1, BLOCK)
+
+
+def _among(logits: Float[Array, "b vocab"], top_k: int) -> Float[Array, "b vocab"]:
+    """Logits with −∞ for tokens less likely than the `top_k`-th.
+
+    The `top_k` largest are in the `top_k` blocks of the largest maxima. On a CPU `jax.lax.top_k` sorts, and sorting
+    32 × 49,152 logits would take 230 ms.
+    """
+    blocks = _in_blocks(logits)
+    _, chosen = jax.lax.top_k(jnp.max(blocks, -1), min(top_k, blocks.shape[1]))
+    candidates = jnp.take_along_axis(blocks, chosen[..., None], 1).reshape(len(logits), -1)
+    return jnp.where(logits < jax.lax.top_k(candidates, top_k)[0][:, -1:], -jnp.inf, logits)
+
+
 @partial(jax.jit, static_argnames=("temperature", "top_k"))
 def _pick(
     logits: Float[Array, "b vocab"], key: Array, index: int | Array, temperature: float, top_k: int | None
@@ -132,8 +269,7 @@ def _pick(
     if temperature == 0:
         return jnp.argmax(logits, -1)
     if top_k is not None:
-        least = jax.lax.top_k(logits, top_k)[0][:, -1:]
-        logits = jnp.where(logits < least, -jnp.inf, logits)
+        logits = _among(logits, top_k)
     return jax.random.categorical(jax.random.fold_in(key, index), logits / temperature)
 
 

@@ -1,0 +1,155 @@
+"""Text that a model samples itself, in windows: training data for its quantized copy where there is no other data.
+
+LLM-QAT (arXiv 2305.17888 §3.1) learns a quantized model on text that the float model has sampled. Window k is:
+
+- the tokenizer's BOS; without one a token drawn uniformly from the vocabulary, as in the paper;
+- after such a token, but not after BOS, the LIKELIEST most likely tokens one after another: few continuations of a
+  random token make sense. The paper takes the first 3 to 5 tokens of a text so, its `generate_data.py` the 2 to 4
+  after the drawn one;
+- tokens sampled from the model's distribution to the window's end. An end-of-sequence token is one of them: the model
+  goes on with what it expects after it, as in pretraining, where a window holds documents one after another.
+
+Windows wait in the cache's folder `sampled`: one folder a recipe, one file a batch. Window k depends on the recipe and
+on k alone, so the number of windows is not part of the recipe: a larger number adds files, and a killed run loses one
+batch at most. The size of a batch is part of it: products of another shape round otherwise, and a sampled text that has
+once gone another way stays different.
+"""
+
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from jax import Array
+from jaxtyping import Int
+from safetensors import SafetensorError, safe_open
+
+from jquant.data import check_whole
+from jquant.errors import InputError
+from jquant.evaluation.generation import Sampling, check_sampling, generate_batch
+from jquant.io.files import write_bytes, write_json
+from jquant.io.hub import cache_dir
+from jquant.io.language_model import LanguageModel
+from jquant.models.decoder import Decoder
+from jquant.models.params import flat_params
+from jquant.progress import Progress, showing
+from jquant.provenance import array_digest, code_of, describe, digest, packages
+
+log = logging.getLogger(__name__)
+
+# How many tokens after a random first one are the most likely ones; LLM-QAT's code has 2, 3 and 4.
+LIKELIEST = 3
+
+
+def sample_text(
+    model: LanguageModel | Decoder,
+    count: int,
+    context: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    seed: int = 0,
+    batch: int = 32,
+    progress: Progress | bool = True,
+) -> Int[np.ndarray, "count context"]:
+    """Windows of token ids that the model samples; see the module. They are read from the cache if it has them.
+
+    The same arguments give the same windows on the same machine, and the first ones of a larger `count` are those of a
+    smaller one.
+
+    Args:
+      model: usually float; a decoder alone has no BOS.
+      count: windows.
+      context: tokens per window.
+      temperature: logits are divided by it; 1 samples the model's own distribution.
+      top_k: sample among the k most likely tokens only.
+      seed: of the sampling.
+      batch: windows sampled at once. Whole batches are sampled and kept, whatever `count` is.
+      progress: whether to show progress; or a function, called with ("generate", tokens done, tokens in all).
+
+    Raises:
+      InputError: an option out of range; the cache's folder can't be written.
+    """
+    decoder, bos = (model.decoder, model.tokenizer.bos_id) if isinstance(model, LanguageModel) else (model, None)
+    check_whole(1, count=count, batch=batch)
+    check_whole(2, context=context)
+    check_whole(0, seed=seed)
+    if temperature == 0:
+        raise InputError("Text sampled at temperature=0 would be the same in every window; 1 is the model's own.")
+    first = np.full((batch, 1), 0 if bos is None else bos, np.int32)
+    check_sampling(first, decoder.config, Sampling(context - 1, temperature, top_k))
+    recipe = {
+        "weights": digest(json.dumps(describe(flat_params(decoder)), sort_keys=True).encode()),
+        "config": asdict(decoder.config),
+        "bos": bos,
+        "context": int(context),
+        "temperature": float(temperature),
+        "top_k": top_k and int(top_k),
+        "seed": int(seed),
+        "batch": int(batch),
+        "code": code_of(None, [__name__]),
+        "packages": packages(),
+        "device": jax.devices()[0].device_kind,
+    }
+    folder = cache_dir() / "sampled" / digest(json.dumps(recipe, sort_keys=True).encode())
+    batches, size = [], batch * context
+    total = -(-count // batch)
+    with showing(progress) as tell:
+        for number in range(total):
+            path = folder / f"{number:06}.safetensors"
+            tokens = _read(path, recipe)
+            if tokens is None:
+                tokens = _sample(decoder, recipe, number)
+                write_json(folder / "recipe.json", recipe)
+                _write(path, tokens)
+            batches.append(tokens)
+            tell("generate", (number + 1) * size, total * size)
+    return np.concatenate(batches)[:count]
+
+
+def _sample(decoder: Decoder, recipe: dict[str, Any], number: int) -> Int[np.ndarray, "batch context"]:
+    """The windows of a batch; window k has the seed's key folded with k."""
+    batch, context, bos = recipe["batch"], recipe["context"], recipe["bos"]
+    rows = number * batch + jnp.arange(batch)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(recipe["seed"]), rows)
+    of_start, of_text = jax.vmap(jax.random.split, out_axes=1)(keys)
+    if bos is not None:
+        start = np.full((batch, 1), bos, np.int32)
+    else:
+        start = _random_start(decoder, of_start, min(LIKELIEST, context - 1))
+    options = {"temperature": recipe["temperature"], "top_k": recipe["top_k"]}
+    text = generate_batch(decoder, start, of_text, tokens=context - start.shape[1], **options)
+    return np.concatenate([start, text], 1)
+
+
+def _random_start(decoder: Decoder, keys: Array, likeliest: int) -> Int[np.ndarray, "batch start"]:
+    """A random token a window, and the most likely ones after it."""
+    draw = jax.vmap(lambda key: jax.random.randint(key, (1,), 0, decoder.config.vocab_size))
+    first = np.asarray(draw(keys))
+    return np.concatenate([first, generate_batch(decoder, first, keys, tokens=likeliest)], 1)
+
+
+def _write(path: Path, tokens: Int[np.ndarray, "batch context"]) -> None:
+    """Writes a batch with its digest, completely or not at all."""
+    write_bytes(path, safetensors.numpy.save({"tokens": tokens}, {"digest": array_digest(tokens)}))
+
+
+def _read(path: Path, recipe: dict[str, Any]) -> Int[np.ndarray, "batch context"] | None:
+    """A batch from its file; None if there is no such file, or a damaged one, which is sampled again."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="numpy") as file:
+            tokens, stored = file.get_tensor("tokens"), (file.metadata() or {}).get("digest")
+        whole = tokens.shape == (recipe["batch"], recipe["context"]) and array_digest(tokens) == stored
+    except (SafetensorError, OSError):
+        whole = False
+    if whole:
+        return tokens
+    log.warning("%s is damaged; its windows are sampled again.", path)
+    return None
