@@ -61,13 +61,37 @@ class Tuning:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.windows < 1 or not self.rate > 0 or self.weight_rate < 0:
-            raise InputError(f"Tuning takes steps, windows and a rate above 0 and a weight_rate from 0, not {self}.")
-        if self.target not in ("block", "model"):
-            raise InputError(f'Tuning takes target="block" or "model", not {self.target!r}.')
-        if not 0 <= self.text <= (self.target == "model"):
-            raise InputError(f'Tuning takes a share of text from 0 to 1, with target="model", not {self.text}.')
+        for name, least in (("steps", 1), ("windows", 1), ("accumulate", 1), ("warmup", 0), ("seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InputError(f"Tuning's {name} is a whole number from {least}, not {value!r}.")
+        if self.windows % self.accumulate or self.warmup >= self.steps:
+            raise InputError(f"Tuning takes windows that divide into accumulate parts, and warmup < steps, not {self}.")
+        if not self.rate > 0 or not self.weight_rate >= 0 or not self.norm_rate >= 0:
+            raise InputError(f"Tuning takes a rate above 0, and a weight_rate and norm_rate from 0, not {self}.")
+        if not 0 < self.b2 < 1 or not (self.clip is None or self.clip > 0):
+            raise InputError(f"Tuning takes b2 between 0 and 1 and a clip above 0 or None, not {self}.")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise InputError(f"Tuning takes {name}={' or '.join(map(repr, choices))}, not {getattr(self, name)!r}.")
+        shares = [self.text, *([] if self.reverse == "confidence" else [self.reverse])]
+        if not all(isinstance(share, int | float) and 0 <= share <= 1 for share in shares):
+            raise InputError(
+                f"Tuning takes shares of text and reverse from 0 to 1, not {self.text} and {self.reverse}."
+            )
+        if self.target == "block" and (self.text or self.reverse):
+            raise InputError(
+                f'A block has no predictions: text={self.text} and reverse={self.reverse} need target="model".'
+            )
 
+
+CHOICES = {
+    "begin": ("codes", "weights"),
+    "target": ("block", "model"),
+    "optimizer": ("adam", "lion", "adafactor"),
+    "schedule": ("cosine", "linear", "constant"),
+    "compute": ("bfloat16", "float32"),
+}
 
 # A method's parts: the contract of each, and whether it may be None.
 AXES: dict[str, tuple[type, bool]] = {

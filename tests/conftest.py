@@ -9,10 +9,9 @@ from pathlib import Path
 # Before jax is imported, and for child processes too. Most of the tests' time is compilation, and most programs run
 # once, on tiny models: without LLVM's optimisations and with XLA's older emitters they compile six times as fast.
 # Tests marked `optimised` get the optimisations back (`pytest_runtest_setup`).
-FASTER = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 # On virtual devices, each with a thread of its own, collectives that run beside each other can wait for one another.
-ORDERED = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
-os.environ["XLA_FLAGS"] = f"{FASTER} {ORDERED}"
+os.environ["XLA_FLAGS"] += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 import jax

@@ -57,7 +57,7 @@ W = jnp.asarray(np.random.default_rng(0).standard_normal((16, 4)), jnp.float32)
         (lambda: Tuning(steps=0), "steps"),
         (lambda: Tuning(windows=0), "windows"),
         (lambda: Tuning(rate=0.0), "rate"),
-        (lambda: Tuning(code_rate=-1.0), "code_rate"),
+        (lambda: Tuning(weight_rate=-1.0), "weight_rate"),
         (lambda: method("rtn", bits=12), "12"),
     ],
 )

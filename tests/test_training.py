@@ -220,7 +220,7 @@ def test_parameters_moments_and_work_are_split_and_collectives_do_not_grow_with_
     for layers in (4, 8):
         small = wide_decoder(layers)
         quantized, _ = quantize_decoder(small, method("rtn", 2, 16))
-        start, student = begun(split(quantized), WIDE)
+        start, student = begun(split(quantized), WIDE, small)
         learned = start()
         compiled = {}
         for mesh in (None, devices):

@@ -16,11 +16,11 @@ from jquant.evaluation.perplexity import Reference, Scores, score
 from jquant.formats import Format
 from jquant.io.load import load_model
 from jquant.kernels.bfloat16 import bfloat16_matmul
-from jquant.learning.tuning import initial, split, tune, tune_block
+from jquant.learning.tuning import begun, split, tune, tune_block
 from jquant.methods import Method, Tuning, method
 from jquant.models.decoder import Decoder, blocks, rotary_table
 from jquant.pipeline.in_memory import quantize_decoder
-from jquant.qtensor import QTensor, bits_per_weight
+from jquant.qtensor import QTensor, bits_per_weight, dequantize
 
 TOKENS = np.random.default_rng(5).integers(0, checkpoints.VOCAB, (8, 32), np.int32)
 STEPS = 20
@@ -83,8 +83,8 @@ def test_the_text_as_target_lowers_perplexity_below_the_float_models_and_keeps_l
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_what_is_learned_starts_at_the_quantized_weight(decoder, format, weight_rate):
     quantized, _ = quantize_decoder(decoder, Method(format))
-    student = split(quantized)
-    packed = student.packed(initial(student, Tuning(weight_rate=weight_rate)))
+    start, student = begun(split(quantized), Tuning(weight_rate=weight_rate), decoder)
+    packed = student.packed(start())
     for (path, a), b in zip(leaves(quantized).items(), leaves(packed).values(), strict=True):
         assert same_bytes(a, b), path
 
@@ -153,6 +153,21 @@ def test_stages_follow_one_another_and_blocks_come_first(decoder):
     assert calls == [("quantize", 1, 2), ("quantize", 2, 2), ("tune", 1, 2), ("tune", 2, 2)]
     with refused("before the whole model"):
         replace(two, tuning=stages[::-1])
+
+
+def test_weights_begin_at_the_float_ones_if_asked(decoder):
+    """Then codes are the nearest ones, whatever they were."""
+    solved, _ = quantize_decoder(decoder, method("gptq", 3, 16), TOKENS)
+    stage = Tuning(1, 8, 1e-9, weight_rate=1e-9, begin="weights")
+    begun = quantized_leaves(tune(solved, decoder, TOKENS, stage))
+    floats = leaves(decoder)
+    for path, q in quantized_leaves(solved).items():
+        assert (np.asarray(q.codes) != np.asarray(begun[path].codes)).any()
+        errors = [np.abs(np.asarray(dequantize(each) - floats[path])) for each in (begun[path], q)]
+        assert (errors[0] <= errors[1] + 1e-3 * errors[1].max()).all(), path
+    scaled, _ = quantize_decoder(decoder, method("awq", 3, 16), TOKENS)
+    with refused("no transform"):
+        tune(scaled, decoder, TOKENS, stage)
 
 
 def test_what_cannot_be_tuned_is_refused(decoder):

@@ -68,7 +68,7 @@ def tune(
         raise InputError('Blocks are tuned one by one as they are rounded (Method.tuning): target is not "block" here.')
     check_tokens(tokens, decoder.config, "Windows to learn from")
     check_devices(tuning, devices)
-    start, student = begun(split(quantized), tuning)
+    start, student = begun(split(quantized), tuning, decoder)
     frozen, (count, context) = (student, decoder), tokens.shape
     name, batch = "Tuning of the model", tokens.__getitem__
     task = Task(name, start, model_loss, frozen, batch, count, context, student.packed, devices)
@@ -107,6 +107,7 @@ def tune_block(
     outputs: Float[Array, "n context d"],
     rotary: Float[Array, "context half 2"],
     tuning: Tuning,
+    exact: Block | None = None,
 ) -> Block:
     """The quantized block with scales, and codes if `tuning.weight_rate` says so, learned to match the float one.
 
@@ -119,11 +120,12 @@ def tune_block(
       outputs: what the float blocks, up to this one, produce from them.
       rotary: see `rotary_table`.
       tuning: a stage with target "block".
+      exact: the float block, at whose weights those behind the codes begin if `tuning.begin` says so.
 
     Raises:
       InputError: nothing is quantized; a step whose loss or parameters are not finite.
     """
-    start, student = begun(split(quantized), tuning)
+    start, student = begun(split(quantized), tuning, quantized if exact is None else exact)
     batch = lambda which: (inputs[which], outputs[which])  # noqa: E731
     count, context = inputs.shape[:2]
     name, frozen = "Tuning of the block", (student, rotary)
@@ -176,23 +178,41 @@ def split(quantized: nnx.Module) -> Student:
     return Student(graph, kernels, {path: leaf for path, leaf in params.items() if path not in kernels})
 
 
-def begun(student: Student, tuning: Tuning) -> tuple[Callable[[], Learned], Student]:
-    """A function that makes what is learned, and the student that learns it."""
+def begun(student: Student, tuning: Tuning, exact: nnx.Module) -> tuple[Callable[[], Learned], Student]:
+    """A function that makes what is learned, and the student that learns it; `exact` is the float module.
+
+    Raises:
+      InputError: weights that would begin at float ones of another scaling.
+    """
     kernels = student.kernels
+    floats: Mapping[tuple[Any, ...], Array] = {}
     if tuning.weight_rate:
         kernels = {path: replace(kernel, codes=None) for path, kernel in kernels.items()}
-    return partial(initial, student, tuning), replace(student, kernels=kernels)
+        if tuning.begin == "weights":
+            floats = _same_scaling(student, flatten_mapping(nnx.to_pure_dict(nnx.state(exact))))
+    return partial(initial, student, tuning, floats), replace(student, kernels=kernels)
 
 
-def initial(student: Student, tuning: Tuning) -> Learned:
-    """What is learned, at the start."""
+def _same_scaling(student: Student, floats: Mapping[tuple[Any, ...], Array]) -> Mapping[tuple[Any, ...], Array]:
+    """The float module's kernels; they must be those that were rounded, not scaled into their neighbours."""
+    shapes = {
+        path: getattr(floats.get(path), "shape", None) == kernel.shape for path, kernel in student.kernels.items()
+    }
+    same = {path: jnp.array_equal(leaf, floats[path]) for path, leaf in student.rest.items() if path in floats}
+    if not all(shapes.values()) or not all(same.values()):
+        raise InputError('Tuning with begin="weights" needs weights that no transform scaled, all in one format.')
+    return {path: floats[path] for path in student.kernels}
+
+
+def initial(student: Student, tuning: Tuning, floats: Mapping[tuple[Any, ...], Array]) -> Learned:
+    """What is learned, at the start; weights begin at those in `floats`, others at the values of their codes."""
     learned: Learned = {}
     for path, kernel in student.kernels.items():
         learned[path] = {"log_scale": jnp.zeros(kernel.scale.shape, jnp.float32)}
         if kernel.zero is not None and (tuning.weight_rate or not has_integer_zero(kernel.format)):
             learned[path]["shift"] = jnp.zeros(kernel.zero.shape, jnp.float32)
         if tuning.weight_rate:
-            learned[path]["weight"] = _weight(kernel)
+            learned[path]["weight"] = _in_steps(kernel, floats.get(path))
     if tuning.norm_rate:
         norms = {path: leaf for path, leaf in student.rest.items() if any("norm" in str(key) for key in path)}
         learned |= {path: {"norm": jnp.array(leaf)} for path, leaf in norms.items()}
@@ -200,8 +220,8 @@ def initial(student: Student, tuning: Tuning) -> Learned:
 
 
 @jax.jit
-def _weight(kernel: FakeQuantized) -> Float[Array, "*l in out"]:
-    return kernel.value() / kernel.steps
+def _in_steps(kernel: FakeQuantized, weight: Float[Array, "*l in out"] | None) -> Float[Array, "*l in out"]:
+    return (kernel.value() if weight is None else weight.astype(jnp.float32)) / kernel.steps
 
 
 @jax.jit

@@ -151,16 +151,16 @@ def quantize_blocks(
         if calibration and any(needs[layer:]):
             calibration.advance_exact(block)
             for name, (quantized, infos) in results.items():
-                results[name] = _tune(quantized, plans[name], calibration, layer), infos
+                results[name] = _tune(quantized, block, plans[name], calibration, layer), infos
         yield results
         if calibration and any(needs[layer + 1 :]) and not advanced:
             calibration.advance(block if calibration.inputs == "float" else on_all(next(iter(results.values()))[0]))
 
 
-def _tune(block: Block, plan: Plan, calibration: Calibration, layer: int) -> Block:
+def _tune(block: Block, exact: Block, plan: Plan, calibration: Calibration, layer: int) -> Block:
     for stage in plan.tuning("block") if plan.layers[layer] else ():
         try:
-            block = tune_block(block, *calibration.windows(), calibration.rotary, stage)
+            block = tune_block(block, *calibration.windows(), calibration.rotary, stage, exact)
         except InputError as wrong:
             raise InputError(f"layers.{layer}: {wrong}") from None
     return block
