@@ -73,6 +73,13 @@ KINDS: dict[str, Kind] = {
     "threshold": ("takes a number", _number(-1e300)[1]),
     "layer_windows": _whole(0),
     "matrix_windows": _whole(0),
+    "blocks": _or_null(SECTION),
+    "text.data": _or_null(TEXTS),
+    "text.sampled": _whole(0),
+    "text.context": _whole(2),
+    "journal.every": _whole(1),
+    "journal.evaluate_every": _whole(1),
+    "journal.tensorboard": SWITCH,
     "calibration.data": ONE_TEXT,
     "calibration.samples": _whole(1),
     "calibration.context": _whole(1),
@@ -101,9 +108,9 @@ def check(settings: Settings, kinds: Mapping[str, Kind] = KINDS) -> None:
             raise InputError(f"{name} has no value: give {name}=….")
         if value is not _find and not takes(value):
             raise InputError(f"{name} {says}, not {value!r}.")
-    for name in ("calibration.data", "evaluation.data"):
+    for name in ("calibration.data", "evaluation.data", "text.data"):
         texts = _find(settings, name)
-        for text in texts if isinstance(texts, list) else [texts] * (texts is not _find):
+        for text in texts if isinstance(texts, list) else [texts] * (texts not in (None, _find)):
             _check_text(name, text)
     if isinstance(settings.get("model"), dict):
         _check_model(settings["model"])

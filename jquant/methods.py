@@ -71,12 +71,21 @@ METHODS: dict[str, Callable[[int, Group, bool], Method]] = {
     "learned": lambda bits, group, symmetric: Method(
         Int(bits, group, symmetric), Search("diagonal"), GPTQ(), tuning=(Tuning(rate=2.0 ** (-5 - bits), text=0.15),)
     ),
-    # Codes need many small steps: with few large ones, all codes with a steady gradient jump at once.
-    "learned_codes": lambda bits, group, symmetric: Method(
+    # Weights need many small steps: with few large ones, all codes with a steady gradient jump at once.
+    "qat": lambda bits, group, symmetric: Method(
         Int(bits, group, symmetric),
         Search("diagonal"),
         GPTQ(),
-        tuning=(Tuning(200, rate=2.0 ** (-5 - bits), weight_rate=0.01, text=0.15),),
+        tuning=(Tuning(200, rate=2.0 ** (-5 - bits), weight_rate=0.01),),
+    ),
+    "efficient_qat": lambda bits, group, symmetric: Method(
+        Int(bits, group, symmetric),
+        Search("diagonal"),
+        GPTQ(),
+        tuning=(
+            Tuning(128, rate=2.0 ** (-5 - bits), weight_rate=0.01, target="block"),
+            Tuning(rate=2.0 ** (-5 - bits)),
+        ),
     ),
     # Ranges.
     "rtn_percentile": lambda bits, group, symmetric: Method(Int(bits, group, symmetric), Percentile()),

@@ -65,7 +65,9 @@ NAMES = {
     "gptq_nf4": "GPTQ on NF4",
     "awq_gptq": "AWQ, then GPTQ",
     "learned": "learned scales",
-    "learned_codes": "learned scales and codes",
+    "learned_codes": "learned scales and codes",  # rows of earlier versions
+    "qat": "QAT",
+    "efficient_qat": "EfficientQAT",
     "llm_int8": "LLM.int8()",
     "smoothquant": "SmoothQuant W8A8",
     "w8a8_static": "W8A8, static",

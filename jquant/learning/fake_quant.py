@@ -101,8 +101,9 @@ class FakeQuantized:
         weight: Any, scale: Array, zero: Array | None, format: Format, shape: tuple[int, ...]
     ) -> "FakeQuantized":
         """A float weight rounded to nearest on a grid, of which nothing is learned yet."""
-        scale, zero = (None if v is None else v.astype(jnp.float32) for v in (scale, zero))
-        return FakeQuantized({}, scale, zero, None, weight, None, format, shape[-2:], None)
+        zero = None if zero is None else zero.astype(jnp.float32)
+        features = (shape[-2], shape[-1])
+        return FakeQuantized({}, scale.astype(jnp.float32), zero, None, weight, None, format, features, None)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -109,7 +109,9 @@ def fit(task: Task, stage: Tuning, writer: Writer | None = None, progress: Progr
 def windows_of(step: int, count: int, stage: Tuning) -> Int[np.ndarray, " windows"]:
     """The windows of a step, counted from 0: each of `count` comes once an epoch, in an order drawn from the seed."""
     positions = np.arange(step * stage.windows, (step + 1) * stage.windows)
-    epochs = {epoch: np.random.default_rng([stage.seed, epoch]).permutation(count) for epoch in {*(positions // count)}}
+    epochs = {
+        epoch: np.random.default_rng([stage.seed, int(epoch)]).permutation(count) for epoch in {*(positions // count)}
+    }
     return np.asarray([epochs[position // count][position % count] for position in positions])
 
 
@@ -178,7 +180,7 @@ def schedule(stage: Tuning) -> optax.Schedule:
 def _scaled(rates: dict[str, float]) -> optax.GradientTransformation:
     """Multiplies every update by its parameter's rate."""
 
-    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         return {path: {name: rates[name] * u for name, u in each.items()} for path, each in updates.items()}, state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
