@@ -84,10 +84,8 @@ def main() -> None:
     print(json.dumps(figures))
 
 
-def transformers_runs(
-    tokens: np.ndarray, prompt: np.ndarray
-) -> tuple[Callable[[], float], Callable[[], tuple[float, list[int]]]]:
-    """transformers' evaluation in seconds; its greedy decoding in seconds after the first token, with the ids."""
+def transformers_model() -> Any:
+    """The default model in float32, as transformers reads its GGUF file."""
     import torch
     import transformers
 
@@ -98,8 +96,17 @@ def transformers_runs(
     # transformers demands accelerate, which it needs only for several devices.
     with mock.patch("transformers.modeling_utils.is_accelerate_available", return_value=True):
         loader = transformers.AutoModelForCausalLM
-        model: Any = loader.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    model.eval()
+        return loader.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+
+
+def transformers_runs(
+    tokens: np.ndarray, prompt: np.ndarray
+) -> tuple[Callable[[], float], Callable[[], tuple[float, list[int]]]]:
+    """transformers' evaluation in seconds; its greedy decoding in seconds after the first token, with the ids."""
+    import torch
+    import transformers
+
+    model = transformers_model().eval()
 
     @torch.inference_mode()
     def evaluate() -> float:

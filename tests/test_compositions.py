@@ -104,7 +104,9 @@ def test_the_ablations_hold_every_ingredient_of_gptq_at_each_width():
     assert every >= {"gptq_plain", "gptq_refit", "gptq_loss", "gptq_tuned", *INGREDIENTS}
     # A pass over float inputs has no error to propagate, and does not make tuning cheaper.
     alone = {
-        f"{name}-{bits}" for name in ("gptq_propagated", "gptq_tuned", "learned", "qat", "efficient_qat") for bits in (4, 3, 2)
+        f"{name}-{bits}"
+        for name in ("gptq_propagated", "gptq_tuned", "learned", "qat", "efficient_qat")
+        for bits in (4, 3, 2)
     }
     assert {*shared.methods, *alone} == {"fp32", *(f"{name}-{bits}" for name in every for bits in (4, 3, 2))}
     assert set(own.methods) >= {"fp32", "gptq-4", "gptq-3", "gptq-2", *alone}

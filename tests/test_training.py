@@ -12,6 +12,7 @@ from pathlib import Path
 
 import checkpoints
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoints import refused
@@ -27,6 +28,7 @@ from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Decoder
 from jquant.parallel.mesh import Devices
 from jquant.pipeline.in_memory import quantize_decoder
+from jquant.qtensor import QTensor
 
 TOKENS = np.random.default_rng(5).integers(0, checkpoints.VOCAB, (6, 32), np.int32)
 STAGE = Tuning(7, 2, 3e-3, weight_rate=0.01)
@@ -100,6 +102,7 @@ from jquant.io.load import load_model
 from jquant.learning.tuning import begun, model_loss, split, tune
 from jquant.parallel.mesh import Devices
 from jquant.pipeline.in_memory import quantize_decoder
+from jquant.qtensor import QTensor
 decoder = load_model(sys.argv[1]).decoder
 tokens = np.load(sys.argv[2])
 quantized = quantize_decoder(decoder, method("rtn", 2, 16))[0]
@@ -283,6 +286,45 @@ def test_every_optimizer_and_schedule_lowers_the_loss(decoder, quantized, optimi
     losses = []
     tune(quantized, decoder, TOKENS, stage, progress=lambda *_, loss, **__: losses.append(loss))
     assert losses[-1] < 0.97 * losses[0]
+
+
+def oracle_loss(student, teacher, text: float, reverse: float | str) -> float:
+    """The loss in float64 from the logits of both, as the papers write it."""
+    log = lambda logits: logits - np.log(np.exp(logits).sum(-1, keepdims=True))  # noqa: E731
+    log_q, log_p = (log(np.asarray(model(jnp.asarray(TOKENS)), np.float64))[:, :-1] for model in (student, teacher))
+    of_text = lambda values: np.take_along_axis(values, TOKENS[:, 1:, None], -1)  # noqa: E731
+    share = np.exp(of_text(log_p)).mean() if reverse == "confidence" else reverse
+    forward, backward = (np.exp(log_p) * (log_p - log_q)).sum(-1), (np.exp(log_q) * (log_q - log_p)).sum(-1)
+    return (1 - text) * ((1 - share) * forward + share * backward).mean() - text * of_text(log_q).mean()
+
+
+@pytest.mark.parametrize(
+    ("text", "reverse"), [(0.0, 0.0), (1.0, 0.0), (0.3, 0.0), (0.0, 1.0), (0.2, 0.5), (0.0, "confidence")]
+)
+def test_losses_are_those_of_float64(decoder, quantized, text, reverse):
+    stage = replace(STAGE, text=text, reverse=reverse, compute="float32")
+    start, student = begun(split(quantized), stage, decoder)
+    found = jax.jit(model_loss, static_argnums=3)(start(), (student, decoder), jnp.asarray(TOKENS), stage)
+    assert float(found) == pytest.approx(oracle_loss(quantized, decoder, text, reverse), rel=1e-4, abs=1e-6)
+
+
+def test_what_is_trained_is_what_is_deployed(decoder, quantized):
+    """The fake-quantized decoder's logits are the packed one's, at the start and after training."""
+    start, student = begun(split(quantized), STAGE, decoder)
+    moved = jax.tree.map(lambda leaf: leaf + 0.3 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), start())
+    for learned in (start(), moved):
+        ours, packed = student.module(learned), student.packed(learned)
+        tokens = jnp.asarray(TOKENS)
+        np.testing.assert_allclose(ours(tokens), packed(tokens), rtol=1e-4, atol=1e-4)
+    changed = [
+        np.mean(np.asarray(a.codes) != np.asarray(b.codes))
+        for a, b in zip(*(filter(is_quantized, leaves(each).values()) for each in (quantized, packed)), strict=True)
+    ]
+    assert min(changed) > 0.01
+
+
+def is_quantized(leaf) -> bool:
+    return isinstance(leaf, QTensor)
 
 
 def test_schedules_rise_and_fall():
