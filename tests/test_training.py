@@ -96,7 +96,7 @@ def test_a_finished_training_is_read_not_repeated(decoder, quantized, tmp_path):
 
 
 SCRIPT = """
-import sys, numpy as np
+import resource, sys, numpy as np
 from jquant import Journal, Tuning, method
 from jquant.io.load import load_model
 from jquant.learning.tuning import begun, model_loss, split, tune
@@ -106,7 +106,10 @@ from jquant.qtensor import QTensor
 decoder = load_model(sys.argv[1]).decoder
 tokens = np.load(sys.argv[2])
 quantized = quantize_decoder(decoder, method("rtn", 2, 16))[0]
-show = lambda stage, done, total, **figures: print(done, flush=True)
+def show(stage, done, total, **figures):
+    print(done, flush=True)
+    if done == int(sys.argv[4]):  # from now on no file may grow beyond this
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY))
 stage = Tuning(400, 2, 3e-3, weight_rate=0.01)
 tune(quantized, decoder, tokens, stage, journal=Journal(sys.argv[3], every=5), progress=show)
 """
@@ -115,7 +118,7 @@ tune(quantized, decoder, tokens, stage, journal=Journal(sys.argv[3], every=5), p
 def test_a_killed_process_loses_nothing_but_the_steps_after_its_checkpoint(folder, decoder, quantized, tmp_path):
     np.save(tmp_path / "tokens.npy", TOKENS)
     place = tmp_path / "run"
-    command = [sys.executable, "-c", SCRIPT, str(folder), str(tmp_path / "tokens.npy"), str(place)]
+    command = [sys.executable, "-c", SCRIPT, str(folder), str(tmp_path / "tokens.npy"), str(place), "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             if int(line) >= 12:
@@ -126,6 +129,19 @@ def test_a_killed_process_loses_nothing_but_the_steps_after_its_checkpoint(folde
     stage = replace(STAGE, steps=400)
     resumed = tune(quantized, decoder, TOKENS, stage, journal=Journal(place, every=100), progress=False)
     assert [line["step"] for line in metrics(place)] == list(range(1, 401))
+    assert same_bytes(leaves(resumed), leaves(tune(quantized, decoder, TOKENS, stage, progress=False)))
+
+
+def test_a_full_disk_ends_in_one_sentence_and_keeps_the_checkpoint_before(folder, decoder, quantized, tmp_path):
+    np.save(tmp_path / "tokens.npy", TOKENS)
+    place = tmp_path / "run"
+    command = [sys.executable, "-c", SCRIPT, str(folder), str(tmp_path / "tokens.npy"), str(place), "12"]
+    process = subprocess.run(command, capture_output=True, text=True)
+    last = process.stderr.strip().splitlines()[-1]
+    assert process.returncode == 1
+    assert re.search("InputError: .*state/15 can't be written .* The checkpoint of step 10 is kept.", last)
+    stage = replace(STAGE, steps=400)
+    resumed = tune(quantized, decoder, TOKENS, stage, journal=Journal(place, every=100), progress=False)
     assert same_bytes(leaves(resumed), leaves(tune(quantized, decoder, TOKENS, stage, progress=False)))
 
 
@@ -160,23 +176,12 @@ def test_evaluations_stand_in_the_metrics(decoder, quantized, tmp_path):
     assert not same_bytes(seen[0], seen[1])
 
 
-def test_a_checkpoint_that_cannot_be_written_keeps_the_one_before(decoder, quantized, tmp_path, monkeypatch):
-    from jquant.learning import journal as module
-
-    save = module.ocp.CheckpointManager.save
-
-    def full(manager, step, *args, **kwargs):
-        if step == 4:
-            raise OSError(28, "No space left on device")
-        return save(manager, step, *args, **kwargs)
-
-    monkeypatch.setattr(module.ocp.CheckpointManager, "save", full)
-    journal = Journal(tmp_path, every=2)
-    with refused("step 4", "No space left on device", "step 2 is kept"):
-        tune(quantized, decoder, TOKENS, STAGE, journal=journal, progress=False)
-    monkeypatch.undo()
-    resumed = tune(quantized, decoder, TOKENS, STAGE, journal=journal, progress=False)
-    assert same_bytes(leaves(resumed), leaves(tune(quantized, decoder, TOKENS, STAGE, progress=False)))
+def test_a_damaged_checkpoint_is_refused_by_its_file(decoder, quantized, tmp_path):
+    tune(quantized, decoder, TOKENS, STAGE, journal=Journal(tmp_path), progress=False)
+    largest = max((tmp_path / "state").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
+    largest.write_bytes(largest.read_bytes()[:-1] + b"x")
+    with refused(str(tmp_path / "state/7"), "checksum"):
+        tune(quantized, decoder, TOKENS, STAGE, journal=Journal(tmp_path), progress=False)
 
 
 def test_a_training_that_diverges_ends_in_a_sentence_and_keeps_its_checkpoint(decoder, quantized, tmp_path):

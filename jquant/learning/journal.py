@@ -2,13 +2,14 @@
 
     run.json        what decides the bytes of the result
     metrics.jsonl   a line a step: step, loss, tokens, seconds of this process; evaluations on lines of their own
-    state/<step>    the last checkpoint, by Orbax
+    state/<step>    the last checkpoint: an item as in `io.checkpoint`, its checksums read before it is
     tensorboard/    the same metrics, if asked for
 
 A process may die at any moment. The same call goes on from the last checkpoint. Metrics after it are written again.
 """
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,14 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
+import jax.numpy as jnp
 from filelock import FileLock, Timeout
 
 from jquant import provenance
 from jquant.data import check_whole
 from jquant.errors import InputError
+from jquant.io.checkpoint import read_item, read_item_json, write_item
 from jquant.io.files import read_json, write_json, write_text
-from jquant.parallel.processes import on_first
+from jquant.parallel.processes import as_first, gather, on_first
 
 RUN, METRICS, STATE, BOARD, LOCK = "run.json", "metrics.jsonl", "state", "tensorboard", ".lock"
 
@@ -80,47 +82,52 @@ class Writer:
 
     def __init__(self, journal: Journal, folder: Path):
         self.journal, self.folder, self._begin = journal, folder, time.perf_counter()
-        options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-        self._manager = ocp.CheckpointManager((folder / STATE).absolute(), options=options)
+        self._states = folder / STATE
         self._board = _board(folder / BOARD) if journal.tensorboard and jax.process_index() == 0 else None
 
     def resumed(self, start: Callable[[], Any]) -> tuple[int, Any]:
         """Steps done before, and the state after them; `start` makes the state before the first step.
 
         Raises:
-          InputError: a checkpoint that can't be read.
+          InputError: a damaged checkpoint.
         """
-        done = self._manager.latest_step()
-        if done is None:
-            on_first(partial(_keep_metrics, self.folder / METRICS, 0))
-            return 0, start()
-        try:
-            like = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)  # noqa: E731
-            leaves, structure = jax.tree.flatten(jax.tree.map(like, start()))
-            kept = self._manager.restore(done, args=ocp.args.StandardRestore(_numbered(leaves)))
-        except (OSError, ValueError, KeyError) as broken:
-            reason = str(broken).splitlines()[0][:200]
-            raise InputError(f"{self.folder / STATE / str(done)} can't be read ({reason}).") from None
+        done = self.kept()
         on_first(partial(_keep_metrics, self.folder / METRICS, done))
-        return done, jax.tree.unflatten(structure, [kept[name] for name in sorted(kept)])
+        if not done:
+            return 0, start()
+        like = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)  # noqa: E731
+        leaves, structure = jax.tree.flatten(jax.tree.map(like, start()))
+        named, place = _numbered(leaves), self._states / str(done)
+        floats = {name: leaf.shape for name, leaf in named.items() if not _is_count(leaf)}
+        read: dict[str, Any] = read_item(place, floats, lambda name, _: named[name].sharding)
+        counts: dict[str, int] = read_item_json(place).get("counts", {})
+        read |= {name: jnp.full(named[name].shape, count, named[name].dtype) for name, count in counts.items()}
+        return done, jax.tree.unflatten(structure, [read[name] for name in named])
 
     def wrote(self, step: int, state: Any, last: bool) -> None:
-        """Keeps the state after a step, if it is its turn.
+        """Keeps the state after a step, if it is its turn, in place of the one before.
 
         Raises:
-          InputError: it can't be written; the checkpoint before it is kept.
+          InputError: it can't be written; the one before it is kept.
         """
         if not last and step % self.journal.every:
             return
-        before = self._manager.latest_step()
+        before, named = self.kept(), _numbered(jax.tree.leaves(state))
+        counts = {name: int(leaf) for name, leaf in named.items() if _is_count(leaf)}
+        arrays = gather({name: leaf for name, leaf in named.items() if name not in counts})
+        on_first(partial(self._write, step, arrays, counts, before))
+
+    def _write(self, step: int, arrays: dict[str, Any], counts: dict[str, int], before: int) -> None:
+        if step == before:
+            return
         try:
-            self._manager.save(step, args=ocp.args.StandardSave(_numbered(jax.tree.leaves(state))))
-        except (OSError, ValueError) as failed:  # tensorstore reports a full disk as a ValueError
-            reason = getattr(failed, "strerror", None) or str(failed).splitlines()[0][:200]
-            kept = f"that of step {before} is kept" if before else "there is none before it"
-            raise InputError(
-                f"The checkpoint of step {step} can't be written to {self.folder} ({reason}); {kept}."
-            ) from None
+            self._states.mkdir(exist_ok=True)
+            write_item(self._states / str(step), arrays, {"rotation": None, "report": {}, "counts": counts})
+        except (InputError, OSError) as failed:
+            kept = f"The checkpoint of step {before} is kept." if before else "There is no checkpoint before it."
+            raise InputError(f"{str(failed).removesuffix('.')}. {kept}") from None
+        if before:
+            shutil.rmtree(self._states / str(before), ignore_errors=True)
 
     def note(self, step: int, figures: Mapping[str, float]) -> None:
         """Adds a line to the metrics.
@@ -134,9 +141,10 @@ class Writer:
             for name, value in figures.items():
                 self._board.add_scalar(name, value, step)
 
-    def kept(self) -> int | None:
-        """The step of the last checkpoint."""
-        return self._manager.latest_step()
+    def kept(self) -> int:
+        """The step of the last checkpoint; 0 if there is none."""
+        steps = [int(path.name) for path in self._states.glob("*") if path.name.isdecimal()]
+        return int(as_first(max(steps, default=0)))
 
     def evaluated(self, module: Any) -> Mapping[str, float]:
         """The figures of a quantized module."""
@@ -149,7 +157,6 @@ class Writer:
 
     def close(self) -> None:
         """Ends what is open."""
-        self._manager.close()
         if self._board:
             self._board.close()
 
@@ -182,7 +189,12 @@ def _claim(folder: Path, run: dict[str, Any]) -> None:
 
 
 def _numbered(leaves: list[Any]) -> dict[str, Any]:
-    return {f"{number:05}": leaf for number, leaf in enumerate(leaves)}
+    return {f"leaf_{number:05}": leaf for number, leaf in enumerate(leaves)}
+
+
+def _is_count(leaf: Any) -> bool:
+    """Whether a leaf of the state counts steps; item.json has those."""
+    return jnp.issubdtype(leaf.dtype, jnp.integer)
 
 
 def _keep_metrics(path: Path, done: int) -> None:
