@@ -73,6 +73,7 @@ def step(
 def optimizer(stage: Tuning) -> optax.GradientTransformation:
     """The stage's optimizer: clipped gradients, scaled by their moments, times each parameter's rate."""
     rates = {"log_scale": stage.rate, "shift": stage.rate, "weight": stage.weight_rate, "norm": stage.norm_rate}
+    rates |= {"a": stage.rate, "b": stage.rate}  # of adapters
     parts = [optax.clip_by_global_norm(stage.clip)] if stage.clip else []
     match stage.optimizer:
         case "adam":

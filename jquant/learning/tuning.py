@@ -25,13 +25,13 @@ from jquant.data import check_tokens
 from jquant.errors import InputError
 from jquant.kernels.bfloat16 import bfloat16_matmul
 from jquant.learning import loop
-from jquant.learning.fake_quant import FakeQuantized, has_integer_zero
+from jquant.learning.fake_quant import FakeQuantized, fake_quant_inputs, has_integer_zero
 from jquant.learning.loop import Learned
 from jquant.learning.objectives import map_rows
 from jquant.models.decoder import Block, Decoder
 from jquant.models.params import Packed
 from jquant.progress import Progress, showing
-from jquant.qtensor import QTensor
+from jquant.qtensor import QTensor, dequantize
 from jquant.rounding.limits import check_scales
 
 
@@ -212,8 +212,8 @@ def model_loss(learned: Learned, frozen: Any, tokens: Int[Array, "b t"], tuning:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class _Product:
-    """A float kernel that multiplies in bfloat16."""
+class Product:
+    """A frozen kernel, an array or a `QTensor`, that multiplies in bfloat16 and passes gradients to its inputs."""
 
     w: Any
 
@@ -222,7 +222,9 @@ class _Product:
         return self.w.shape
 
     def __rmatmul__(self, x: Array) -> Array:
-        return bfloat16_matmul(x, self.w)
+        if isinstance(self.w, QTensor) and self.w.activation is not None:
+            x = fake_quant_inputs(x, self.w.activation, self.w.input_scale)
+        return bfloat16_matmul(x, dequantize(self.w) if isinstance(self.w, QTensor) else self.w)
 
 
 def _with_products(teacher: Decoder) -> Decoder:
@@ -230,7 +232,7 @@ def _with_products(teacher: Decoder) -> Decoder:
     graph, state = nnx.split(teacher)
     params = flatten_mapping(nnx.to_pure_dict(state))
     wrapped = {
-        path: _Product(leaf) if path[0] == "segments" and path[-1] == "kernel" else leaf for path, leaf in params.items()
+        path: Product(leaf) if path[0] == "segments" and path[-1] == "kernel" else leaf for path, leaf in params.items()
     }
     return nnx.merge(graph, nnx.State(unflatten_mapping(wrapped)))
 
