@@ -30,7 +30,7 @@ from jquant.io.checkpoint import (
     write_item,
     write_sealed,
 )
-from jquant.io.files import sync, write_bytes
+from jquant.io.files import check_new, sync, write_bytes
 from jquant.io.tokenizer import Tokenizer
 from jquant.models.adapters import first_adapted
 from jquant.models.config import DecoderConfig
@@ -163,8 +163,7 @@ def _check_described(module: Any, rebuilt: Any, name: str) -> None:
 def _begin(folder: Path, temporary: Path) -> None:
     """Makes the temporary folder; the final one must be empty or missing."""
     try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise InputError(f"{folder} is not an empty folder: save the model into a new one.")
+        check_new(folder)
         shutil.rmtree(temporary, ignore_errors=True)
         for part in (BLOCKS, OUTSIDE):
             (temporary / part).mkdir(parents=True)

@@ -219,6 +219,7 @@ class Product:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
         return self.w.shape
 
     def __rmatmul__(self, x: Array) -> Array:
