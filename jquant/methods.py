@@ -255,7 +255,7 @@ def assign(plan: "str | Method | Rules", weights: Iterable[str]) -> dict[str, Me
 
 
 def decide(rules: Iterable[tuple[str, Choice | None]], weights: Iterable[str]) -> dict[str, Choice | None]:
-    """What the first regex found in a weight's name decides for it; None where no rule matches. Errors as of `assign`."""
+    """What the first regex found in a weight's name decides for it; None where none is. Errors as of `assign`."""
     chosen: dict[str, Choice | None] = {}
     names = left = list(weights)
     for pattern, choice in rules:

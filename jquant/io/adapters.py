@@ -32,7 +32,7 @@ from jquant.parallel.processes import gather, on_first
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."  # before a module's name in adapter_model.safetensors
 
-# Keys of adapter_config.json that are read, and keys that don't change what an adapter computes. Any other must be empty.
+# Keys of adapter_config.json that are read, and keys that don't change what an adapter computes. Others must be empty.
 READ = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform",
         "rank_pattern", "alpha_pattern", "init_lora_weights", "bias")  # fmt: skip
 ASIDE = ("auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "megatron_core", "peft_version",
@@ -46,8 +46,8 @@ def save_adapters(folder: str | Path, model: LanguageModel) -> None:
     """Writes a model's adapters, without its base, into a folder that PEFT and `load_adapters` read.
 
     a is stored as lora_A `[rank, in]` and b as lora_B `[out, rank]`, both float32. calibration.safetensors beside them
-    holds hashes of what the model was calibrated and trained on; PEFT does not read it. The folder is written completely
-    or not at all.
+    holds hashes of what the model was calibrated and trained on; PEFT does not read it. The folder is written
+    completely or not at all.
 
     Args:
       folder: a new or empty one.
@@ -101,13 +101,12 @@ def load_adapters(model: LanguageModel, folder: str | Path) -> LanguageModel:
     if (folder / PICKLE).exists() and not (folder / WEIGHTS).exists():
         raise InputError(f"{folder / PICKLE} is a pickle file, which can run code: save the adapter as safetensors.")
     layers = list(blocks(model.decoder))
-    kernels = {
-        weight_name(i, path): leaf for i, block in enumerate(layers) for path, leaf in flat_params(block).items()
-    }
-    read = dict(_read(folder / WEIGHTS, model.config, {name: (kernels[name], lora) for name, lora in adapters.items()}))
+    params = [flat_params(block) for block in layers]
+    bases = {weight_name(layer, path): leaf for layer, of in enumerate(params) for path, leaf in of.items()}
+    read = dict(_read(folder / WEIGHTS, model.config, {name: (bases[name], lora) for name, lora in adapters.items()}))
     for layer, block in enumerate(layers):
-        mine = {path: read[name] for path in flat_params(block) if (name := weight_name(layer, path)) in read}
-        layers[layer] = with_params(block, mine)
+        names = {path: weight_name(layer, path) for path in params[layer]}
+        layers[layer] = with_params(block, {path: read[name] for path, name in names.items() if name in read})
     seen = model.calibrated_on
     if (folder / SEEN).exists():
         runs = _seen(folder / SEEN)
@@ -198,16 +197,10 @@ def _check_config(stored: Config) -> None:
     for key, value in stored.items():
         if key not in READ + ASIDE and value not in (None, False, "", [], {}):
             raise InputError(f"{key}={value!r} is none of the settings that jquant reads.")
-    names = lambda value: (
-        isinstance(value, str)
-        or (  # noqa: E731
-            isinstance(value, list) and all(isinstance(part, str) for part in value)
-        )
-    )
     layers = stored.get("layers_to_transform") or []
     takes = {
-        "target_modules": names(stored.get("target_modules")),
-        "exclude_modules": names(stored.get("exclude_modules") or []),
+        "target_modules": _are_names(stored.get("target_modules")),
+        "exclude_modules": _are_names(stored.get("exclude_modules") or []),
         "layers_to_transform": all(type(i) is int for i in (layers if isinstance(layers, list) else [layers])),
         "rank_pattern": isinstance(stored.get("rank_pattern") or {}, dict),
         "alpha_pattern": isinstance(stored.get("alpha_pattern") or {}, dict),
@@ -219,7 +212,11 @@ def _check_config(stored: Config) -> None:
             raise InputError(f"{key} is {stored.get(key)!r}, which is none of PEFT's values.")
 
 
-def _names(modules: str | list[str], module: str) -> bool:
+def _are_names(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(part, str) for part in value))
+
+
+def _names(modules: Any, module: str) -> bool:
     """Whether PEFT's target_modules or exclude_modules name a module: a regex, or the ends of names."""
     if isinstance(modules, str):
         return modules == "all-linear" or re.fullmatch(modules, module) is not None

@@ -331,8 +331,8 @@ def _float_params(exact: Block, block: Block, layer: int) -> dict[str, Any]:
     norms = [path for path in params if path.endswith("scale")]
     if exact.mlp.rotation != block.mlp.rotation or not all(np.array_equal(floats[p], params[p]) for p in norms):
         raise InputError(
-            f"layers.{layer} has other norms or another rotation in the float model: LoftQ compares weights, so it takes "
-            f"methods without a transform."
+            f"layers.{layer} has other norms or another rotation in the float model: LoftQ compares weights, so it "
+            f"takes methods without a transform."
         )
     for path, leaf in floats.items():
         if isinstance(leaf, QTensor | Adapted):

@@ -23,8 +23,8 @@ class LoRA:
       rank: columns of a and rows of b.
       alpha: the adapter's strength is alpha / rank.
       dropout: share of the inputs of `a` that each training step sets to 0; the others are divided by 1 − dropout.
-      start: "zero" is PEFT's: a is uniform within ±1/√in and b is 0, so the model is unchanged. "loftq": a and b make up
-        for the error of the quantized weight (arXiv 2310.08659, Algorithm 1).
+      start: "zero" is PEFT's: a is uniform within ±1/√in and b is 0, so the model is unchanged. "loftq": a and b make
+        up for the error of the quantized weight (arXiv 2310.08659, Algorithm 1).
       iterations: T of LoftQ. With 1 the quantized weight stays as it is, whichever method made it: a and b are the
         truncated SVD of its error. From the second on, W − (alpha / rank) · a @ b is quantized again, to nearest on
         the min-max grid of its format, so the weight's bytes change.
@@ -62,8 +62,8 @@ class Adapted:
       b: float32 `[*l, rank, out]`.
       alpha: see `LoRA` (static).
       dropout: see `LoRA` (static).
-      keys: the step's random keys of dropout, one for each of the inputs' windows, `[*l, windows]`; without them nothing
-        is dropped.
+      keys: the step's random keys of dropout, one for each of the inputs' windows, `[*l, windows]`; without them
+        nothing is dropped.
     """
 
     # Fields are Any because pytree transformations put shapes, shardings or None in place of arrays.
@@ -110,8 +110,8 @@ class Adapted:
         return values_of(self.base) + self.scale * jnp.matmul(self.a, self.b, precision="highest")
 
 
-def drop(x: Float[Array, "windows *b"], keys: Any, share: float) -> Float[Array, "windows *b"]:
-    """Sets a share of each window's values to 0, drawn from its key, and divides the others by 1 − share."""
+def drop(x: Float[Array, "*b in"], keys: Any, share: float) -> Float[Array, "*b in"]:
+    """Sets a share of each window x[i] to 0, drawn from keys[i], and divides the other values by 1 − share."""
     keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - share, x.shape[1:]))(keys)
     return jnp.where(keep, x / (1 - share), 0)
 

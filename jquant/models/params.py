@@ -13,7 +13,7 @@ Module = TypeVar("Module", bound=nnx.Module)
 
 
 class Packed(nnx.Variable[QTensor | Adapted]):
-    """A quantized or an adapted kernel. It is not an `nnx.Param`, so optimizers and gradients over those leave it out."""
+    """A quantized or adapted kernel. It is not an `nnx.Param`, so optimizers and gradients over those leave it out."""
 
 
 def flat_params(module: Any) -> Params:
