@@ -55,17 +55,12 @@ def qlora(settings: dict[str, Any]) -> Row:
         is too short, or whose held-out part occurs in the rest; a quantized model; a loss that is not finite.
     """
     check(settings)
-    training, folder, output = (
-        settings["training"],
-        Path(settings["results"]) / str(settings["name"]),
-        settings["output"],
-    )
+    training, output = settings["training"], Path(settings["output"]).expanduser()
+    folder = Path(settings["results"]) / str(settings["name"])
     lora, tuning = LoRA(**settings["lora"]), tuning_of(settings)
     chosen = find_method(str(settings["method"]), 4, 64, False)
     if needs_of(chosen):
-        raise InputError(
-            f"method={settings['method']} needs calibration text: choose one that does not, e.g. nf4_double."
-        )
+        raise InputError(f"method={settings['method']} needs calibration text: choose one without, e.g. nf4_double.")
     source = open_from_config(settings["model"])
     refuse_quantized(source)
     tokens, held_out = split_text(source.tokenizer, training, settings["evaluation"]["windows"])
