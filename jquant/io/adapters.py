@@ -7,7 +7,7 @@ Pickle files (adapter_model.bin) are refused: reading one can run code.
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -158,7 +158,7 @@ def _config(model: LanguageModel, adapters: Mapping[str, Adapted]) -> Config:
     }
 
 
-def _number(value: float) -> int | float:
+def _number(value: int | float) -> int | float:
     return int(value) if float(value).is_integer() else value
 
 
@@ -197,15 +197,17 @@ def _check_config(stored: Config) -> None:
     for key, value in stored.items():
         if key not in READ + ASIDE and value not in (None, False, "", [], {}):
             raise InputError(f"{key}={value!r} is none of the settings that jquant reads.")
+    whole, number = lambda value: type(value) is int, lambda value: type(value) in (int, float)
     layers = stored.get("layers_to_transform") or []
     takes = {
         "target_modules": _are_names(stored.get("target_modules")),
         "exclude_modules": _are_names(stored.get("exclude_modules") or []),
-        "layers_to_transform": all(type(i) is int for i in (layers if isinstance(layers, list) else [layers])),
-        "rank_pattern": isinstance(stored.get("rank_pattern") or {}, dict),
-        "alpha_pattern": isinstance(stored.get("alpha_pattern") or {}, dict),
-        "r": "r" in stored,
-        "lora_alpha": "lora_alpha" in stored,
+        "layers_to_transform": all(map(whole, layers if isinstance(layers, list) else [layers])),
+        "rank_pattern": _all_values(stored.get("rank_pattern") or {}, whole),
+        "alpha_pattern": _all_values(stored.get("alpha_pattern") or {}, number),
+        "r": whole(stored.get("r")),
+        "lora_alpha": number(stored.get("lora_alpha")),
+        "lora_dropout": number(stored.get("lora_dropout", 0)),
     }
     for key, fits in takes.items():
         if not fits:
@@ -214,6 +216,10 @@ def _check_config(stored: Config) -> None:
 
 def _are_names(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and all(isinstance(part, str) for part in value))
+
+
+def _all_values(patterns: Any, fit: Callable[[Any], bool]) -> bool:
+    return isinstance(patterns, dict) and all(map(fit, patterns.values()))
 
 
 def _names(modules: Any, module: str) -> bool:

@@ -34,8 +34,8 @@ class LoRA:
     """
 
     rank: int = 16
-    alpha: float = 32
-    dropout: float = 0.0
+    alpha: int | float = 32
+    dropout: int | float = 0.0
     start: Literal["zero", "loftq"] = "zero"
     iterations: int = 1
 
@@ -70,8 +70,8 @@ class Adapted:
     base: Any
     a: Any
     b: Any
-    alpha: float = field(metadata={"static": True})
-    dropout: float = field(default=0.0, metadata={"static": True})
+    alpha: int | float = field(metadata={"static": True})
+    dropout: int | float = field(default=0.0, metadata={"static": True})
     keys: Any = None
 
     @property
@@ -110,7 +110,7 @@ class Adapted:
         return values_of(self.base) + self.scale * jnp.matmul(self.a, self.b, precision="highest")
 
 
-def drop(x: Float[Array, "*b in"], keys: Any, share: float) -> Float[Array, "*b in"]:
+def drop(x: Float[Array, "*b in"], keys: Any, share: int | float) -> Float[Array, "*b in"]:
     """Sets a share of each window x[i] to 0, drawn from keys[i], and divides the other values by 1 − share."""
     keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - share, x.shape[1:]))(keys)
     return jnp.where(keep, x / (1 - share), 0)
