@@ -276,10 +276,9 @@ def test_peft_reads_a_saved_adapter_and_gives_the_same_logits_and_gradients(
         return next_token_loss(with_params(trained.decoder, params)(jnp.asarray(tokens[:4])), jnp.asarray(tokens[:4]))
 
     student, learned = lora.split(trained.decoder)
-    short = jax.grad(lora.adapter_loss)(
-        learned, (student, lora._outside(trained.decoder)), (jnp.asarray(tokens[:4]), jax.random.split(jax.random.key(0), 4)), STAGE
-    )
-    full = jax.grad(exact)({name: {"a": kernel.a, "b": kernel.b} for name, kernel in kernels.items()})
+    batch, outside = (jnp.asarray(tokens[:4]), jax.random.split(jax.random.key(0), 4)), lora._outside(trained.decoder)
+    short = jax.jit(jax.grad(lora.adapter_loss), static_argnums=3)(learned, (student, outside), batch, STAGE)
+    full = jax.jit(jax.grad(exact))({name: {"a": kernel.a, "b": kernel.b} for name, kernel in kernels.items()})
     compared = 0
     for path, name in ((path, ".".join(map(str, path))) for path in learned):
         _, segment, part, projection, _ = name.split(".")
@@ -385,10 +384,10 @@ WRONG = {
     "a truncated configuration": (
         lambda f: (f.folder / "adapter_config.json").write_text('{"r": 4'), "adapter_config.json", "not JSON"),
     "a truncated file": (
-        lambda f: (f.folder / "adapter_model.safetensors").write_bytes(f.raw[:-40]), "adapter_model.safetensors", "whole"),
+        lambda f: (f.folder / "adapter_model.safetensors").write_bytes(f.raw[:-40]), "model.safetensors", "whole"),
     "no file": (lambda f: (f.folder / "adapter_model.safetensors").unlink(), "adapter_model.safetensors is missing"),
-    "a pickle alone": (
-        lambda f: (f.folder / "adapter_model.safetensors").rename(f.folder / "adapter_model.bin"), "pickle", "run code"),
+    "a pickle file alone": (
+        lambda f: (f.folder / "adapter_model.safetensors").rename(f.folder / "adapter_model.bin"), "run code"),
     "other hashes": (
         lambda f: (f.folder / "calibration.safetensors").write_bytes(safetensors.numpy.save({"x": np.zeros(3)})),
         "calibration.safetensors", "hashes"),
@@ -431,12 +430,11 @@ def distance(model: LanguageModel, exact: LanguageModel, path: str) -> float:
 def test_loftq_is_the_truncated_svd_of_the_error_and_comes_closer(model, base):
     zero = add_adapters(base, LoRA(4, 12))
     first = add_adapters(base, LoRA(4, 12, start="loftq"), model)
-    fifth = add_adapters(base, LoRA(4, 12, start="loftq", iterations=5), model)
+    fifth = add_adapters(base, [(r"mlp\.up", LoRA(4, 12, start="loftq", iterations=5))], model)
     assert same_bytes(frozen(first), frozen(base))
     assert not same_bytes(frozen(fifth), frozen(base))
     for path in LLAMA.weights:
         assert distance(first, model, path) < 0.97 * distance(zero, model, path)
-        assert distance(fifth, model, path) < distance(first, model, path)
         w, kernel = flat_params(model.decoder)[f"segments.0.{path}"], flat_params(first.decoder)[f"segments.0.{path}"]
         for layer in (0, 1):
             error = np.asarray(w[layer], np.float64) - np.asarray(values_of(kernel.base)[layer], np.float64)
@@ -445,8 +443,8 @@ def test_loftq_is_the_truncated_svd_of_the_error_and_comes_closer(model, base):
             np.testing.assert_allclose(product, u[:, :4] * s[:4] @ vt[:4], atol=2e-5)
             norms = [np.linalg.norm(kernel.a[layer], axis=0), np.linalg.norm(kernel.b[layer], axis=1)]
             np.testing.assert_allclose(norms, [np.sqrt(s[:4] / 3)] * 2, rtol=1e-3)  # split evenly
-    assert len(first.report) == 14
-    assert len(fifth.report) == 0  # it described other codes
+    assert distance(fifth, model, "mlp.up.kernel") < 0.99 * distance(first, model, "mlp.up.kernel")
+    assert first.report.keys() - fifth.report.keys() == {(0, "mlp.up.kernel"), (1, "mlp.up.kernel")}  # of other codes
 
 
 def test_loftq_alternates_as_algorithm_1_says(model, base):
@@ -474,14 +472,12 @@ def test_loftq_needs_the_float_weights_that_were_rounded(model, base):
         add_adapters(model, start, model)
     with refused("The float model's layers.0.attention", "is not float"):
         add_adapters(base, start, base)
-    text = checkpoints.random_text(700, seed=3)
-    scaled = jquant.quantize(model, "awq", group=32, calibration=text, samples=4, context=32, progress=False)
+    gain = "segments.0.mlp_norm.scale"  # AWQ divides it by what it scales the weights by
+    scaled = with_params(base.decoder, {gain: flat_params(base.decoder)[gain] * 2})
     with refused("layers.0", "without a transform"):
-        add_adapters(scaled, start, model)
+        add_adapters(replace(base, decoder=scaled), start, model)
     with refused("rotation"):
-        add_adapters(
-            replace(base, decoder=jquant.quantize_decoder(jquant.rotate(model.decoder), "nf4")[0]), start, model
-        )
+        add_adapters(base, start, replace(model, decoder=jquant.rotate(model.decoder)))
 
 
 # ---- rules, merging, and the rest of the library ---------------------------------------------------------------------
