@@ -87,6 +87,19 @@ KINDS: dict[str, Kind] = {
     "calibration.passes": _whole(1),
     "calibration.held_out": _whole(0),
     "calibration.memory_gb": _or_null(_number(0)),
+    "lora.rank": _whole(1),
+    "lora.alpha": _number(0),
+    "lora.dropout": _number(0),
+    "lora.start": _choice("zero", "loftq"),
+    "lora.iterations": _whole(1),
+    "training.data": ONE_TEXT,
+    "training.held_out": ("takes a share between 0 and 1", lambda value: type(value) is float and 0 < value < 1),
+    "training.context": _whole(2),
+    "training.steps": _whole(1),
+    "training.windows": _whole(1),
+    "training.rate": _number(0),
+    "training.warmup": _whole(0),
+    "training.clip": _or_null(_number(0)),
     "evaluation.data": ONE_TEXT,
     "evaluation.windows": _or_null(_whole(1)),  # null: the whole text
     "evaluation.context": _whole(2),
@@ -108,7 +121,7 @@ def check(settings: Settings, kinds: Mapping[str, Kind] = KINDS) -> None:
             raise InputError(f"{name} has no value: give {name}=….")
         if value is not _find and not takes(value):
             raise InputError(f"{name} {says}, not {value!r}.")
-    for name in ("calibration.data", "evaluation.data", "text.data"):
+    for name in ("calibration.data", "training.data", "text.data", "evaluation.data"):
         texts = _find(settings, name)
         for text in texts if isinstance(texts, list) else [texts] * (texts not in (None, _find)):
             _check_text(name, text)

@@ -31,11 +31,14 @@ from jquant.formats import (
     Int,
     double_quantized,
 )
+from jquant.io.adapters import load_adapters, save_adapters
 from jquant.io.language_model import LanguageModel
 from jquant.io.load import load_model, open_model
 from jquant.learning.journal import Journal
+from jquant.learning.lora import add_adapters, merge_adapters, train_adapters
 from jquant.learning.tuning import tune
 from jquant.methods import METHODS, Method, Tuning, method
+from jquant.models.adapters import LoRA
 from jquant.models.folding import permute_mlp, rotate
 from jquant.pipeline.in_memory import quantize, quantize_decoder, quantize_decoders
 from jquant.pipeline.to_disk import quantize_to_folder
@@ -76,6 +79,7 @@ __all__ = [
     "Journal",
     "LanguageModel",
     "LlamaCpp",
+    "LoRA",
     "LossSearch",
     "Method",
     "MinMax",
@@ -95,13 +99,16 @@ __all__ = [
     "Stochastic",
     "Transform",
     "Tuning",
+    "add_adapters",
     "bits_per_weight",
     "compare",
     "dequantize",
     "double_quantized",
     "generate",
+    "load_adapters",
     "load_model",
     "load_text",
+    "merge_adapters",
     "method",
     "open_model",
     "outliers",
@@ -112,5 +119,7 @@ __all__ = [
     "quantize_decoders",
     "quantize_to_folder",
     "rotate",
+    "save_adapters",
+    "train_adapters",
     "tune",
 ]

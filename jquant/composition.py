@@ -1,5 +1,6 @@
 """A method: one choice on each axis, and how it is tuned afterwards. `jquant.methods` names some methods."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -65,12 +66,13 @@ class Tuning:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InputError(f"Tuning's {name} is a whole number from {least}, not {value!r}.")
-        if self.windows % self.accumulate or self.warmup >= self.steps:
-            raise InputError(f"Tuning takes windows that divide into accumulate parts, and warmup < steps, not {self}.")
-        if not self.rate > 0 or not self.weight_rate >= 0 or not self.norm_rate >= 0:
-            raise InputError(f"Tuning takes a rate above 0, and a weight_rate and norm_rate from 0, not {self}.")
-        if not 0 < self.b2 < 1 or not (self.clip is None or self.clip > 0):
-            raise InputError(f"Tuning takes b2 between 0 and 1 and a clip above 0 or None, not {self}.")
+        if self.windows % self.accumulate:
+            raise InputError(f"Tuning's windows={self.windows} do not divide into accumulate={self.accumulate} parts.")
+        if self.warmup >= self.steps:
+            raise InputError(f"Tuning's warmup={self.warmup} leaves none of its steps={self.steps}.")
+        for name, takes in RATES.items():
+            if not takes(value := getattr(self, name)):
+                raise InputError(f"Tuning does not take {name}={value!r}.")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise InputError(f"Tuning takes {name}={' or '.join(map(repr, choices))}, not {getattr(self, name)!r}.")
@@ -85,6 +87,13 @@ class Tuning:
             )
 
 
+RATES = {
+    "rate": lambda value: 0 < value < math.inf,
+    "weight_rate": lambda value: 0 <= value < math.inf,
+    "norm_rate": lambda value: 0 <= value < math.inf,
+    "b2": lambda value: 0 < value < 1,
+    "clip": lambda value: value is None or 0 < value < math.inf,
+}
 CHOICES = {
     "begin": ("codes", "weights"),
     "target": ("block", "model"),

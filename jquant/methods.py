@@ -8,7 +8,7 @@ methods: `[(r"attention\\.v", "q6_k"), (r"mlp", "gptq-3")]`.
 import difflib
 import re
 from collections.abc import Callable, Container, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from jquant.activations import Activation
 from jquant.composition import Method, Tuning
@@ -123,6 +123,7 @@ METHODS: dict[str, Callable[[int, Group, bool], Method]] = {
 
 # Rules that give weights different methods: (regex, method) pairs; the first regex found in a weight's name decides.
 Rules = Sequence[tuple[str, "str | Method | None"]]
+Choice = TypeVar("Choice")  # what a rule decides, e.g. a method
 
 
 # The options that a row may leave open: the default, and another value, by which `takes` tests whether a row uses it.
@@ -259,7 +260,12 @@ def assign(plan: "str | Method | Rules", weights: Iterable[str]) -> dict[str, Me
     rules = complete(plan)
     if isinstance(rules, Method):
         return dict.fromkeys(weights, rules)
-    chosen: dict[str, Method | None] = {}
+    return decide(rules, weights)
+
+
+def decide(rules: Iterable[tuple[str, Choice | None]], weights: Iterable[str]) -> dict[str, Choice | None]:
+    """What the first regex found in a weight's name decides for it; None where none is. Errors as of `assign`."""
+    chosen: dict[str, Choice | None] = {}
     names = left = list(weights)
     for pattern, choice in rules:
         try:

@@ -136,6 +136,9 @@ VALUES = {
     "evaluation.context=1": ("outliers", "evaluation.context takes a whole number from 2"),
     "layer_windows=-1": ("sensitivity", "layer_windows takes a whole number from 0"),
     "results=3": ("sensitivity", "results takes a text, not 3"),
+    "lora.start=svd": ("qlora", "lora.start is zero or loftq, not 'svd'."),
+    "training.held_out=1": ("qlora", "training.held_out takes a share between 0 and 1, not 1."),
+    "training.data=no/such.txt": ("qlora", "training.data=no/such.txt is not a file."),
 }  # fmt: skip
 
 
@@ -152,7 +155,7 @@ def test_a_value_that_a_setting_does_not_take_is_refused_by_every_experiment(ove
         check(OmegaConf.to_container(config, resolve=True))  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize("script", ["evaluate", "outliers", "quantize", "sensitivity", TABLE])
+@pytest.mark.parametrize("script", ["evaluate", "outliers", "qlora", "quantize", "sensitivity", TABLE])
 def test_what_the_configs_say_is_what_the_settings_take(script):
     check(OmegaConf.to_container(composed(script), resolve=True))  # pyright: ignore[reportArgumentType]
 
@@ -164,6 +167,7 @@ def test_what_the_configs_say_is_what_the_settings_take(script):
         ("evaluate", "evaluation.windows=two", "evaluation.windows takes"),
         ("outliers", "threshold=six", "threshold takes"),
         ("sensitivity", "matrix_windows=all", "matrix_windows takes"),
+        ("qlora", "lora.rank=0", "lora.rank takes"),
         (TABLE, "evaluation.data=[]", "evaluation.data is"),
         (TABLE, "+bitz=3", "There is no setting 'bitz'"),
         (TABLE, "bits", "missing EQUAL"),

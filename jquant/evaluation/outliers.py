@@ -30,11 +30,11 @@ from jquant.data import check_tokens
 from jquant.errors import InputError
 from jquant.evaluation.perplexity import evaluation_windows
 from jquant.io.language_model import LanguageModel
+from jquant.models.adapters import values_of
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import TAPS, Block, Decoder, blocks, rotary_table
 from jquant.models.families import family_of
 from jquant.progress import Progress, showing
-from jquant.qtensor import QTensor, dequantize
 
 # The inputs observed in each block: the residual stream that enters it, and the distinct inputs of its projections.
 RESIDUAL = "residual"
@@ -394,8 +394,7 @@ def _weight_waste(block: Block, criteria: Criteria) -> dict[str, tuple[Array, Ar
 
     def waste(path: str) -> Array:
         kernel = operator.attrgetter(path)(block).get_value()
-        plain = dequantize(kernel) if isinstance(kernel, QTensor) else kernel
-        return wasted_levels(plain.T, criteria.bits, criteria.group)
+        return wasted_levels(values_of(kernel).T, criteria.bits, criteria.group)
 
     sites = family_of(block.attention.config).sites
     wastes = {site.tap: jnp.concatenate([waste(path) for path in site.weights]) for site in sites}

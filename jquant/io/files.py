@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import stat
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,32 @@ def write_bytes(path: Path, data: bytes) -> None:
         sync(path.parent)
     except OSError as failed:
         raise InputError(f"{path} can't be written ({failed.strerror}).") from None
+
+
+def check_new(folder: Path) -> None:
+    """Raises InputError for a folder that exists and is not empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} is not an empty folder: save into a new one.")
+
+
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Writes a new folder with these files by name, all of them or none, even when interrupted or out of space.
+
+    Raises:
+      InputError: the folder is not empty or can't be written.
+    """
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        check_new(folder)
+        shutil.rmtree(temporary, ignore_errors=True)
+        for name, data in files.items():
+            write_bytes(temporary / name, data)
+        os.rename(temporary, folder)
+        sync(folder.parent)
+    except OSError as failed:
+        raise InputError(f"{folder} can't be written ({failed.strerror}).") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

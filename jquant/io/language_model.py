@@ -3,11 +3,13 @@
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from jquant.io.save import save_model
 from jquant.io.tokenizer import Tokenizer
+from jquant.models.adapters import Adapted
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Decoder
 from jquant.models.params import flat_params
@@ -24,7 +26,7 @@ class LanguageModel:
     """A decoder, its tokenizer, and where they came from.
 
     Attributes:
-      decoder: the Flax NNX module; its kernels may be QTensors.
+      decoder: the Flax NNX module; its kernels may be QTensors, or `Adapted`.
       tokenizer: text to ids and back.
       name: what the user called it.
       stored_as: how the checkpoint stored the weights, e.g. "gguf Q4_1". Rounding weights that are already on a 4-bit
@@ -52,7 +54,7 @@ class LanguageModel:
         for segment in self.decoder.segments:
             for name, leaf in flat_params(segment).items():
                 if name.endswith("kernel"):
-                    kinds[brief(leaf.format) if isinstance(leaf, QTensor) else str(leaf.dtype)] += leaf.shape[0]
+                    kinds[_kind(leaf)] += leaf.shape[0]
         named = [f"{count} of {kind}" for kind, count in kinds.most_common(KINDS)]
         more = [f"{len(kinds) - KINDS} more formats"] if len(kinds) > KINDS else []
         lines = [
@@ -74,6 +76,13 @@ class LanguageModel:
 
         Raises:
           InputError: the folder is not empty or can't be written; a part that a checkpoint can't hold, such as
-            a format of one's own.
+            a format of one's own, or an adapter (`save_adapters`).
         """
         save_model(folder, self, self.decoder, self.calibrated_on, self.report)
+
+
+def _kind(kernel: Any) -> str:
+    """A kernel's format or dtype, and the rank of its adapter."""
+    if isinstance(kernel, Adapted):
+        return f"{_kind(kernel.base)} with an adapter of rank {kernel.rank}"
+    return brief(kernel.format) if isinstance(kernel, QTensor) else str(kernel.dtype)

@@ -1,6 +1,7 @@
 """Hugging Face folders: config.json and safetensors files, sharded or not, memory-mapped."""
 
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -11,7 +12,7 @@ from jquant.io.files import check_plain, read_json
 from jquant.models.config import DecoderConfig, config_from_hf
 
 # ml_dtypes comes with jax and teaches NumPy bfloat16.
-_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
+DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
 
 
 class SafetensorsCheckpoint:
@@ -71,7 +72,7 @@ class SafetensorsCheckpoint:
 
     def _list(self, shard: Path) -> None:
         """Adds a shard's tensors."""
-        with _open(shard) as handle:
+        with open_safetensors(shard) as handle:
             for name in handle.keys():  # noqa: SIM118
                 if name in self._tensors:
                     raise InputError(f"{shard} and {self._tensors[name][0].name} both hold the tensor {name}.")
@@ -87,14 +88,19 @@ class SafetensorsCheckpoint:
         if name not in self._tensors:
             raise InputError(f"{self.folder} lacks the tensor {name}.")
         shard, kind = self._tensors[name]
-        if kind not in _DTYPES:
+        if kind not in DTYPES:
             raise InputError(f"{self.folder}: {name} is stored as {kind}; jquant reads float checkpoints.")
         # Opened for each tensor: all pages read from one open mapping would count as this process's memory.
-        with _open(shard) as handle:
+        with open_safetensors(shard) as handle:
             return handle.get_tensor(name)
 
 
-def _open(path: Path):
+def open_safetensors(path: Path) -> Any:
+    """An open safetensors file.
+
+    Raises:
+      InputError: it is missing, not plain, truncated or of another type.
+    """
     check_plain(path)
     try:
         return safe_open(path, framework="numpy")

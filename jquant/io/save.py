@@ -30,8 +30,9 @@ from jquant.io.checkpoint import (
     write_item,
     write_sealed,
 )
-from jquant.io.files import sync, write_bytes
+from jquant.io.files import check_new, sync, write_bytes
 from jquant.io.tokenizer import Tokenizer
+from jquant.models.adapters import first_adapted
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Block, Decoder, blocks
 from jquant.models.params import Params, flat_params, with_params
@@ -108,6 +109,11 @@ def save_model(
     It is written under a temporary name and renamed: a process that dies leaves no folder that loads.
     """
     folder = Path(folder).expanduser().resolve()
+    if name := first_adapted(flat_params(decoder)):
+        raise InputError(
+            f"{name} has an adapter, which a checkpoint can't hold: save_adapters(folder, model) saves adapters, "
+            f"merge_adapters(model) gives a float model without."
+        )
     files = files_beside(origin.tokenizer, calibrated_on)
     manifest = new_manifest(origin, files, None)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
@@ -157,8 +163,7 @@ def _check_described(module: Any, rebuilt: Any, name: str) -> None:
 def _begin(folder: Path, temporary: Path) -> None:
     """Makes the temporary folder; the final one must be empty or missing."""
     try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise InputError(f"{folder} is not an empty folder: save the model into a new one.")
+        check_new(folder)
         shutil.rmtree(temporary, ignore_errors=True)
         for part in (BLOCKS, OUTSIDE):
             (temporary / part).mkdir(parents=True)

@@ -47,7 +47,8 @@ def learn_clips(
     }
     stage = Tuning(search.steps, search.windows, search.rate, text=1.0, schedule="constant", compute="float32")
     frozen, (count, context) = (student, decoder), tokens.shape
-    task = Task("LossSearch", start, model_loss, frozen, tokens.__getitem__, count, context, student.packed)
+    batch = lambda _, which: tokens[which]  # noqa: E731
+    task = Task("LossSearch", start, model_loss, frozen, batch, count, context, student.packed)
     return _by_layer(rounded, fit(task, stage))
 
 

@@ -53,28 +53,33 @@ class Journal:
     def __post_init__(self) -> None:
         check_whole(1, every=self.every, evaluate_every=self.evaluate_every)
 
-    @contextmanager
-    def opened(self, run: Mapping[str, Any]) -> Iterator["Writer"]:
-        """The folder as this training's.
 
-        Args:
-          run: what decides the result's bytes, as JSON.
+@contextmanager
+def opened(journal: Journal | None, describe: Callable[[], Mapping[str, Any]]) -> Iterator["Writer | None"]:
+    """The journal's folder as this training's; None without a journal.
 
-        Raises:
-          InputError: the folder holds another training, is written by another process, or can't be written.
-        """
-        folder = Path(self.folder)
-        lock = FileLock(folder / LOCK, timeout=0, thread_local=False)
-        on_first(partial(_hold, folder, lock))
+    Args:
+      journal: perhaps.
+      describe: says what decides the result's bytes, as JSON.
+
+    Raises:
+      InputError: the folder holds another training, is written by another process, or can't be written.
+    """
+    if journal is None:
+        yield None
+        return
+    folder = Path(journal.folder)
+    lock = FileLock(folder / LOCK, timeout=0, thread_local=False)
+    on_first(partial(_hold, folder, lock))
+    try:
+        on_first(partial(_claim, folder, dict(describe())))
+        writer = Writer(journal, folder)
         try:
-            on_first(partial(_claim, folder, dict(run)))
-            writer = Writer(self, folder)
-            try:
-                yield writer
-            finally:
-                writer.close()
+            yield writer
         finally:
-            lock.release()
+            writer.close()
+    finally:
+        lock.release()
 
 
 class Writer:

@@ -42,7 +42,7 @@ class Task:
       start: makes what is learned, before the first step.
       loss: a function of what is learned, `frozen`, a batch and the stage; a mean over the batch's windows.
       frozen: what no step changes.
-      batch: the batch of these windows, a tree of arrays `[windows, …]`.
+      batch: the batch of a step, counted from 0, with these windows: a tree of arrays `[windows, …]`.
       count: windows in all.
       context: tokens a window.
       packed: the module with what is learned, for evaluations.
@@ -53,7 +53,7 @@ class Task:
     start: Callable[[], Learned]
     loss: Loss
     frozen: Any
-    batch: Callable[[Int[np.ndarray, " windows"]], Any]
+    batch: Callable[[int, Int[np.ndarray, " windows"]], Any]
     count: int
     context: int
     packed: Callable[[Learned], Any]
@@ -86,7 +86,7 @@ def fit(task: Task, stage: Tuning, writer: Writer | None = None, progress: Progr
     begin = time.perf_counter()
     for number in range(first, stage.steps):
         done, last = number + 1, number + 1 == stage.steps
-        batch = on_data(task.batch(windows_of(number, task.count, stage)))
+        batch = on_data(task.batch(number, windows_of(number, task.count, stage)))
         state, value, finite = step(state, frozen, batch, loss=task.loss, stage=stage, devices=devices)
         if not finite:  # waits: one step's activations are alive at a time
             kept = f" The checkpoint before is in {writer.folder}." if writer and writer.kept() else ""

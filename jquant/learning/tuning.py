@@ -26,14 +26,14 @@ from jquant.composition import Tuning
 from jquant.data import check_tokens
 from jquant.errors import InputError
 from jquant.kernels.bfloat16 import matmul_in
-from jquant.learning.fake_quant import FakeQuantized, has_integer_zero
-from jquant.learning.journal import Journal
+from jquant.learning.fake_quant import FakeQuantized, fake_quant_inputs, has_integer_zero
+from jquant.learning.journal import Journal, opened
 from jquant.learning.loop import Learned, Task, fit
 from jquant.learning.objectives import map_rows
 from jquant.models.decoder import Block, Decoder
 from jquant.parallel.mesh import Devices
 from jquant.progress import Progress, showing
-from jquant.qtensor import QTensor
+from jquant.qtensor import QTensor, dequantize
 from jquant.rounding.limits import check_scales
 
 
@@ -70,13 +70,11 @@ def tune(
     check_devices(tuning, devices)
     start, student = begun(split(quantized), tuning, decoder)
     frozen, (count, context) = (student, decoder), tokens.shape
-    name, batch = "Tuning of the model", tokens.__getitem__
+    name, batch = "Tuning of the model", lambda _, which: tokens[which]
     task = Task(name, start, model_loss, frozen, batch, count, context, student.packed, devices)
-    with showing(progress) as tell:
-        if journal is None:
-            return student.packed(fit(task, tuning, None, tell))
-        with journal.opened(_run(quantized, decoder, tokens, tuning)) as writer:
-            return student.packed(fit(task, tuning, writer, tell))
+    describe = partial(run_of, {"quantized": quantized, "float": decoder}, tokens, tuning, __name__)
+    with showing(progress) as tell, opened(journal, describe) as writer:
+        return student.packed(fit(task, tuning, writer, tell))
 
 
 def check_devices(tuning: Tuning, devices: Devices | None) -> None:
@@ -88,15 +86,14 @@ def check_devices(tuning: Tuning, devices: Devices | None) -> None:
         )
 
 
-def _run(quantized: Decoder, decoder: Decoder, tokens: np.ndarray, tuning: Tuning) -> dict[str, Any]:
-    """What decides the bytes of a training's result."""
+def run_of(modules: Mapping[str, Any], tokens: np.ndarray, tuning: Tuning, code: str) -> dict[str, Any]:
+    """What decides the bytes of a training's result: these modules, the tokens, the stage, and the code's module."""
     digest = lambda tree: provenance.array_digest(*jax.tree.leaves(nnx.state(tree)))  # noqa: E731
     return {
         "tuning": provenance.describe(tuning),
         "tokens": provenance.array_digest(tokens),
-        "quantized": digest(quantized),
-        "float": digest(decoder),
-        "code": provenance.code_of(tuning, [__name__]),
+        **{name: None if module is None else digest(module) for name, module in modules.items()},
+        "code": provenance.code_of(tuning, [code]),
         "packages": provenance.packages(),
     }
 
@@ -126,7 +123,7 @@ def tune_block(
       InputError: nothing is quantized; a step whose loss or parameters are not finite.
     """
     start, student = begun(split(quantized), tuning, quantized if exact is None else exact)
-    batch = lambda which: (inputs[which], outputs[which])  # noqa: E731
+    batch = lambda _, which: (inputs[which], outputs[which])  # noqa: E731
     count, context = inputs.shape[:2]
     name, frozen = "Tuning of the block", (student, rotary)
     return student.packed(fit(Task(name, start, block_loss, frozen, batch, count, context, student.packed), tuning))
@@ -249,27 +246,33 @@ def model_loss(learned: Learned, frozen: Any, tokens: Int[Array, "b t"], tuning:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class _Product:
-    """A float kernel that multiplies as `compute` says."""
+class Product:
+    """A frozen kernel, an array or a `QTensor`, that multiplies as `compute` says; gradients pass to its inputs."""
 
     w: Any
     compute: str = field(metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
         return self.w.shape
 
     def __rmatmul__(self, x: Array) -> Array:
-        return matmul_in(self.compute, x, self.w)
+        if isinstance(self.w, QTensor) and self.w.activation is not None:
+            x = fake_quant_inputs(x, self.w.activation, self.w.input_scale)
+        return matmul_in(self.compute, x, dequantize(self.w) if isinstance(self.w, QTensor) else self.w)
 
 
 def _computing(decoder: Decoder, compute: str) -> Decoder:
     """A float decoder whose products have factors in `compute`."""
     graph, state = nnx.split(decoder)
-    params = flatten_mapping(nnx.to_pure_dict(state))
+    return nnx.merge(graph, nnx.State(unflatten_mapping(computing(flatten_mapping(nnx.to_pure_dict(state)), compute))))
+
+
+def computing(params: Mapping[tuple[Any, ...], Any], compute: str) -> dict[tuple[Any, ...], Any]:
+    """A decoder's parameters, its projections with products that have factors in `compute`."""
     is_kernel = lambda path: path[0] == "segments" and path[-1] == "kernel"  # noqa: E731
-    wrapped = {path: _Product(leaf, compute) if is_kernel(path) else leaf for path, leaf in params.items()}
-    return nnx.merge(graph, nnx.State(unflatten_mapping(wrapped)))
+    return {path: Product(leaf, compute) if is_kernel(path) else leaf for path, leaf in params.items()}
 
 
 def _loss(
@@ -279,24 +282,23 @@ def _loss(
     tokens: Int[Array, "b t"],
     tuning: Tuning,
 ) -> Float[Array, ""]:
-    text = tuning.text
+    text, reverse = tuning.text, tuning.reverse
 
     @jax.checkpoint
-    def rows(states: Array, others: Array, targets: Array) -> Array:
+    def rows(states: Array, others: Array, targets: Array) -> dict[str, Array]:
+        of_target = lambda log: jnp.take_along_axis(log, targets[:, None], -1)[:, 0]  # noqa: E731
         log_q = jax.nn.log_softmax(matmul_in(tuning.compute, states, head).astype(jnp.float32))
         # optax's cross-entropy would normalise the logits a second time.
-        loss = -text * jnp.take_along_axis(log_q, targets[:, None], -1)[:, 0]
+        values = {"text": -of_target(log_q)} if text else {}
         if text < 1:
             log_p = jax.nn.log_softmax(matmul_in(tuning.compute, others, head).astype(jnp.float32))
-            forward = optax.losses.kl_divergence_with_log_targets(log_q, log_p)
-            if tuning.reverse:
-                backward = optax.losses.kl_divergence_with_log_targets(log_p, log_q)
-                share = tuning.reverse
-                if share == "confidence":
-                    share = jnp.mean(jnp.exp(jnp.take_along_axis(log_p, targets[:, None], -1)))
-                forward = (1 - share) * forward + share * backward
-            loss += (1 - text) * forward
-        return loss
+            values["forward"] = optax.losses.kl_divergence_with_log_targets(log_q, log_p)
+            values |= {"reverse": optax.losses.kl_divergence_with_log_targets(log_p, log_q)} if reverse else {}
+            values |= {"confidence": jnp.exp(of_target(log_p))} if reverse == "confidence" else {}
+        return values
 
     others = hidden if exact is None else exact
-    return jnp.mean(map_rows(rows, hidden[:, :-1], others[:, :-1], tokens[:, 1:]))
+    means = jax.tree.map(jnp.mean, map_rows(rows, hidden[:, :-1], others[:, :-1], tokens[:, 1:]))
+    share = means.get("confidence", reverse)
+    divergence = (1 - share) * means.get("forward", 0.0) + share * means.get("reverse", 0.0)
+    return (1 - text) * divergence + text * means.get("text", 0.0)

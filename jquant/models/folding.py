@@ -17,6 +17,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jquant.errors import InputError
+from jquant.models.adapters import Adapted
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Block, Decoder
 from jquant.models.families import Family, family_of
@@ -210,6 +211,7 @@ def _check_float(decoder: Decoder, verb: str) -> None:
     for segment in decoder.segments:
         stack = flat_params(segment)
         for path, leaf in stack.items():
-            if isinstance(leaf, QTensor):
-                raise InputError(f"{weight_name(first, path)} is quantized: {verb} the float model.")
+            if isinstance(leaf, QTensor | Adapted):
+                kind = "quantized" if isinstance(leaf, QTensor) else "adapted"
+                raise InputError(f"{weight_name(first, path)} is {kind}: {verb} the float model.")
         first += jax.tree.leaves(stack)[0].shape[0]

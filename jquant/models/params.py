@@ -5,14 +5,15 @@ from typing import Any, TypeVar
 from flax import nnx
 from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 
+from jquant.models.adapters import Adapted
 from jquant.qtensor import QTensor
 
-Params = dict[str, Any]  # name -> Array, QTensor or shape
+Params = dict[str, Any]  # name -> Array, QTensor, Adapted or shape
 Module = TypeVar("Module", bound=nnx.Module)
 
 
-class Packed(nnx.Variable[QTensor]):
-    """A quantized kernel. It is not an `nnx.Param`, so optimizers and gradients over those leave it out."""
+class Packed(nnx.Variable[QTensor | Adapted]):
+    """A quantized or adapted kernel. It is not an `nnx.Param`, so optimizers and gradients over those leave it out."""
 
 
 def flat_params(module: Any) -> Params:
@@ -30,9 +31,10 @@ def to_state(params: Params) -> Any:
 def with_params(module: Module, params: Params) -> Module:
     """A copy of a module with these parameters replaced; the others are shared with it.
 
-    A QTensor becomes a `Packed` variable, anything else an `nnx.Param`.
+    A QTensor or an adapted kernel becomes a `Packed` variable, anything else an `nnx.Param`.
     """
-    variables = {name: Packed(leaf) if isinstance(leaf, QTensor) else nnx.Param(leaf) for name, leaf in params.items()}
+    kind = lambda leaf: Packed if isinstance(leaf, QTensor | Adapted) else nnx.Param  # noqa: E731
+    variables = {name: kind(leaf)(leaf) for name, leaf in params.items()}
     return nnx.merge(nnx.graphdef(module), to_state(flat_params(module) | variables))
 
 

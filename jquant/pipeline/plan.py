@@ -14,6 +14,7 @@ from jquant.composition import Choices, Method, Tuning, needs_of
 from jquant.errors import InputError
 from jquant.formats import block_shape
 from jquant.methods import Rules, assign
+from jquant.models.adapters import Adapted
 from jquant.models.decoder import Decoder
 from jquant.models.families import Family, family_of
 from jquant.models.params import Params, flat_params, weight_name
@@ -120,7 +121,9 @@ def make_plan(decoder: Decoder, method: "str | Method | Rules | Plan") -> Plan:
     return plan
 
 
-def _check_weight(name: str, weight: jax.ShapeDtypeStruct | QTensor, method: Method | None) -> None:
+def _check_weight(name: str, weight: jax.ShapeDtypeStruct | QTensor | Adapted, method: Method | None) -> None:
+    if isinstance(weight, Adapted):
+        raise InputError(f"{name} has an adapter: quantize what merge_adapters(model) returns.")
     if isinstance(weight, QTensor):
         raise InputError(f"{name} is quantized already: quantize the float model.")
     if method is None:
