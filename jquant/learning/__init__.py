@@ -1,1 +1,1 @@
-"""What is learned by gradients: ranges before rounding, scales and codes after it."""
+"""What is learned by gradients: ranges before rounding; scales, zeros and weights after it; adapters."""
