@@ -9,9 +9,11 @@ model/, which `jquant.load_model` and experiments.evaluate read. Rows and metric
 """
 
 import json
+import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from jquant.io.load import open_from_config
 from jquant.learning.journal import METRICS
 from jquant.learning.tuning import tune
 from jquant.models.decoder import Decoder
+from jquant.parallel.processes import on_first
 from jquant.pipeline.to_disk import quantize_to_folder
 
 Row = dict[str, Any]
@@ -84,9 +87,9 @@ def train(settings: dict[str, Any]) -> Row:
         decoder = tune(start.decoder, model.decoder, windows, stage, journal=journal, devices=devices, progress=report)
         figures = measure(model, decoder, evaluation, reference, scores, report)
         speed = tokens_per_second(model, decoder, settings["generation"], report)
-    trained = replace(start, decoder=decoder, calibrated_on=np.unique(np.concatenate(seen)))
-    if not (folder / "model").exists():
-        trained.save(folder / "model")
+    trained = replace(start, decoder=decoder, calibrated_on=np.unique(np.concatenate(seen)) if seen else None)
+    on_first(partial(shutil.rmtree, folder / "model", ignore_errors=True))
+    trained.save(folder / "model")
     metrics = (folder / "training" / METRICS).read_text()
     row = {"method": "qat", **figures, "tokens_per_second": speed, "peak_rss_mb": peak_rss_mb()}
     row |= {"quantize_seconds": round(started + seconds_in(metrics), 1), "training_tokens": tokens_in(metrics)}
@@ -141,8 +144,8 @@ def training_windows(
     names: Sequence[Any] = text["data"] if isinstance(text["data"], list) else [text["data"]] * bool(text["data"])
     parts, seen = [], []
     scored = evaluation[:, 1:] if settings["evaluation"]["bos"] else evaluation
-    for name, ids in zip(names, _tokens(model, names), strict=True):
-        check_disjoint(scored, ids, f"text.data={name}: evaluation.data={settings['evaluation']['data']}")
+    for ids in (model.tokenizer.encode(load_text(name)) for name in names):
+        check_disjoint(scored, ids, f"evaluation.data={settings['evaluation']['data']}", "text.data")
         parts.append(cut_windows(ids, text["context"]))
         seen.append(run_hashes(ids))
     if text["sampled"]:
@@ -152,22 +155,14 @@ def training_windows(
     return np.concatenate(parts), seen
 
 
-def _tokens(model: LanguageModel, names: Sequence[Any]) -> Iterator[np.ndarray]:
-    return (model.tokenizer.encode(load_text(name)) for name in names)
-
-
 def tokens_in(metrics: str) -> int:
     """The tokens that a training read, from its metrics."""
     return max((line.get("tokens", 0) for line in map(json.loads, metrics.splitlines())), default=0)
 
 
 def seconds_in(metrics: str) -> float:
-    """The seconds that a training took, over all its sittings: each counts its own from 0."""
-    total = before = 0.0
-    for line in map(json.loads, metrics.splitlines()):
-        total += before if line["seconds"] < before else 0.0
-        before = line["seconds"]
-    return round(total + before, 1)
+    """The seconds that a training took, from its metrics."""
+    return max((line["seconds"] for line in map(json.loads, metrics.splitlines())), default=0.0)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from experiments.compositions import find_method, needs_of
 from experiments.overrides import CONFIGS
 from experiments.perplexity_table import refuse_quantized
 from experiments.settings import check
-from jquant import InputError, LanguageModel, LoRA, Tuning, load_text, quantize, save_adapters
+from jquant import InputError, Journal, LanguageModel, LoRA, Tuning, load_text, quantize, save_adapters
 from jquant.data import check_disjoint, windows
 from jquant.evaluation.intervals import paired_change
 from jquant.evaluation.perplexity import score
@@ -68,14 +68,15 @@ def qlora(settings: dict[str, Any]) -> Row:
         model = source.load(report)
         origin = describe(model, (tokens, held_out), settings, {"base": chosen, "lora": lora, "tuning": tuning})
         kept = [row for row in tables.read_rows(folder, FILE) if row["fingerprint"] == origin["fingerprint"]]
-        if kept:
+        if kept and (output / "adapter_config.json").exists():
             console.print("The row was kept from an earlier run.")
             row = kept[0]
         else:
             check_new(output)
             base = quantize(model, chosen, progress=report)
             adapted = add_adapters(base, lora, model if lora.start == "loftq" else None, seed=settings["seed"])
-            trained, figures = measure(adapted, (tokens, held_out), tuning, report)
+            journal = Journal(output.with_name(f"{output.name}-training"))
+            trained, figures = measure(adapted, (tokens, held_out), tuning, journal, report)
             save_adapters(output, trained)
             row = figures | origin
             tables.add_rows(folder, [row], FILE)
@@ -99,12 +100,12 @@ def split_text(tokenizer: Tokenizer, training: dict[str, Any], count: int | None
     begin = round(len(ids) * (1 - training["held_out"]))
     tokens = windows(ids[:begin], training["context"])
     held_out = windows(ids[begin:], training["context"], count)
-    check_disjoint(held_out, ids[:begin], f"The held-out part of training.data={training['data']}")
+    check_disjoint(held_out, ids[:begin], f"The held-out part of training.data={training['data']}", "training.data")
     return tokens, held_out
 
 
 def measure(
-    model: LanguageModel, tokens: tuple[np.ndarray, np.ndarray], tuning: Tuning, report: Progress
+    model: LanguageModel, tokens: tuple[np.ndarray, np.ndarray], tuning: Tuning, journal: Journal, report: Progress
 ) -> tuple[LanguageModel, Row]:
     """The trained model, and the figures.
 
@@ -114,7 +115,7 @@ def measure(
     train, held_out = tokens
     before, base = score(model.decoder, held_out, progress=report), base_checksum(model)
     begin = time.perf_counter()
-    trained = train_adapters(model, train, tuning, progress=report)
+    trained = train_adapters(model, train, tuning, journal=journal, progress=report)
     seconds = time.perf_counter() - begin
     after = score(trained.decoder, held_out, progress=report)
     if base_checksum(trained) != base:

@@ -91,7 +91,6 @@ KINDS: dict[str, Kind] = {
     "lora.alpha": _number(0),
     "lora.dropout": _number(0),
     "lora.start": _choice("zero", "loftq"),
-    "lora.iterations": _whole(1),
     "training.data": ONE_TEXT,
     "training.held_out": ("takes a share between 0 and 1", lambda value: type(value) is float and 0 < value < 1),
     "training.context": _whole(2),

@@ -17,25 +17,28 @@ from jquant.transforms import Hadamard, Transform
 
 @dataclass(frozen=True)
 class Tuning:
-    """A stage of learning after rounding, of scales and optionally codes (`jquant.learning.tuning`).
+    """A stage of learning after rounding (`jquant.learning.tuning`): of scales; of zeros, weights and norms if asked.
 
     Attributes:
       steps: of the optimizer.
-      windows: of text a step; each window comes once an epoch, in an order drawn from `seed`.
-      rate: of the scales' logarithm, and of zeros: float ones in units of the scale, integer ones in codes.
+      windows: per step; each window of the text comes once an epoch, in an order drawn from `seed`.
+      rate: of the scales' logarithm, and of zeros: float ones in units of the scale, integer ones in codes. Integer
+        zeros stay unless `weight_rate` is above 0. Of adapters, the rate of a and b.
       weight_rate: of the weights behind the codes, in units of the scale; 0 keeps the codes. The gradient passes
         straight through rounding (`learning.fake_quant`).
       norm_rate: of the norms' scales; 0 keeps them.
       begin: where weights behind the codes start: "codes", at the values of the codes; "weights", at the float weights.
       target: "block" fits each block's outputs to the float model's, before the next block is rounded; "model" learns
-        all weights together at the end, by the KL divergence from the float model's predictions.
+        all blocks together at the end, by the KL divergence from the float model's predictions.
       text: weight of the calibration text's cross-entropy in the loss of "model", 0 to 1; the KL divergence has the
         rest. It lowers the perplexity, but the model also learns the text: docs/results.md has the cost in KL.
       reverse: share of KL(student ‖ teacher) in the KL divergence, 0 to 1; the rest is KL(teacher ‖ student).
-        "confidence" takes the teacher's mean probability of the text's tokens (BitDistiller, arXiv 2402.10631, Eq. 8).
+        "confidence" takes the teacher's mean probability of the text's tokens (BitDistiller, arXiv 2402.10631, Eq. 8),
+        here of each part of a step.
       optimizer: "adam"; "lion" (arXiv 2302.06675); "adafactor", without first moments and with factored second ones.
-      b2: decay of the second moments (of Lion's momentum).
-      schedule: how rates fall to 0, along a "cosine" or a "linear" line; or "constant".
+        Decay of the first moments: optax's, 0.9.
+      b2: decay of Adam's second moments, or of Lion's momentum.
+      schedule: "cosine" or "linear" decay of all rates to 0, or "constant".
       warmup: steps over which they rise before.
       clip: the gradient's largest norm over all parameters; None for any.
       compute: dtype of the products' factors; sums, weights and the optimizer's state are float32.
@@ -70,8 +73,9 @@ class Tuning:
             raise InputError(f"Tuning's windows={self.windows} do not divide into accumulate={self.accumulate} parts.")
         if self.warmup >= self.steps:
             raise InputError(f"Tuning's warmup={self.warmup} leaves none of its steps={self.steps}.")
-        for name, takes in RATES.items():
-            if not takes(value := getattr(self, name)):
+        for name, takes in RANGES.items():
+            value = getattr(self, name)
+            if isinstance(value, bool | str) or not takes(value):
                 raise InputError(f"Tuning does not take {name}={value!r}.")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
@@ -87,7 +91,7 @@ class Tuning:
             )
 
 
-RATES = {
+RANGES = {
     "rate": lambda value: 0 < value < math.inf,
     "weight_rate": lambda value: 0 <= value < math.inf,
     "norm_rate": lambda value: 0 <= value < math.inf,

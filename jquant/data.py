@@ -186,7 +186,10 @@ def run_hashes(ids: Int[np.ndarray, "..."]) -> UInt64[np.ndarray, " runs"]:
 
 
 def check_disjoint(
-    evaluation: Int[np.ndarray, "..."], calibration: Int[np.ndarray, " n"], name: str = "The evaluation text"
+    evaluation: Int[np.ndarray, "..."],
+    calibration: Int[np.ndarray, " n"],
+    name: str = "The evaluation text",
+    setting: str = "calibration.data",
 ) -> None:
     """Refuses evaluation tokens that occur in the calibration text, in runs of SHARED_RUN tokens or more.
 
@@ -194,11 +197,12 @@ def check_disjoint(
       evaluation: the evaluation tokens.
       calibration: all tokens of the calibration text.
       name: of the evaluation text in error messages.
+      setting: that names the calibration text.
 
     Raises:
       InputError: a run is shared: the weights were fitted to text that they are evaluated on.
     """
-    check_unseen(evaluation, run_hashes(calibration), name, "choose another calibration.data")
+    check_unseen(evaluation, run_hashes(calibration), name, f"choose another {setting}")
 
 
 def check_unseen(

@@ -174,10 +174,11 @@ def test_masks_differ_by_layer_weight_and_window_but_not_by_how_windows_are_spli
         len({tuple(key) for draw in drawn for key in np.asarray(jax.random.key_data(draw)).reshape(-1, 2)}) == 7 * 2 * 4
     )
     loss = jax.jit(lora.adapter_loss, static_argnums=3)
-    value = lambda which: loss(learned, (student, lora._outside(base.decoder)), (tokens[which], keys[which]), STAGE)  # noqa: E731
+    frozen_parts, data = (student, lora._outside(base.decoder)), jax.random.key_data(keys)
+    value = lambda which: loss(learned, frozen_parts, (tokens[which], data[which]), STAGE)  # noqa: E731
     whole, halves = value(slice(0, 4)), [value(slice(0, 2)), value(slice(2, 4))]
     assert abs(whole - np.mean(halves)) < 1e-5
-    other = loss(learned, (student, lora._outside(base.decoder)), (tokens[:4], keys[::-1]), STAGE)
+    other = loss(learned, frozen_parts, (tokens[:4], data[::-1]), STAGE)
     assert abs(whole - other) > 1e-4
 
 
@@ -305,7 +306,8 @@ def test_peft_reads_a_saved_adapter_and_gives_the_same_logits_and_gradients(
         return next_token_loss(with_params(trained.decoder, params)(jnp.asarray(tokens[:4])), jnp.asarray(tokens[:4]))
 
     student, learned = lora.split(trained.decoder)
-    batch, outside = (jnp.asarray(tokens[:4]), jax.random.split(jax.random.key(0), 4)), lora._outside(trained.decoder)
+    keys = jax.random.key_data(jax.random.split(jax.random.key(0), 4))
+    batch, outside = (jnp.asarray(tokens[:4]), keys), lora._outside(trained.decoder)
     short = jax.jit(jax.grad(lora.adapter_loss), static_argnums=3)(learned, (student, outside), batch, STAGE)
     full = jax.jit(jax.grad(exact))({name: {"a": kernel.a, "b": kernel.b} for name, kernel in kernels.items()})
     compared = 0
@@ -459,9 +461,7 @@ def distance(model: LanguageModel, exact: LanguageModel, path: str) -> float:
 def test_loftq_is_the_truncated_svd_of_the_error_and_comes_closer(model, base):
     zero = add_adapters(base, LoRA(4, 12))
     first = add_adapters(base, LoRA(4, 12, start="loftq"), model)
-    fifth = add_adapters(base, [(r"mlp\.up", LoRA(4, 12, start="loftq", iterations=5))], model)
     assert same_bytes(frozen(first), frozen(base))
-    assert not same_bytes(frozen(fifth), frozen(base))
     for path in LLAMA.weights:
         assert distance(first, model, path) < 0.97 * distance(zero, model, path)
         w, kernel = flat_params(model.decoder)[f"segments.0.{path}"], flat_params(first.decoder)[f"segments.0.{path}"]
@@ -472,25 +472,6 @@ def test_loftq_is_the_truncated_svd_of_the_error_and_comes_closer(model, base):
             np.testing.assert_allclose(product, u[:, :4] * s[:4] @ vt[:4], atol=2e-5)
             norms = [np.linalg.norm(kernel.a[layer], axis=0), np.linalg.norm(kernel.b[layer], axis=1)]
             np.testing.assert_allclose(norms, [np.sqrt(s[:4] / 3)] * 2, rtol=1e-3)  # split evenly
-    assert distance(fifth, model, "mlp.up.kernel") < 0.99 * distance(first, model, "mlp.up.kernel")
-    assert first.report.keys() - fifth.report.keys() == {(0, "mlp.up.kernel"), (1, "mlp.up.kernel")}  # of other codes
-
-
-def test_loftq_alternates_as_algorithm_1_says(model, base):
-    ours = add_adapters(base, [(r"layers\.0\.mlp\.up", LoRA(4, 12, start="loftq", iterations=3))], model)
-    w = np.asarray(flat_params(model.decoder)["segments.0.mlp.up.kernel"][0], np.float64)
-    low_rank = np.zeros_like(w)
-    for _ in range(3):
-        rest = model.decoder
-        kernel = jnp.asarray(w - low_rank, jnp.float32)
-        stack = flat_params(rest)["segments.0.mlp.up.kernel"].at[0].set(kernel)
-        rounded, _ = jquant.quantize_decoder(with_params(rest, {"segments.0.mlp.up.kernel": stack}), "nf4_double")
-        quantized = np.asarray(values_of(flat_params(rounded)["segments.0.mlp.up.kernel"])[0], np.float64)
-        u, s, vt = np.linalg.svd(w - quantized, full_matrices=False)
-        low_rank = u[:, :4] * s[:4] @ vt[:4]
-    kernel = flat_params(ours.decoder)["segments.0.mlp.up.kernel"]
-    wanted, got = np.linalg.norm(w - quantized - low_rank), np.linalg.norm(w - np.asarray(values_of(kernel)[0]))
-    assert abs(got / wanted - 1) < 0.01  # a weight between two levels may fall on either side
 
 
 def test_loftq_needs_the_float_weights_that_were_rounded(model, base):
@@ -570,7 +551,6 @@ OPTIONS = {
     "rank": [0, -1, True],
     "alpha": [0, -1.0, float("inf"), float("nan")],
     "dropout": [1.0, -0.1, float("nan"), True],
-    "iterations": [0, -1],
 }
 
 
@@ -580,7 +560,7 @@ OPTIONS = {
 def test_an_option_out_of_range_is_refused(option, value):
     with refused(f"{option}"):
         LoRA(**{option: value})
-    assert LoRA(1, 0.5, 0.0, "loftq", 1).rank == 1
+    assert LoRA(1, 0.5, 0.0, "loftq").rank == 1
 
 
 def test_what_cannot_have_adapters_is_refused(base, trained, model):

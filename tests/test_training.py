@@ -251,10 +251,10 @@ def test_parameters_moments_and_work_are_split_and_collectives_do_not_grow_with_
 
 
 def test_windows_that_do_not_divide_over_the_mesh_are_refused(decoder, quantized):
-    with refused("3 windows", "4 devices"):
+    with refused("windows / accumulate = 3", "data=4"):
         tune(quantized, decoder, TOKENS, replace(STAGE, windows=3), devices=Devices(4, 2))
     plan = replace(method("rtn", 2, 16), tuning=(replace(STAGE, windows=3),))
-    with refused("3 windows", "4 devices"):
+    with refused("windows / accumulate = 3", "data=4"):
         quantize_decoder(decoder, plan, TOKENS, Options(devices=Devices(4, 2)))
 
 

@@ -114,9 +114,9 @@ def test_progress_counts_steps(decoder):
     assert all(0 < figures["loss"] < np.inf for _, figures in calls)
 
 
-@pytest.mark.parametrize("code_rate", [0.0, 0.01])
-def test_blocks_tuned_one_by_one_end_closer_to_the_float_ones(decoder, code_rate):
-    stage = Tuning(LONG, 8, 3e-3, code_rate, target="block")
+@pytest.mark.parametrize("weight_rate", [0.0, 0.01])
+def test_blocks_tuned_one_by_one_end_closer_to_the_float_ones(decoder, weight_rate):
+    stage = Tuning(LONG, 8, 3e-3, weight_rate, target="block")
     plain, tuned = (
         quantize_decoder(decoder, replace(method("rtn", 2, 16), tuning=stages), TOKENS)[0] for stages in ((), (stage,))
     )
@@ -124,7 +124,7 @@ def test_blocks_tuned_one_by_one_end_closer_to_the_float_ones(decoder, code_rate
     misses = [float(jnp.mean((one.hidden(jnp.asarray(TOKENS)) - exact) ** 2)) for one in (plain, tuned)]
     assert misses[1] < 0.9 * misses[0]
     for a, b in zip(quantized_leaves(plain).values(), quantized_leaves(tuned).values(), strict=True):
-        assert np.any(np.asarray(a.codes) != np.asarray(b.codes)) == (code_rate > 0)
+        assert np.any(np.asarray(a.codes) != np.asarray(b.codes)) == (weight_rate > 0)
         assert np.any(np.asarray(a.scale) != np.asarray(b.scale))
 
 

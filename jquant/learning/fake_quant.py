@@ -39,7 +39,7 @@ def fake_quant(
       w: the weight.
       scale: one per block of `format.group`; of either sign.
       zero: a float zero, or an integer one as a float, which is rounded; None where the format has none.
-      format: what codes mean. Quantized scales are quantized, too.
+      format: what codes mean. If it quantizes its scales, `scale` is quantized here.
     """
     typed = as_typed(scale, zero, format)
     grid = Grid.of(*typed, format, w.shape)
@@ -51,7 +51,7 @@ def fake_quant(
 def fixed_codes(
     codes: UInt8[Array, "*l in out"], scale: Float[Array, "*l groups columns"], zero: Zero, format: Format
 ) -> Float[Array, "*l in out"]:
-    """The values of codes that don't change; scales and zeros have the gradients of `fake_quant` beyond the grid."""
+    """The values of codes that don't change; gradients are those of `fake_quant` for weights beyond the grid."""
     nowhere = jnp.zeros(codes.shape, jnp.float32)
     return _straight_through(format, nowhere, scale, zero, codes, jnp.zeros(codes.shape, jnp.bool_))
 
@@ -119,8 +119,11 @@ class FakeQuantized:
     def grid(self) -> tuple[Float[Array, "*l groups columns"], Zero]:
         """Scales and zeros."""
         scale, zero, learned, moving = self.scale, self.zero, self.learned, not has_integer_zero(self.format)
-        if "shift" in learned:
-            zero += learned["shift"] * (jnp.abs(scale) if moving else 1.0)
+        if "shift" in learned and moving:
+            zero += learned["shift"] * jnp.abs(scale)
+        elif "shift" in learned:
+            # Clipped here, so that its gradient ends with the codes.
+            zero = jnp.clip(zero + learned["shift"], 0, 2**self.format.bits - 1)
         if "log_clip" in learned:
             factor = jnp.exp(learned["log_clip"])
             return scale * factor, zero * factor if zero is not None and moving else zero
@@ -146,7 +149,7 @@ class FakeQuantized:
     def __rmatmul__(self, x: Float[Array, "*b in"]) -> Float[Array, "*b out"]:
         if self.activation is not None:
             x = fake_quant_inputs(x, self.activation, self.input_scale)
-        return matmul_in(self.compute, x, self.value())
+        return matmul_in(self.compute, x, self.value()).astype(x.dtype)
 
 
 def fake_quant_inputs(x: Float[Array, "*b in"], activation: Activation, scale: Array | None) -> Float[Array, "*b in"]:

@@ -1,9 +1,9 @@
 """What a training writes while it runs: checkpoints to resume from, and its metrics.
 
     run.json        what decides the bytes of the result
-    metrics.jsonl   a line a step: step, loss, tokens, seconds of this process; evaluations on lines of their own
-    state/<step>    the last checkpoint: an item as in `io.checkpoint`, its checksums read before it is
-    tensorboard/    the same metrics, if asked for
+    metrics.jsonl   a line a step: step, loss before it, tokens, seconds; evaluations on lines of their own
+    state/<step>    the last checkpoint: an item as in `io.checkpoint`, whose checksums are checked before it is read
+    tensorboard/    the same metrics, if asked for; those of repeated steps stand there twice
 
 A process may die at any moment. The same call goes on from the last checkpoint. Metrics after it are written again.
 """
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,7 @@ def opened(journal: Journal | None, describe: Callable[[], Mapping[str, Any]]) -
     on_first(partial(_hold, folder, lock))
     try:
         on_first(partial(_claim, folder, dict(describe())))
+        on_first(partial(_check_board, journal))
         writer = Writer(journal, folder)
         try:
             yield writer
@@ -86,8 +88,8 @@ class Writer:
     """An open journal."""
 
     def __init__(self, journal: Journal, folder: Path):
-        self.journal, self.folder, self._begin = journal, folder, time.perf_counter()
-        self._states = folder / STATE
+        self.journal, self.folder, self._states = journal, folder, folder / STATE
+        self._begin = time.perf_counter()
         self._board = _board(folder / BOARD) if journal.tensorboard and jax.process_index() == 0 else None
 
     def resumed(self, start: Callable[[], Any]) -> tuple[int, Any]:
@@ -98,6 +100,7 @@ class Writer:
         """
         done = self.kept()
         on_first(partial(_keep_metrics, self.folder / METRICS, done))
+        self._begin -= as_first(_seconds_in(self.folder / METRICS))  # seconds go on where they ended
         if not done:
             return 0, start()
         like = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)  # noqa: E731
@@ -110,7 +113,7 @@ class Writer:
         return done, jax.tree.unflatten(structure, [read[name] for name in named])
 
     def wrote(self, step: int, state: Any, last: bool) -> None:
-        """Keeps the state after a step, if it is its turn, in place of the one before.
+        """Writes a checkpoint every `every` steps and after the last, then removes the one before.
 
         Raises:
           InputError: it can't be written; the one before it is kept.
@@ -131,8 +134,9 @@ class Writer:
         except (InputError, OSError) as failed:
             kept = f"The checkpoint of step {before} is kept." if before else "There is no checkpoint before it."
             raise InputError(f"{str(failed).removesuffix('.')}. {kept}") from None
-        if before:
-            shutil.rmtree(self._states / str(before), ignore_errors=True)
+        for path in self._states.glob("*"):  # also what a killed process left
+            if path.name != str(step):
+                shutil.rmtree(path, ignore_errors=True)
 
     def note(self, step: int, figures: Mapping[str, float]) -> None:
         """Adds a line to the metrics.
@@ -154,7 +158,7 @@ class Writer:
     def evaluated(self, module: Any) -> Mapping[str, float]:
         """The figures of a quantized module."""
         assert self.journal.evaluate is not None
-        return self.journal.evaluate(module)
+        return {name: float(value) for name, value in self.journal.evaluate(module).items()}
 
     def due(self, step: int, last: bool) -> bool:
         """Whether an evaluation follows a step."""
@@ -179,7 +183,7 @@ def _hold(folder: Path, lock: FileLock) -> None:
 def _claim(folder: Path, run: dict[str, Any]) -> None:
     """Writes run.json, or compares with the one that is there."""
     if not (folder / RUN).exists():
-        if others := [path.name for path in folder.iterdir() if path.name != LOCK]:
+        if others := [path.name for path in folder.iterdir() if not path.name.startswith(".")]:
             raise InputError(
                 f"{folder} is not empty (it holds {others[0]}), and holds no {RUN} that says what is in it."
             )
@@ -204,9 +208,17 @@ def _is_count(leaf: Any) -> bool:
 
 def _keep_metrics(path: Path, done: int) -> None:
     """Drops the lines of steps after the checkpoint."""
-    if path.exists():
-        lines = path.read_text().splitlines()
-        write_text(path, "".join(line + "\n" for line in lines if _step_of(line) <= done))
+    try:
+        lines = path.read_text().splitlines() if path.exists() else []
+    except (OSError, UnicodeDecodeError) as broken:
+        raise InputError(f"{path} can't be read ({broken}).") from None
+    write_text(path, "".join(line + "\n" for line in lines if _step_of(line) <= done))
+
+
+def _seconds_in(path: Path) -> float:
+    """The seconds of the last line."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return float(json.loads(lines[-1])["seconds"]) if lines else 0.0
 
 
 def _step_of(line: str) -> float:
@@ -225,9 +237,12 @@ def _append(path: Path, line: str) -> None:
         raise InputError(f"{path} can't be written ({failed.strerror}).") from None
 
 
+def _check_board(journal: Journal) -> None:
+    if journal.tensorboard and find_spec("tensorboardX") is None:
+        raise InputError("Metrics for TensorBoard need the extra: pip install 'jquant[tensorboard]'.")
+
+
 def _board(folder: Path) -> Any:
-    try:
-        from tensorboardX import SummaryWriter  # imported here: an optional extra
-    except ImportError:
-        raise InputError("Metrics for TensorBoard need the extra: pip install 'jquant[tensorboard]'.") from None
+    from tensorboardX import SummaryWriter  # imported here: an optional extra
+
     return SummaryWriter(str(folder))

@@ -21,12 +21,12 @@ from jax import Array
 from jaxtyping import Float, Int, Key
 
 from jquant.composition import Tuning
-from jquant.data import check_tokens, check_whole, run_hashes
+from jquant.data import check_whole, run_hashes
 from jquant.errors import InputError
 from jquant.io.language_model import LanguageModel
 from jquant.learning.journal import Journal, opened
 from jquant.learning.loop import Learned, Task, fit, optimizer
-from jquant.learning.tuning import Product, check_devices, computing, model_loss, run_of
+from jquant.learning.tuning import Product, check_devices, check_teacher, check_windows, computing, model_loss, run_of
 from jquant.methods import decide
 from jquant.models.adapters import Adapted, LoRA, first_adapted, values_of
 from jquant.models.decoder import Block, Decoder, blocks, with_blocks
@@ -35,8 +35,7 @@ from jquant.models.params import flat_params, weight_name, with_params
 from jquant.parallel.mesh import Devices
 from jquant.parts import shown
 from jquant.progress import Progress, showing
-from jquant.qtensor import QTensor, dequantize, quantize
-from jquant.ranges import MinMax
+from jquant.qtensor import QTensor, dequantize
 from jquant.report import Report
 
 # Rules that give weights different adapters: the first regex found in a weight's name decides.
@@ -65,7 +64,7 @@ def add_adapters(
     decoder, weights = model.decoder, family_of(model.config).weights
     choices = _choices(rules, [weight_name(layer, path) for layer in range(model.config.layers) for path in weights])
     exact = _float_blocks(model, float_model) if any(c and c.start == "loftq" for c in choices.values()) else None
-    layers, kept = [], Report(model.report)
+    layers = []
     for layer, block in enumerate(blocks(decoder)):
         params = flat_params(block)
         if name := first_adapted(params):
@@ -79,13 +78,11 @@ def add_adapters(
             _check_rank(name, lora.rank, params[path].shape)
             if lora.start == "loftq" and floats is not None:
                 adapted[path] = _loftq(name, floats[path], params[path], lora)
-                if lora.iterations > 1:
-                    kept.pop((layer, path), None)  # it describes other codes
             else:
                 key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), layer), position)
                 adapted[path] = _zero(params[path], lora, key)
         layers.append(with_params(block, adapted))
-    return replace(model, decoder=with_blocks(decoder, layers), report=kept)
+    return replace(model, decoder=with_blocks(decoder, layers))
 
 
 def train_adapters(
@@ -121,20 +118,27 @@ def train_adapters(
 
     def batch(number: int, which: Int[np.ndarray, " windows"]) -> tuple[Any, ...]:
         step_key = jax.random.fold_in(jax.random.key(tuning.seed), number)
-        return tokens[which], jax.random.split(step_key, tuning.windows)
+        return tokens[which], jax.random.key_data(jax.random.split(step_key, tuning.windows))
 
     start = partial(jax.tree.map, jnp.array, learned)  # copies, because a step donates its state
     (count, context), packed = tokens.shape, partial(_with_learned, model.decoder)
     task = Task("Training of adapters", start, adapter_loss, frozen, batch, count, context, packed, devices)
-    with showing(progress) as tell, opened(journal, partial(_run, model, tokens, tuning, teacher)) as writer:
+    with showing(progress) as tell, opened(journal, partial(_run, model, teacher, tokens, tuning, devices)) as writer:
         learned = fit(task, tuning, writer, tell)
     seen = run_hashes(tokens) if model.calibrated_on is None else np.union1d(model.calibrated_on, run_hashes(tokens))
     return replace(model, decoder=_with_learned(model.decoder, learned), calibrated_on=seen)
 
 
-def _run(model: LanguageModel, tokens: np.ndarray, tuning: Tuning, teacher: LanguageModel | None) -> dict[str, Any]:
+def _run(
+    model: LanguageModel,
+    teacher: LanguageModel | None,
+    tokens: np.ndarray,
+    tuning: Tuning,
+    devices: Devices | None,
+) -> dict[str, Any]:
     """What decides the bytes of a training's result."""
-    return run_of({"model": model.decoder, "teacher": teacher and teacher.decoder}, tokens, tuning, __name__)
+    modules = {"model": model.decoder, "teacher": teacher and teacher.decoder}
+    return run_of(modules, tokens, tuning, devices, __name__)
 
 
 def merge_adapters(model: LanguageModel) -> LanguageModel:
@@ -213,7 +217,7 @@ def split(decoder: Decoder) -> tuple[Student, Learned]:
 def adapter_loss(learned: Learned, frozen: Any, batch: Any, tuning: Tuning) -> Float[Array, ""]:
     """`model_loss` with dropout; a batch is the windows, and a key for each. Masks don't depend on `accumulate`."""
     (student, teacher), (tokens, keys) = frozen, batch
-    return model_loss(learned, (replace(student, keys=keys), teacher), tokens, tuning)
+    return model_loss(learned, (replace(student, keys=jax.random.wrap_key_data(keys)), teacher), tokens, tuning)
 
 
 def _with_learned(decoder: Decoder, learned: Learned) -> Decoder:
@@ -231,9 +235,7 @@ def _outside(decoder: Decoder) -> Decoder:
 
 def _check_training(model: LanguageModel, tokens: Any, tuning: Tuning, teacher: LanguageModel | None) -> None:
     _check_adapted(model)
-    check_tokens(tokens, model.config, "Training windows")
-    if tokens.shape[1] < 2:
-        raise InputError("Training windows of 1 token leave no prediction to learn.")
+    check_windows(tokens, model.config)
     if tuning.target != "model" or tuning.weight_rate or tuning.norm_rate:
         raise InputError(
             'Adapters are learned through the whole model, and nothing else is: target is "model", weight_rate and '
@@ -245,10 +247,7 @@ def _check_training(model: LanguageModel, tokens: Any, tuning: Tuning, teacher: 
         raise InputError(f"text={tuning.text} learns from a teacher: give one, or text=1 for the text alone.")
     if name := first_adapted(flat_params(teacher.decoder)):
         raise InputError(f"The teacher's {name} has an adapter: give what merge_adapters(teacher) returns.")
-    ours, theirs = (flat_params(_outside(decoder)) for decoder in (model.decoder, teacher.decoder))
-    for name in ("embedding", "head.kernel"):
-        if (name in ours) != (name in theirs) or not np.array_equal(ours.get(name, 0), theirs.get(name, 0)):
-            raise InputError(f"The teacher's {name} differs from the model's: they share embedding and head.")
+    check_teacher(model.decoder, teacher.decoder)
 
 
 def _check_adapted(model: LanguageModel) -> None:
@@ -290,13 +289,10 @@ def _zero(base: Any, lora: LoRA, key: Key[Array, ""]) -> Adapted:
 
 
 def _loftq(name: str, w: Float[Array, "in out"], base: Any, lora: LoRA) -> Adapted:
-    """LoftQ's start (arXiv 2310.08659, Algorithm 1), its first quantization being the one at hand."""
+    """LoftQ's start (arXiv 2310.08659, Algorithm 1), T = 1: the quantization at hand, which stays as it is."""
     if not isinstance(base, QTensor):
         raise InputError(f'{name} is not quantized, so start="loftq" has no error to make up for.')
     a, b = low_rank_error(w, base, lora)
-    for _ in range(lora.iterations - 1):
-        base = _quantized_rest(w, base, (a, b), lora)
-        a, b = low_rank_error(w, base, lora)
     return Adapted(base, a, b, lora.alpha, lora.dropout)
 
 
@@ -309,14 +305,6 @@ def low_rank_error(w: Float[Array, "in out"], q: QTensor, lora: LoRA) -> Pair:
     u, s, vt = jnp.linalg.svd(w.astype(jnp.float32) - dequantize(q), full_matrices=False)
     root = jnp.sqrt(s[: lora.rank] * (lora.rank / lora.alpha))
     return u[:, : lora.rank] * root, root[:, None] * vt[: lora.rank]
-
-
-@partial(jax.jit, static_argnames="lora")
-def _quantized_rest(w: Float[Array, "in out"], q: QTensor, pair: Pair, lora: LoRA) -> QTensor:
-    """W − (alpha / rank) · a @ b, quantized in the format of q."""
-    rest = w.astype(jnp.float32) - lora.alpha / lora.rank * jnp.matmul(*pair, precision="highest")
-    rounded = quantize(rest, *MinMax()(rest, q.format), q.format)
-    return replace(rounded, activation=q.activation, input_scale=q.input_scale)
 
 
 def _float_blocks(model: LanguageModel, float_model: LanguageModel | None) -> Iterator[Block]:

@@ -3,8 +3,8 @@
 Roundings minimise the error of one layer's outputs. Here the error is that of a block's outputs (AutoRound, arXiv
 2309.05516; EfficientQAT's first phase, arXiv 2407.11062 §3.2), or of the whole model's predictions: EfficientQAT's
 end-to-end phase (§3.3), with the float model's next-token distribution as target in place of the text's next token.
-With the text as target the quantized model learns the text, too: its perplexity falls below what its distance to the
-float model explains.
+With the text as target the quantized model learns the text, too: its perplexity falls, and its distance to the float
+model may grow.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,6 +30,7 @@ from jquant.learning.fake_quant import FakeQuantized, fake_quant_inputs, has_int
 from jquant.learning.journal import Journal, opened
 from jquant.learning.loop import Learned, Task, fit
 from jquant.learning.objectives import map_rows
+from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Block, Decoder
 from jquant.parallel.mesh import Devices
 from jquant.progress import Progress, showing
@@ -47,34 +48,53 @@ def tune(
     devices: Devices | None = None,
     progress: Progress | bool = True,
 ) -> Decoder:
-    """The quantized decoder with scales, zeros and weights, as `tuning` says, learned to match the float one.
+    """The quantized decoder with scales, zeros and weights learned as `tuning` says.
 
     Args:
       quantized: as `quantize_decoder` returns it; left untouched.
-      decoder: the float decoder it was made from.
+      decoder: the float decoder it was made from, whose predictions are the target.
       tokens: windows of text.
       tuning: a stage with target "model"; `Tuning()` by default.
       journal: where checkpoints and metrics go; the same call goes on after a kill, and ends with the same bytes.
       devices: the mesh over which parameters, optimizer state and windows are split.
       progress: see `Options`; a function is called with ("tune", steps done, steps in all), the loss before that step
-        and the speed.
+        (nats a token) and the speed (tokens a second, with compilation).
 
     Raises:
-      InputError: nothing is quantized; a tuning with target "block"; windows that the model can't read; a step whose
-        loss or parameters are not finite; a journal's folder that holds another training or can't be written.
+      InputError: nothing is quantized; a tuning with target "block"; windows that the model can't read, that leave no
+        prediction, or that don't divide over the mesh; a float decoder with another embedding or head; weights that
+        can't begin at float ones; a step whose loss or parameters are not finite; scales that don't fit their dtype; a
+        journal's folder that holds another training or can't be written.
     """
     tuning = tuning or Tuning()
     if tuning.target == "block":
         raise InputError('Blocks are tuned one by one as they are rounded (Method.tuning): target is not "block" here.')
-    check_tokens(tokens, decoder.config, "Windows to learn from")
+    check_windows(tokens, decoder.config)
     check_devices(tuning, devices)
+    check_teacher(quantized, decoder)
     start, student = begun(split(quantized), tuning, decoder)
     frozen, (count, context) = (student, decoder), tokens.shape
     name, batch = "Tuning of the model", lambda _, which: tokens[which]
     task = Task(name, start, model_loss, frozen, batch, count, context, student.packed, devices)
-    describe = partial(run_of, {"quantized": quantized, "float": decoder}, tokens, tuning, __name__)
+    describe = partial(run_of, {"quantized": quantized, "float": decoder}, tokens, tuning, devices, __name__)
     with showing(progress) as tell, opened(journal, describe) as writer:
         return student.packed(fit(task, tuning, writer, tell))
+
+
+def check_windows(tokens: Any, config: DecoderConfig) -> None:
+    """Raises InputError for windows that the model can't read, or that hold no prediction to learn."""
+    check_tokens(tokens, config, "Windows to learn from")
+    if tokens.shape[1] < 2:
+        raise InputError("Windows of 1 token leave no prediction to learn.")
+
+
+def check_teacher(student: Decoder, teacher: Decoder) -> None:
+    """Raises InputError unless both have the same embedding and head, which the loss shares."""
+    heads = [None if decoder.head is None else decoder.head.kernel.get_value() for decoder in (student, teacher)]
+    embeddings = [decoder.embedding.get_value() for decoder in (student, teacher)]
+    for name, (ours, theirs) in {"embedding": embeddings, "head": heads}.items():
+        if (ours is None) != (theirs is None) or (ours is not None and not jnp.array_equal(ours, theirs)):
+            raise InputError(f"The teacher's {name} differs from the model's: they share embedding and head.")
 
 
 def check_devices(tuning: Tuning, devices: Devices | None) -> None:
@@ -82,12 +102,14 @@ def check_devices(tuning: Tuning, devices: Devices | None) -> None:
     together = tuning.windows // tuning.accumulate
     if devices and together % devices.data:
         raise InputError(
-            f"Tuning's {together} windows at a time do not divide over the {devices.data} devices of the mesh's data."
+            f"windows / accumulate = {together} is no multiple of the mesh's data={devices.data}: give Tuning others."
         )
 
 
-def run_of(modules: Mapping[str, Any], tokens: np.ndarray, tuning: Tuning, code: str) -> dict[str, Any]:
-    """What decides the bytes of a training's result: these modules, the tokens, the stage, and the code's module."""
+def run_of(
+    modules: Mapping[str, Any], tokens: np.ndarray, tuning: Tuning, devices: Devices | None, code: str
+) -> dict[str, Any]:
+    """What decides the bytes of a training's result: modules, tokens, the stage, the mesh, and the code's module."""
     digest = lambda tree: provenance.array_digest(*jax.tree.leaves(nnx.state(tree)))  # noqa: E731
     return {
         "tuning": provenance.describe(tuning),
@@ -95,6 +117,8 @@ def run_of(modules: Mapping[str, Any], tokens: np.ndarray, tuning: Tuning, code:
         **{name: None if module is None else digest(module) for name, module in modules.items()},
         "code": provenance.code_of(tuning, [code]),
         "packages": provenance.packages(),
+        "mesh": [devices.data, devices.model] if devices else [1, 1],
+        "device": jax.devices()[0].device_kind,
     }
 
 
@@ -108,8 +132,8 @@ def tune_block(
 ) -> Block:
     """The quantized block with scales, and codes if `tuning.weight_rate` says so, learned to match the float one.
 
-    The loss is the mean over tokens of the output's squared error over its squared length. The next block normalises
-    its input, so relative errors count; and an attention sink is a thousand times as long as other tokens.
+    The loss is the mean over tokens of ‖ŷ − y‖² / ‖y‖², y the float block's output. The next block normalises its
+    input, so relative errors count; and attention sinks, far longer than other tokens, count as one token each.
 
     Args:
       quantized: left untouched.
@@ -156,7 +180,7 @@ class Student:
         return self._merged(kernels, learned)
 
     def _merged(self, kernels: Mapping[tuple[Any, ...], Any], learned: Learned) -> Any:
-        norms = {path: each["norm"] for path, each in learned.items() if "norm" in each}
+        norms = {path: each["norm"].astype(self.rest[path].dtype) for path, each in learned.items() if "norm" in each}
         return nnx.merge(self.graph, nnx.State(unflatten_mapping({**self.rest, **norms, **kernels})))
 
 
@@ -212,7 +236,7 @@ def initial(student: Student, tuning: Tuning, floats: Mapping[tuple[Any, ...], A
             learned[path]["weight"] = _in_steps(kernel, floats.get(path))
     if tuning.norm_rate:
         norms = {path: leaf for path, leaf in student.rest.items() if any("norm" in str(key) for key in path)}
-        learned |= {path: {"norm": jnp.array(leaf)} for path, leaf in norms.items()}
+        learned |= {path: {"norm": jnp.array(leaf, jnp.float32)} for path, leaf in norms.items()}
     return learned
 
 
@@ -240,7 +264,7 @@ def model_loss(learned: Learned, frozen: Any, tokens: Int[Array, "b t"], tuning:
     exact = None if tuning.text == 1 else jax.lax.stop_gradient(_computing(teacher, tuning.compute).hidden(tokens))
     # Embedding and head are not quantized: student and teacher share them.
     head = teacher.embedding.get_value().T if teacher.head is None else teacher.head.kernel.get_value()
-    head = head.astype(jnp.bfloat16) if tuning.compute == "bfloat16" else head
+    head = head.astype(tuning.compute)  # once, not for every chunk of tokens
     return _loss(student.module(learned, tuning.compute).hidden(tokens, remat=True), exact, head, tokens, tuning)
 
 
@@ -260,7 +284,8 @@ class Product:
     def __rmatmul__(self, x: Array) -> Array:
         if isinstance(self.w, QTensor) and self.w.activation is not None:
             x = fake_quant_inputs(x, self.w.activation, self.w.input_scale)
-        return matmul_in(self.compute, x, dequantize(self.w) if isinstance(self.w, QTensor) else self.w)
+        w = dequantize(self.w) if isinstance(self.w, QTensor) else self.w
+        return matmul_in(self.compute, x, w).astype(x.dtype)
 
 
 def _computing(decoder: Decoder, compute: str) -> Decoder:
@@ -285,13 +310,13 @@ def _loss(
     text, reverse = tuning.text, tuning.reverse
 
     @jax.checkpoint
-    def rows(states: Array, others: Array, targets: Array) -> dict[str, Array]:
+    def rows(states: Array, teacher_states: Array, targets: Array) -> dict[str, Array]:
         of_target = lambda log: jnp.take_along_axis(log, targets[:, None], -1)[:, 0]  # noqa: E731
-        log_q = jax.nn.log_softmax(matmul_in(tuning.compute, states, head).astype(jnp.float32))
+        log_q = jax.nn.log_softmax(matmul_in(tuning.compute, states, head))
         # optax's cross-entropy would normalise the logits a second time.
         values = {"text": -of_target(log_q)} if text else {}
         if text < 1:
-            log_p = jax.nn.log_softmax(matmul_in(tuning.compute, others, head).astype(jnp.float32))
+            log_p = jax.nn.log_softmax(matmul_in(tuning.compute, teacher_states, head))
             values["forward"] = optax.losses.kl_divergence_with_log_targets(log_q, log_p)
             values |= {"reverse": optax.losses.kl_divergence_with_log_targets(log_p, log_q)} if reverse else {}
             values |= {"confidence": jnp.exp(of_target(log_p))} if reverse == "confidence" else {}

@@ -24,10 +24,8 @@ class LoRA:
       alpha: the adapter's strength is alpha / rank.
       dropout: share of the inputs of `a` that each training step sets to 0; the others are divided by 1 − dropout.
       start: "zero" is PEFT's: a is uniform within ±1/√in and b is 0, so the model is unchanged. "loftq": a and b make
-        up for the error of the quantized weight (arXiv 2310.08659, Algorithm 1).
-      iterations: T of LoftQ. With 1 the quantized weight stays as it is, whichever method made it: a and b are the
-        truncated SVD of its error. From the second on, W − (alpha / rank) · a @ b is quantized again, to nearest on
-        the min-max grid of its format, so the weight's bytes change.
+        up for the error of the quantized weight, which stays as it is: LoftQ with T = 1 (arXiv 2310.08659,
+        Algorithm 1).
 
     Raises:
       InputError: an option out of range.
@@ -37,12 +35,10 @@ class LoRA:
     alpha: int | float = 32
     dropout: int | float = 0.0
     start: Literal["zero", "loftq"] = "zero"
-    iterations: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("rank", "iterations"):
-            if type(value := getattr(self, name)) is not int or value < 1:  # a bool is no number
-                raise InputError(f"LoRA takes a {name} that is a whole number from 1, not {value!r}.")
+        if type(self.rank) is not int or self.rank < 1:  # a bool is no number
+            raise InputError(f"LoRA takes a rank that is a whole number from 1, not {self.rank!r}.")
         if type(self.alpha) not in (int, float) or not 0 < self.alpha < math.inf:
             raise InputError(f"LoRA takes a finite alpha above 0, not {self.alpha!r}.")
         if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
