@@ -114,7 +114,7 @@ def test_the_row_makes_a_hashable_method_that_equals_itself_made_again(name):
     assert isinstance(a.format, Format)
     assert isinstance(a.range, Range)
     assert isinstance(a.rounding, Rounding)
-    assert a.needs <= {"gram", "held_out", "cross", "abs_mean", "abs_max", "clips", "text"}
+    assert a.needs <= {"gram", "held_out", "cross", "abs_mean", "abs_max", "clips", "text", "outputs"}
 
 
 @pytest.mark.parametrize("name", [name for name in ROWS if name not in NAMES])

@@ -555,7 +555,7 @@ def test_config(kind, name):
 def test_wheel_configs_pass_the_checks_on_names():
     models = [hub.load_config("model", "smollm2_135m")["source"]]
     texts = [hub.load_config(kind, name) for kind, name in CONFIGS if name.endswith("_utf8")]
-    assert len(texts) == 4
+    assert len(texts) == 6
     for source in models + texts:
         package = source.get("wheel") or source["package"]
         hub._check_names(package, source["version"], source["sha256"], {source["member"]: source["member_sha256"]})
