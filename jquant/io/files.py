@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from jquant.errors import InputError
 
 JSON_LIMIT = 1 << 28  # bytes; the largest in use, tokenizers and shard indices, have some 30 million
@@ -55,6 +57,21 @@ def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path} is not a JSON object.")
     return content
+
+
+def hold(folder: Path, lock: FileLock) -> None:
+    """Makes a folder and takes the lock in it.
+
+    Raises:
+      InputError: another process has the lock; the folder can't be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise InputError(f"{folder} is being written by another process.") from None
+    except OSError as failed:
+        raise InputError(f"{folder} can't be written ({failed.strerror}).") from None
 
 
 def write_json(path: Path, content: Any) -> None:

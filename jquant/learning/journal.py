@@ -21,13 +21,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from jquant import provenance
 from jquant.data import check_whole
 from jquant.errors import InputError
 from jquant.io.checkpoint import read_item, read_item_json, write_item
-from jquant.io.files import read_json, write_json, write_text
+from jquant.io.files import hold, read_json, write_json, write_text
 from jquant.parallel.processes import as_first, gather, on_first
 
 RUN, METRICS, STATE, BOARD, LOCK = "run.json", "metrics.jsonl", "state", "tensorboard", ".lock"
@@ -71,7 +71,7 @@ def opened(journal: Journal | None, describe: Callable[[], Mapping[str, Any]]) -
         return
     folder = Path(journal.folder)
     lock = FileLock(folder / LOCK, timeout=0, thread_local=False)
-    on_first(partial(_hold, folder, lock))
+    on_first(partial(hold, folder, lock))
     try:
         on_first(partial(_claim, folder, dict(describe())))
         on_first(partial(_check_board, journal))
@@ -168,16 +168,6 @@ class Writer:
         """Ends what is open."""
         if self._board:
             self._board.close()
-
-
-def _hold(folder: Path, lock: FileLock) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout:
-        raise InputError(f"{folder} is being written by another process.") from None
-    except OSError as failed:
-        raise InputError(f"{folder} can't be written ({failed.strerror}).") from None
 
 
 def _claim(folder: Path, run: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from flax import nnx
 from jaxtyping import Int
 
@@ -39,7 +39,7 @@ from jquant.io.checkpoint import (
     write_item,
     write_sealed,
 )
-from jquant.io.files import write_bytes
+from jquant.io.files import hold, write_bytes
 from jquant.io.load import ModelFile, QuantizedFile
 from jquant.io.save import block_facts, files_beside, new_manifest, outside_items
 from jquant.methods import Rules
@@ -217,16 +217,7 @@ def _owned(folder: Path) -> Iterator[None]:
     """
     lock, new_folder = FileLock(folder / LOCK, timeout=0, thread_local=False), not folder.exists()
 
-    def hold() -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-        except Timeout:
-            raise InputError(f"{folder} is being written by another process.") from None
-        except OSError as failed:
-            raise InputError(f"{folder} can't be written ({failed.strerror}).") from None
-
-    on_first(hold)
+    on_first(partial(hold, folder, lock))
     try:
         yield
     finally:
