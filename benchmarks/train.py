@@ -77,11 +77,11 @@ def jquant_step(model: LanguageModel, text: np.ndarray) -> Callable[[], float]:
     start, student = begun(split(quantize(model, "rtn-2", progress=False).decoder), stage, model.decoder)
     learned = start()
     held = [loop.State(learned, loop.optimizer(stage).init(learned))]
-    frozen = (student, model.decoder)
+    frozen, rates, program = (student, model.decoder), loop.rates_of(stage, 0), loop.program_of(stage)
 
     def run() -> float:
         begin = time.perf_counter()
-        held[0], value, _ = loop.step(held[0], frozen, text, loss=model_loss, stage=stage)
+        held[0], value, _ = loop.step(held[0], frozen, text, rates, loss=model_loss, stage=program)
         jax.block_until_ready((held[0], value))
         return time.perf_counter() - begin
 

@@ -191,6 +191,23 @@ def test_a_training_that_diverges_ends_in_a_sentence_and_keeps_its_checkpoint(de
     assert [path.name for path in (tmp_path / "state").iterdir()] == ["2"]
 
 
+def test_one_compilation_serves_all_rates_schedules_and_orders(decoder, quantized):
+    def compiled() -> int:
+        before = loop.step._cache_size()
+        for stage in stages:
+            tune(quantized, decoder, TOKENS, stage, progress=False)
+        return loop.step._cache_size() - before
+
+    first = replace(STAGE, b2=0.98)  # a program that no other test has compiled
+    stages = [first]
+    assert compiled() == 1
+    others = ({"rate": 1e-3}, {"weight_rate": 2e-3, "seed": 1}, {"schedule": "linear", "warmup": 2, "steps": 4})
+    stages = [replace(first, **other) for other in others]
+    assert compiled() == 0
+    stages = [replace(first, weight_rate=0.0)]
+    assert compiled() == 1
+
+
 # ---- meshes ---------------------------------------------------------------------------------------------------------
 
 WIDE = Tuning(20, 8, 3e-3, weight_rate=0.01, norm_rate=1e-3, compute="float32", text=0.3)
@@ -235,8 +252,9 @@ def test_parameters_moments_and_work_are_split_and_collectives_do_not_grow_with_
             cut = mesh.parameters if mesh else (lambda tree: tree)
             state = cut(loop.State(learned, loop.optimizer(WIDE).init(learned)))
             batch = mesh.place(TOKENS[[0, 1, 2, 3, 4, 5, 0, 1]], "data") if mesh else TOKENS[[0, 1, 2, 3, 4, 5, 0, 1]]
+            named = {"loss": model_loss, "stage": loop.program_of(WIDE), "devices": mesh}
             compiled[mesh] = loop.step.lower(
-                state, cut((student, small)), batch, loss=model_loss, stage=WIDE, devices=mesh
+                state, cut((student, small)), batch, loop.rates_of(WIDE, 0), **named
             ).compile()
         sizes = [program.memory_analysis().argument_size_in_bytes for program in compiled.values()]
         assert sizes[1] < sizes[0] / 7

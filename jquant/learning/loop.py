@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from jquant.parallel.mesh import DATA, Devices
 from jquant.progress import Progress
 
 Learned = dict[tuple[Any, ...], dict[str, Array]]  # by the parameter's path
+Rates = dict[str, Float[Array, ""]]  # by the parameter's name
 Loss = Callable[[Learned, Any, Any, Tuning], Float[Array, ""]]
 
 
@@ -82,12 +83,13 @@ def fit(task: Task, stage: Tuning, writer: Writer | None = None, progress: Progr
         return cut(State(learned, optimizer(stage).init(learned)))
 
     first, state = (0, start()) if writer is None else writer.resumed(start)
-    frozen = cut(task.frozen)
+    frozen, program = cut(task.frozen), program_of(stage)
     begin = time.perf_counter()
     for number in range(first, stage.steps):
         done, last = number + 1, number + 1 == stage.steps
         batch = on_data(task.batch(number, windows_of(number, task.count, stage)))
-        state, value, finite = step(state, frozen, batch, loss=task.loss, stage=stage, devices=devices)
+        rates = rates_of(stage, number)
+        state, value, finite = step(state, frozen, batch, rates, loss=task.loss, stage=program, devices=devices)
         if not finite:  # waits: one step's activations are alive at a time
             kept = f" The checkpoint before is in {writer.folder}." if writer and writer.kept() else ""
             raise InputError(
@@ -117,7 +119,7 @@ def windows_of(step: int, count: int, stage: Tuning) -> Int[np.ndarray, " window
 
 @partial(jax.jit, static_argnames=("loss", "stage", "devices"), donate_argnames="state")
 def step(
-    state: State, frozen: Any, batch: Any, *, loss: Loss, stage: Tuning, devices: Devices | None = None
+    state: State, frozen: Any, batch: Any, rates: Rates, *, loss: Loss, stage: Tuning, devices: Devices | None = None
 ) -> tuple[State, Float[Array, ""], Array]:
     """One step of the optimizer.
 
@@ -125,8 +127,9 @@ def step(
       state: donated.
       frozen: what no step changes.
       batch: arrays `[windows, …]`; `stage.accumulate` equal parts go through the model one after another.
+      rates: of this step, by the parameter's name.
       loss: a function of what is learned, `frozen`, a part of the batch and the stage; a mean over its windows.
-      stage: see `Tuning`.
+      stage: see `program_of`.
       devices: the mesh over which the state is split.
 
     Returns:
@@ -142,16 +145,22 @@ def step(
         total, _ = jax.lax.scan(add, zero, parts)
         value, slopes = jax.tree.map(lambda a: a / stage.accumulate, total)
     updates, moments = optimizer(stage).update(slopes, state.moments, state.learned)
-    learned = optax.apply_updates(state.learned, updates)
+    moved = {path: {name: -rates[name] * u for name, u in each.items()} for path, each in updates.items()}
+    learned = optax.apply_updates(state.learned, moved)
     if devices:
         learned, moments = devices.constrain((learned, moments))
     return State(learned, moments), value, jnp.isfinite(value) & all_finite(learned)
 
 
+def program_of(stage: Tuning) -> Tuning:
+    """The stage as far as a step's program depends on it: one compilation serves all rates, schedules and orders."""
+    fixed = {name: getattr(Tuning(), name) for name in ("rate", "schedule", "warmup", "seed")}
+    some = lambda rate: float(rate > 0)  # noqa: E731
+    return replace(stage, steps=1, weight_rate=some(stage.weight_rate), norm_rate=some(stage.norm_rate), **fixed)
+
+
 def optimizer(stage: Tuning) -> optax.GradientTransformation:
-    """The stage's optimizer: clipped gradients, scaled by their moments, times each parameter's rate."""
-    rates = dict.fromkeys(("log_scale", "log_clip", "shift", "a", "b"), stage.rate)
-    rates |= {"weight": stage.weight_rate, "norm": stage.norm_rate}
+    """The stage's optimizer without its rates: clipped gradients, scaled by their moments."""
     parts = [optax.clip_by_global_norm(stage.clip)] if stage.clip else []
     match stage.optimizer:
         case "adam":
@@ -160,7 +169,15 @@ def optimizer(stage: Tuning) -> optax.GradientTransformation:
             parts.append(optax.scale_by_lion(b2=stage.b2))
         case "adafactor":
             parts.append(optax.scale_by_factored_rms())
-    return optax.chain(*parts, _scaled(rates), optax.scale_by_learning_rate(schedule(stage)))
+    return optax.chain(*parts)
+
+
+def rates_of(stage: Tuning, step: int) -> Rates:
+    """The rate of each parameter, by its name, at a step counted from 0."""
+    rates = dict.fromkeys(("log_scale", "log_clip", "shift", "a", "b"), stage.rate)
+    rates |= {"weight": stage.weight_rate, "norm": stage.norm_rate}
+    factor = schedule(stage)(step)
+    return {name: jnp.float32(rate * factor) for name, rate in rates.items()}
 
 
 def schedule(stage: Tuning) -> optax.Schedule:
@@ -175,12 +192,3 @@ def schedule(stage: Tuning) -> optax.Schedule:
         return down
     # The first step has a rate, too.
     return optax.join_schedules([optax.linear_schedule(1 / stage.warmup, 1.0, stage.warmup - 1), down], [stage.warmup])
-
-
-def _scaled(rates: dict[str, float]) -> optax.GradientTransformation:
-    """Multiplies every update by its parameter's rate."""
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        return {path: {name: rates[name] * u for name, u in each.items()} for path, each in updates.items()}, state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
