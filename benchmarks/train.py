@@ -29,7 +29,8 @@ from jquant import LanguageModel, Tuning, load_model, load_text, quantize
 from jquant.data import windows
 from jquant.io.hub import cache_dir
 from jquant.learning import loop
-from jquant.learning.tuning import begun, model_loss, split
+from jquant.learning.losses import model_loss
+from jquant.learning.tuning import begun, split
 
 CONTEXT, WINDOWS, ROUNDS = 512, 2, 5
 TOKENS = CONTEXT * WINDOWS
@@ -77,11 +78,11 @@ def jquant_step(model: LanguageModel, text: np.ndarray) -> Callable[[], float]:
     start, student = begun(split(quantize(model, "rtn-2", progress=False).decoder), stage, model.decoder)
     learned = start()
     held = [loop.State(learned, loop.optimizer(stage).init(learned))]
-    frozen, rates, program = (student, model.decoder), loop.rates_of(stage, 0), loop.program_of(stage)
+    frozen, rates, program = (student, model.decoder), loop.rates_of(stage, 0), loop.Program.of(model_loss, stage)
 
     def run() -> float:
         begin = time.perf_counter()
-        held[0], value, _ = loop.step(held[0], frozen, text, rates, loss=model_loss, stage=program)
+        held[0], value, _ = loop.step(held[0], frozen, text, rates, program)
         jax.block_until_ready((held[0], value))
         return time.perf_counter() - begin
 

@@ -35,6 +35,8 @@ class Tuning:
       reverse: share of KL(student ‖ teacher) in the KL divergence, 0 to 1; the rest is KL(teacher ‖ student).
         "confidence" takes the teacher's mean probability of the text's tokens (BitDistiller, arXiv 2402.10631, Eq. 8),
         here of each part of a step.
+      top_k: the float model's k most likely tokens after each token are computed once, kept in the cache and learned
+        from, with all others together as one more; None learns its whole distribution, computed in every step.
       optimizer: "adam"; "lion" (arXiv 2302.06675); "adafactor", without first moments and with factored second ones.
         Decay of the first moments: optax's, 0.9.
       b2: decay of Adam's second moments, or of Lion's momentum.
@@ -55,6 +57,7 @@ class Tuning:
     target: Literal["block", "model"] = "model"
     text: float = 0.0
     reverse: float | Literal["confidence"] = 0.0
+    top_k: int | None = None
     optimizer: Literal["adam", "lion", "adafactor"] = "adam"
     b2: float = 0.999
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -69,6 +72,10 @@ class Tuning:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InputError(f"Tuning's {name} is a whole number from {least}, not {value!r}.")
+        if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1 or self.reverse == "confidence"):
+            raise InputError(
+                f"Tuning's top_k is None or a whole number from 1, without reverse='confidence', not {self.top_k!r}."
+            )
         if self.windows % self.accumulate:
             raise InputError(f"Tuning's windows={self.windows} do not divide into accumulate={self.accumulate} parts.")
         if self.warmup >= self.steps:

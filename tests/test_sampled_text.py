@@ -167,9 +167,7 @@ def test_a_damaged_file_is_named_and_sampled_again(model, cache, calls, caplog, 
     with caplog.at_level(logging.WARNING):
         np.testing.assert_array_equal(sampled(model, 6), tokens)
     assert calls == [1]
-    assert [record.getMessage() for record in caplog.records] == [
-        f"{second} is damaged; its windows are sampled again."
-    ]
+    assert [record.getMessage() for record in caplog.records] == [f"{second} is damaged; it is computed again."]
     assert second.read_bytes() == good
     caplog.clear()
     sampled(model, 6)

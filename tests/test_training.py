@@ -17,12 +17,18 @@ import numpy as np
 import pytest
 from checkpoints import refused
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_pipeline import leaves, same_bytes
 
 from jquant import Journal, Options, Tuning
 from jquant.io.load import load_model
 from jquant.learning import loop
-from jquant.learning.tuning import begun, model_loss, split, tune
+from jquant.learning import teacher as teaching
+from jquant.learning.losses import model_loss
+from jquant.learning.objectives import top_k
+from jquant.learning.teacher import lessons
+from jquant.learning.tuning import begun, split, tune
 from jquant.methods import method
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Decoder
@@ -99,7 +105,8 @@ SCRIPT = """
 import resource, sys, numpy as np
 from jquant import Journal, Tuning, method
 from jquant.io.load import load_model
-from jquant.learning.tuning import begun, model_loss, split, tune
+from jquant.learning.losses import model_loss
+from jquant.learning.tuning import begun, split, tune
 from jquant.parallel.mesh import Devices
 from jquant.pipeline.in_memory import quantize_decoder
 from jquant.qtensor import QTensor
@@ -252,9 +259,9 @@ def test_parameters_moments_and_work_are_split_and_collectives_do_not_grow_with_
             cut = mesh.parameters if mesh else (lambda tree: tree)
             state = cut(loop.State(learned, loop.optimizer(WIDE).init(learned)))
             batch = mesh.place(TOKENS[[0, 1, 2, 3, 4, 5, 0, 1]], "data") if mesh else TOKENS[[0, 1, 2, 3, 4, 5, 0, 1]]
-            named = {"loss": model_loss, "stage": loop.program_of(WIDE), "devices": mesh}
+            program = loop.Program.of(model_loss, WIDE, mesh)
             compiled[mesh] = loop.step.lower(
-                state, cut((student, small)), batch, loop.rates_of(WIDE, 0), **named
+                state, cut((student, small)), batch, loop.rates_of(WIDE, 0), program
             ).compile()
         sizes = [program.memory_analysis().argument_size_in_bytes for program in compiled.values()]
         assert sizes[1] < sizes[0] / 7
@@ -311,24 +318,63 @@ def test_every_optimizer_and_schedule_lowers_the_loss(decoder, quantized, optimi
     assert losses[-1] < 0.97 * losses[0]
 
 
-def oracle_loss(student, teacher, text: float, reverse: float | str) -> float:
-    """The loss in float64 from the logits of both, as the papers write it."""
+def oracle_loss(student, teacher, text: float, reverse: float | str, top: int | None = None) -> float:
+    """The loss in float64 from the logits of both, as the papers write it; of the `top` likeliest and all others."""
     log = lambda logits: logits - np.log(np.exp(logits).sum(-1, keepdims=True))  # noqa: E731
     log_q, log_p = (log(np.asarray(model(jnp.asarray(TOKENS)), np.float64))[:, :-1] for model in (student, teacher))
     of_text = lambda values: np.take_along_axis(values, TOKENS[:, 1:, None], -1)  # noqa: E731
-    share = np.exp(of_text(log_p)).mean() if reverse == "confidence" else reverse
+    share, learned = np.exp(of_text(log_p)).mean() if reverse == "confidence" else reverse, of_text(log_q).mean()
+    if top:
+        order = np.argsort(-log_p, -1)
+        for values in (likeliest := [np.take_along_axis(log, order, -1) for log in (log_p, log_q)]):
+            values[..., top] = np.log(np.exp(values[..., top:]).sum(-1))
+        log_p, log_q = (values[..., : top + 1] for values in likeliest)
     forward, backward = (np.exp(log_p) * (log_p - log_q)).sum(-1), (np.exp(log_q) * (log_q - log_p)).sum(-1)
-    return (1 - text) * ((1 - share) * forward + share * backward).mean() - text * of_text(log_q).mean()
+    return (1 - text) * ((1 - share) * forward + share * backward).mean() - text * learned
 
 
-@pytest.mark.parametrize(
-    ("text", "reverse"), [(0.0, 0.0), (1.0, 0.0), (0.3, 0.0), (0.0, 1.0), (0.2, 0.5), (0.0, "confidence")]
-)
-def test_losses_are_those_of_float64(decoder, quantized, text, reverse):
-    stage = replace(STAGE, text=text, reverse=reverse, compute="float32")
+LOSSES = [
+    (0.0, 0.0, None), (1.0, 0.0, None), (0.3, 0.0, None), (0.0, 1.0, None), (0.2, 0.5, None), (0.0, "confidence", None),
+    (0.0, 0.0, 5), (0.3, 0.5, 1), (0.0, 0.0, checkpoints.VOCAB - 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "reverse", "top"), LOSSES)
+def test_losses_are_those_of_float64(decoder, quantized, tmp_path, monkeypatch, text, reverse, top):
+    monkeypatch.setenv("JQUANT_CACHE", str(tmp_path))
+    stage = replace(STAGE, text=text, reverse=reverse, compute="float32", top_k=top)
     start, student = begun(split(quantized), stage, decoder)
-    found = jax.jit(model_loss, static_argnums=3)(start(), (student, decoder), jnp.asarray(TOKENS), stage)
-    assert float(found) == pytest.approx(oracle_loss(quantized, decoder, text, reverse), rel=1e-5, abs=1e-7)
+    teacher, lesson = lessons(decoder, TOKENS, stage, lambda *_: None)
+    batch = jax.tree.map(jnp.asarray, lesson(np.arange(len(TOKENS))))
+    found = jax.jit(model_loss, static_argnums=3)(start(), (student, teacher), batch, stage)
+    assert float(found) == pytest.approx(oracle_loss(quantized, decoder, text, reverse, top), rel=1e-5, abs=1e-7)
+
+
+def test_a_teachers_likeliest_tokens_are_computed_once(decoder, quantized, tmp_path, monkeypatch):
+    monkeypatch.setenv("JQUANT_CACHE", str(tmp_path))
+    monkeypatch.setattr(teaching, "WINDOWS", 4)
+    stage, calls = replace(STAGE, top_k=5), []
+    first = tune(quantized, decoder, TOKENS, stage, progress=lambda *call, **_: calls.append(call))
+    assert [call for call in calls if call[0] == "teach"] == [("teach", 4, 6), ("teach", 6, 6)]
+    monkeypatch.setattr(teaching, "_predictions", lambda *_: pytest.fail("computed again"))
+    again = tune(quantized, decoder, TOKENS, stage, progress=False)
+    assert same_bytes(leaves(first), leaves(again))
+    assert len(list((tmp_path / "teacher").rglob("*.safetensors"))) == 2
+    with refused(f"top_k={checkpoints.VOCAB}", "tokens"):
+        tune(quantized, decoder, TOKENS, replace(stage, top_k=checkpoints.VOCAB), progress=False)
+    for wrong in ({"top_k": 0}, {"top_k": True}, {"top_k": 3, "reverse": "confidence"}):
+        with refused("top_k"):
+            replace(STAGE, **wrong)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 300), st.data())
+def test_the_k_largest_are_those_of_a_sort(n, data):
+    k = data.draw(st.integers(1, n))
+    values = np.random.default_rng(n * 1000 + k).permutation(3 * n)[:n].astype(np.float32)
+    found, at = top_k(jnp.stack([values, -values]), k)
+    np.testing.assert_array_equal(found, [np.sort(values)[::-1][:k], np.sort(-values)[::-1][:k]])
+    np.testing.assert_array_equal(np.take_along_axis(np.stack([values, -values]), np.asarray(at), -1), found)
 
 
 def test_what_is_trained_is_what_is_deployed(decoder, quantized):

@@ -27,11 +27,12 @@ from jaxtyping import Float, Int
 from jquant.data import check_tokens, check_whole
 from jquant.errors import InputError
 from jquant.io.language_model import LanguageModel
+from jquant.learning.objectives import top_k as largest
 from jquant.models.cache import Cache
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Block, Decoder, rotary_table
 
-# Tokens that `_draw` and `_among` take together. A vocabulary of 49,152 has 384 such blocks.
+# Tokens that `_draw` takes together. A vocabulary of 49,152 has 384 such blocks.
 BLOCK = 128
 
 
@@ -251,15 +252,8 @@ def _in_blocks(logits: Float[Array, "*b vocab"]) -> Float[Array, "*b blocks bloc
 
 
 def _among(logits: Float[Array, "b vocab"], top_k: int) -> Float[Array, "b vocab"]:
-    """Logits with −∞ for tokens less likely than the `top_k`-th.
-
-    The `top_k` largest are in the `top_k` blocks of the largest maxima. On a CPU `jax.lax.top_k` sorts, and sorting
-    32 × 49,152 logits would take 230 ms.
-    """
-    blocks = _in_blocks(logits)
-    _, chosen = jax.lax.top_k(jnp.max(blocks, -1), min(top_k, blocks.shape[1]))
-    candidates = jnp.take_along_axis(blocks, chosen[..., None], 1).reshape(len(logits), -1)
-    return jnp.where(logits < jax.lax.top_k(candidates, top_k)[0][:, -1:], -jnp.inf, logits)
+    """Logits with −∞ for tokens less likely than the `top_k`-th."""
+    return jnp.where(logits < largest(logits, top_k)[0][:, -1:], -jnp.inf, logits)
 
 
 @partial(jax.jit, static_argnames=("temperature", "top_k"))

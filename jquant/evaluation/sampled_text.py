@@ -16,31 +16,24 @@ once gone another way stays different.
 """
 
 import json
-import logging
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 from jax import Array
 from jaxtyping import Int
-from safetensors import SafetensorError, safe_open
 
 from jquant.data import check_whole
 from jquant.errors import InputError
 from jquant.evaluation.generation import Sampling, check_sampling, generate_batch
-from jquant.io.files import write_bytes, write_json
-from jquant.io.hub import cache_dir
+from jquant.io.kept import Kept
 from jquant.io.language_model import LanguageModel
 from jquant.models.decoder import Decoder
 from jquant.models.params import flat_params
 from jquant.progress import Progress, showing
-from jquant.provenance import array_digest, code_of, describe, digest, packages
-
-log = logging.getLogger(__name__)
+from jquant.provenance import code_of, describe, digest, packages
 
 BATCH = 32  # windows sampled at once; whole batches are kept
 # How many tokens after a random first one are the most likely ones; LLM-QAT's code has 2, 3 and 4.
@@ -92,18 +85,12 @@ def sample_text(
         "packages": packages(),
         "device": jax.devices()[0].device_kind,
     }
-    folder = cache_dir() / "sampled" / digest(json.dumps(recipe, sort_keys=True).encode())
-    batches, size = [], BATCH * context
+    kept, batches, size = Kept.of("sampled", recipe), [], BATCH * context
     total = -(-count // BATCH)
     with showing(progress) as tell:
         for number in range(total):
-            path = folder / f"{number:06}.safetensors"
-            tokens = _read(path, recipe)
-            if tokens is None:
-                tokens = _sample(decoder, recipe, number)
-                write_json(folder / "recipe.json", recipe)
-                _write(path, tokens)
-            batches.append(tokens)
+            make = lambda number=number: {"tokens": _sample(decoder, recipe, number)}  # noqa: E731
+            batches.append(kept.arrays(number, {"tokens": (BATCH, context)}, make)["tokens"])
             tell("generate", (number + 1) * size, total * size)
     return np.concatenate(batches)[:count]
 
@@ -128,24 +115,3 @@ def _random_start(decoder: Decoder, keys: Array, likeliest: int) -> Int[np.ndarr
     draw = jax.vmap(lambda key: jax.random.randint(key, (1,), 0, decoder.config.vocab_size))
     first = np.asarray(draw(keys))
     return np.concatenate([first, generate_batch(decoder, first, keys, tokens=likeliest)], 1)
-
-
-def _write(path: Path, tokens: Int[np.ndarray, "batch context"]) -> None:
-    """Writes a batch with its digest, completely or not at all."""
-    write_bytes(path, safetensors.numpy.save({"tokens": tokens}, {"digest": array_digest(tokens)}))
-
-
-def _read(path: Path, recipe: dict[str, Any]) -> Int[np.ndarray, "batch context"] | None:
-    """A batch from its file; None if there is no such file, or a damaged one, which is sampled again."""
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, framework="numpy") as file:
-            tokens, stored = file.get_tensor("tokens"), (file.metadata() or {}).get("digest")
-        whole = tokens.shape == (recipe["batch"], recipe["context"]) and array_digest(tokens) == stored
-    except (SafetensorError, OSError):
-        whole = False
-    if whole:
-        return tokens
-    log.warning("%s is damaged; its windows are sampled again.", path)
-    return None

@@ -13,7 +13,8 @@ from jquant.composition import Choices, Method, Tuning
 from jquant.errors import InputError
 from jquant.learning.fake_quant import FakeQuantized
 from jquant.learning.loop import Learned, Task, fit
-from jquant.learning.tuning import model_loss, split
+from jquant.learning.losses import model_loss
+from jquant.learning.tuning import split
 from jquant.models.decoder import Decoder, blocks, with_blocks
 from jquant.models.params import flat_params, with_params
 from jquant.ranges import LossSearch

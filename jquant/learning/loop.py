@@ -83,13 +83,12 @@ def fit(task: Task, stage: Tuning, writer: Writer | None = None, progress: Progr
         return cut(State(learned, optimizer(stage).init(learned)))
 
     first, state = (0, start()) if writer is None else writer.resumed(start)
-    frozen, program = cut(task.frozen), program_of(stage)
+    frozen, program = cut(task.frozen), Program.of(task.loss, stage, devices)
     begin = time.perf_counter()
     for number in range(first, stage.steps):
         done, last = number + 1, number + 1 == stage.steps
         batch = on_data(task.batch(number, windows_of(number, task.count, stage)))
-        rates = rates_of(stage, number)
-        state, value, finite = step(state, frozen, batch, rates, loss=task.loss, stage=program, devices=devices)
+        state, value, finite = step(state, frozen, batch, rates_of(stage, number), program)
         if not finite:  # waits: one step's activations are alive at a time
             kept = f" The checkpoint before is in {writer.folder}." if writer and writer.kept() else ""
             raise InputError(
@@ -117,9 +116,31 @@ def windows_of(step: int, count: int, stage: Tuning) -> Int[np.ndarray, " window
     return np.asarray([epochs[position // count][position % count] for position in positions])
 
 
-@partial(jax.jit, static_argnames=("loss", "stage", "devices"), donate_argnames="state")
+@dataclass(frozen=True)
+class Program:
+    """What a step is compiled from; rates are its arguments.
+
+    Attributes:
+      loss: a function of what is learned, what no step changes, a part of a batch and the stage; a mean over windows.
+      stage: one of those that differ in rates, schedule, steps and seed alone.
+      devices: the mesh over which the state is split.
+    """
+
+    loss: Loss
+    stage: Tuning
+    devices: Devices | None = None
+
+    @staticmethod
+    def of(loss: Loss, stage: Tuning, devices: Devices | None = None) -> "Program":
+        """The program of a stage: one compilation serves all rates, schedules and orders."""
+        fixed = {name: getattr(Tuning(), name) for name in ("rate", "schedule", "warmup", "seed")}
+        learned = {name: float(getattr(stage, name) > 0) for name in ("weight_rate", "norm_rate")}
+        return Program(loss, replace(stage, steps=1, **fixed, **learned), devices)
+
+
+@partial(jax.jit, static_argnames="program", donate_argnames="state")
 def step(
-    state: State, frozen: Any, batch: Any, rates: Rates, *, loss: Loss, stage: Tuning, devices: Devices | None = None
+    state: State, frozen: Any, batch: Any, rates: Rates, program: Program
 ) -> tuple[State, Float[Array, ""], Array]:
     """One step of the optimizer.
 
@@ -128,14 +149,13 @@ def step(
       frozen: what no step changes.
       batch: arrays `[windows, …]`; `stage.accumulate` equal parts go through the model one after another.
       rates: of this step, by the parameter's name.
-      loss: a function of what is learned, `frozen`, a part of the batch and the stage; a mean over its windows.
-      stage: see `program_of`.
-      devices: the mesh over which the state is split.
+      program: loss, stage and mesh.
 
     Returns:
       The new state, the loss before the step, and whether loss and new parameters are finite.
     """
-    gradient = jax.value_and_grad(loss)
+    stage, devices = program.stage, program.devices
+    gradient = jax.value_and_grad(program.loss)
     if stage.accumulate == 1:
         value, slopes = gradient(state.learned, frozen, batch, stage)
     else:
@@ -144,19 +164,13 @@ def step(
         add = lambda so_far, part: (jax.tree.map(jnp.add, so_far, gradient(state.learned, frozen, part, stage)), None)  # noqa: E731
         total, _ = jax.lax.scan(add, zero, parts)
         value, slopes = jax.tree.map(lambda a: a / stage.accumulate, total)
+    updates: Any
     updates, moments = optimizer(stage).update(slopes, state.moments, state.learned)
     moved = {path: {name: -rates[name] * u for name, u in each.items()} for path, each in updates.items()}
     learned = optax.apply_updates(state.learned, moved)
     if devices:
         learned, moments = devices.constrain((learned, moments))
     return State(learned, moments), value, jnp.isfinite(value) & all_finite(learned)
-
-
-def program_of(stage: Tuning) -> Tuning:
-    """The stage as far as a step's program depends on it: one compilation serves all rates, schedules and orders."""
-    fixed = {name: getattr(Tuning(), name) for name in ("rate", "schedule", "warmup", "seed")}
-    some = lambda rate: float(rate > 0)  # noqa: E731
-    return replace(stage, steps=1, weight_rate=some(stage.weight_rate), norm_rate=some(stage.norm_rate), **fixed)
 
 
 def optimizer(stage: Tuning) -> optax.GradientTransformation:

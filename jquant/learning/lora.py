@@ -26,7 +26,9 @@ from jquant.errors import InputError
 from jquant.io.language_model import LanguageModel
 from jquant.learning.journal import Journal, opened
 from jquant.learning.loop import Learned, Task, fit, optimizer
-from jquant.learning.tuning import Product, check_devices, check_teacher, check_windows, computing, model_loss, run_of
+from jquant.learning.losses import Product, computing, model_loss
+from jquant.learning.teacher import lessons, outside
+from jquant.learning.tuning import check_devices, check_teacher, check_windows, run_of
 from jquant.methods import decide
 from jquant.models.adapters import Adapted, LoRA, first_adapted, values_of
 from jquant.models.decoder import Block, Decoder, blocks, with_blocks
@@ -114,16 +116,17 @@ def train_adapters(
     _check_training(model, tokens, tuning, teacher)
     check_devices(tuning, devices)
     student, learned = split(model.decoder)
-    frozen = (student, _outside(model.decoder) if teacher is None else teacher.decoder)
-
-    def batch(number: int, which: Int[np.ndarray, " windows"]) -> tuple[Any, ...]:
-        step_key = jax.random.fold_in(jax.random.key(tuning.seed), number)
-        return tokens[which], jax.random.key_data(jax.random.split(step_key, tuning.windows))
-
     start = partial(jax.tree.map, jnp.array, learned)  # copies, because a step donates its state
     (count, context), packed = tokens.shape, partial(_with_learned, model.decoder)
-    task = Task("Training of adapters", start, adapter_loss, frozen, batch, count, context, packed, devices)
     with showing(progress) as tell, opened(journal, partial(_run, model, teacher, tokens, tuning, devices)) as writer:
+        exact, lesson = lessons(teacher.decoder if teacher else outside(model.decoder), tokens, tuning, tell)
+
+        def batch(number: int, which: Int[np.ndarray, " windows"]) -> tuple[Any, ...]:
+            step_key = jax.random.fold_in(jax.random.key(tuning.seed), number)
+            return lesson(which), jax.random.key_data(jax.random.split(step_key, tuning.windows))
+
+        frozen = (student, exact)
+        task = Task("Training of adapters", start, adapter_loss, frozen, batch, count, context, packed, devices)
         learned = fit(task, tuning, writer, tell)
     seen = run_hashes(tokens) if model.calibrated_on is None else np.union1d(model.calibrated_on, run_hashes(tokens))
     return replace(model, decoder=_with_learned(model.decoder, learned), calibrated_on=seen)
@@ -215,22 +218,15 @@ def split(decoder: Decoder) -> tuple[Student, Learned]:
 
 
 def adapter_loss(learned: Learned, frozen: Any, batch: Any, tuning: Tuning) -> Float[Array, ""]:
-    """`model_loss` with dropout; a batch is the windows, and a key for each. Masks don't depend on `accumulate`."""
-    (student, teacher), (tokens, keys) = frozen, batch
-    return model_loss(learned, (replace(student, keys=jax.random.wrap_key_data(keys)), teacher), tokens, tuning)
+    """`model_loss` with dropout; a batch is its batch and a key for each window. Masks don't depend on `accumulate`."""
+    (student, teacher), (windows, keys) = frozen, batch
+    return model_loss(learned, (replace(student, keys=jax.random.wrap_key_data(keys)), teacher), windows, tuning)
 
 
 def _with_learned(decoder: Decoder, learned: Learned) -> Decoder:
     kernels = {".".join(map(str, path)): pair for path, pair in learned.items()}
     params = flat_params(decoder)
     return with_params(decoder, {name: replace(params[name], **pair) for name, pair in kernels.items()})
-
-
-def _outside(decoder: Decoder) -> Decoder:
-    """The decoder without its blocks."""
-    outside = nnx.merge(*nnx.split(decoder))
-    outside.segments = nnx.List([])
-    return outside
 
 
 def _check_training(model: LanguageModel, tokens: Any, tuning: Tuning, teacher: LanguageModel | None) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 from jax import Array
@@ -25,16 +24,16 @@ from jquant import provenance
 from jquant.composition import Tuning
 from jquant.data import check_tokens
 from jquant.errors import InputError
-from jquant.kernels.bfloat16 import matmul_in
-from jquant.learning.fake_quant import FakeQuantized, fake_quant_inputs, has_integer_zero
+from jquant.learning.fake_quant import FakeQuantized, has_integer_zero
 from jquant.learning.journal import Journal, opened
 from jquant.learning.loop import Learned, Task, fit
-from jquant.learning.objectives import map_rows
+from jquant.learning.losses import model_loss
+from jquant.learning.teacher import lessons
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Block, Decoder
 from jquant.parallel.mesh import Devices
 from jquant.progress import Progress, showing
-from jquant.qtensor import QTensor, dequantize
+from jquant.qtensor import QTensor
 from jquant.rounding.limits import check_scales
 
 
@@ -73,11 +72,12 @@ def tune(
     check_devices(tuning, devices)
     check_teacher(quantized, decoder)
     start, student = begun(split(quantized), tuning, decoder)
-    frozen, (count, context) = (student, decoder), tokens.shape
-    name, batch = "Tuning of the model", lambda _, which: tokens[which]
-    task = Task(name, start, model_loss, frozen, batch, count, context, student.packed, devices)
+    (count, context), name = tokens.shape, "Tuning of the model"
     describe = partial(run_of, {"quantized": quantized, "float": decoder}, tokens, tuning, devices, __name__)
     with showing(progress) as tell, opened(journal, describe) as writer:
+        teacher, lesson = lessons(decoder, tokens, tuning, tell)
+        frozen, batch = (student, teacher), lambda _, which: lesson(which)
+        task = Task(name, start, model_loss, frozen, batch, count, context, student.packed, devices)
         return student.packed(fit(task, tuning, writer, tell))
 
 
@@ -256,74 +256,3 @@ def block_loss(learned: Learned, frozen: Any, batch: Any, tuning: Tuning) -> Flo
     outputs = outputs.astype(jnp.float32)
     predicted = student.module(learned, tuning.compute)(inputs, rotary)[0].astype(jnp.float32)
     return jnp.mean(jnp.sum((predicted - outputs) ** 2, -1) / jnp.maximum(jnp.sum(outputs**2, -1), 1e-12))
-
-
-def model_loss(learned: Learned, frozen: Any, tokens: Int[Array, "b t"], tuning: Tuning) -> Float[Array, ""]:
-    """(1 − text) · mean KL divergence from the teacher + text · mean cross-entropy, nats."""
-    student, teacher = frozen
-    exact = None if tuning.text == 1 else jax.lax.stop_gradient(_computing(teacher, tuning.compute).hidden(tokens))
-    # Embedding and head are not quantized: student and teacher share them.
-    head = teacher.embedding.get_value().T if teacher.head is None else teacher.head.kernel.get_value()
-    head = head.astype(tuning.compute)  # once, not for every chunk of tokens
-    return _loss(student.module(learned, tuning.compute).hidden(tokens, remat=True), exact, head, tokens, tuning)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Product:
-    """A frozen kernel, an array or a `QTensor`, that multiplies as `compute` says; gradients pass to its inputs."""
-
-    w: Any
-    compute: str = field(metadata={"static": True})
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the weight."""
-        return self.w.shape
-
-    def __rmatmul__(self, x: Array) -> Array:
-        if isinstance(self.w, QTensor) and self.w.activation is not None:
-            x = fake_quant_inputs(x, self.w.activation, self.w.input_scale)
-        w = dequantize(self.w) if isinstance(self.w, QTensor) else self.w
-        return matmul_in(self.compute, x, w).astype(x.dtype)
-
-
-def _computing(decoder: Decoder, compute: str) -> Decoder:
-    """A float decoder whose products have factors in `compute`."""
-    graph, state = nnx.split(decoder)
-    return nnx.merge(graph, nnx.State(unflatten_mapping(computing(flatten_mapping(nnx.to_pure_dict(state)), compute))))
-
-
-def computing(params: Mapping[tuple[Any, ...], Any], compute: str) -> dict[tuple[Any, ...], Any]:
-    """A decoder's parameters, its projections with products that have factors in `compute`."""
-    is_kernel = lambda path: path[0] == "segments" and path[-1] == "kernel"  # noqa: E731
-    return {path: Product(leaf, compute) if is_kernel(path) else leaf for path, leaf in params.items()}
-
-
-def _loss(
-    hidden: Float[Array, "b t d"],
-    exact: Float[Array, "b t d"] | None,
-    head: Float[Array, "d vocab"],
-    tokens: Int[Array, "b t"],
-    tuning: Tuning,
-) -> Float[Array, ""]:
-    text, reverse = tuning.text, tuning.reverse
-
-    @jax.checkpoint
-    def rows(states: Array, teacher_states: Array, targets: Array) -> dict[str, Array]:
-        of_target = lambda log: jnp.take_along_axis(log, targets[:, None], -1)[:, 0]  # noqa: E731
-        log_q = jax.nn.log_softmax(matmul_in(tuning.compute, states, head))
-        # optax's cross-entropy would normalise the logits a second time.
-        values = {"text": -of_target(log_q)} if text else {}
-        if text < 1:
-            log_p = jax.nn.log_softmax(matmul_in(tuning.compute, teacher_states, head))
-            values["forward"] = optax.losses.kl_divergence_with_log_targets(log_q, log_p)
-            values |= {"reverse": optax.losses.kl_divergence_with_log_targets(log_p, log_q)} if reverse else {}
-            values |= {"confidence": jnp.exp(of_target(log_p))} if reverse == "confidence" else {}
-        return values
-
-    others = hidden if exact is None else exact
-    means = jax.tree.map(jnp.mean, map_rows(rows, hidden[:, :-1], others[:, :-1], tokens[:, 1:]))
-    share = means.get("confidence", reverse)
-    divergence = (1 - share) * means.get("forward", 0.0) + share * means.get("reverse", 0.0)
-    return (1 - text) * divergence + text * means.get("text", 0.0)

@@ -1,0 +1,119 @@
+"""The loss of training through the whole model: shares of forward and reverse KL divergence and of cross-entropy."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from flax.nnx.traversals import flatten_mapping, unflatten_mapping
+from jax import Array
+from jaxtyping import Float, Int
+
+from jquant.composition import Tuning
+from jquant.kernels.bfloat16 import matmul_in
+from jquant.learning.fake_quant import fake_quant_inputs
+from jquant.learning.objectives import map_rows
+from jquant.models.decoder import Decoder
+from jquant.qtensor import QTensor, dequantize
+
+
+def model_loss(learned: Any, frozen: Any, batch: Any, tuning: Tuning) -> Float[Array, ""]:
+    """(1 − text) · mean KL divergence from the teacher + text · mean cross-entropy, nats.
+
+    Args:
+      learned: what is learned.
+      frozen: the student, whose `module` takes what is learned, and the teacher.
+      batch: what `teacher.lessons` gives for some windows.
+      tuning: the stage.
+    """
+    (student, teacher), tokens = frozen, batch[0] if isinstance(batch, tuple) else batch
+    if isinstance(batch, tuple):
+        known = batch[1:]
+    elif tuning.text == 1:
+        known = ()
+    else:
+        states = computing_in(tuning.compute, teacher).hidden(tokens)
+        known = (jax.lax.stop_gradient(states[:, :-1]),)
+    head = head_of(teacher).astype(tuning.compute)  # once, not for every chunk of tokens
+    states = student.module(learned, tuning.compute).hidden(tokens, remat=True)
+    return _loss(states[:, :-1], tokens[:, 1:], known, head, tuning)
+
+
+def head_of(decoder: Decoder) -> Float[Array, "d vocab"]:
+    """The head's weight. Embedding and head are not quantized: student and teacher share them."""
+    return decoder.embedding.get_value().T if decoder.head is None else decoder.head.kernel.get_value()
+
+
+def _loss(
+    states: Float[Array, "b t d"],
+    targets: Int[Array, "b t"],
+    known: tuple[Array, ...],
+    head: Float[Array, "d vocab"],
+    tuning: Tuning,
+) -> Float[Array, ""]:
+    """The loss of the student's states; `known` is nothing, the teacher's states, or its likeliest tokens."""
+    text, reverse = tuning.text, tuning.reverse
+
+    @jax.checkpoint
+    def rows(states: Array, targets: Array, *known: Array) -> dict[str, Array]:
+        of_target = lambda log: jnp.take_along_axis(log, targets[:, None], -1)[:, 0]  # noqa: E731
+        log_q = jax.nn.log_softmax(matmul_in(tuning.compute, states, head))
+        # optax's cross-entropy would normalise the logits a second time.
+        values = {"text": -of_target(log_q)} if text else {}
+        if text == 1:
+            return values
+        if tuning.top_k is None:
+            log_p = jax.nn.log_softmax(matmul_in(tuning.compute, known[0], head))
+        else:
+            log_p, ids = known
+            log_p, log_q = _with_others(log_p), _with_others(jnp.take_along_axis(log_q, ids, -1))
+        values["forward"] = optax.losses.kl_divergence_with_log_targets(log_q, log_p)
+        values |= {"reverse": optax.losses.kl_divergence_with_log_targets(log_p, log_q)} if reverse else {}
+        values |= {"confidence": jnp.exp(of_target(log_p))} if reverse == "confidence" else {}
+        return values
+
+    means = jax.tree.map(jnp.mean, map_rows(rows, states, targets, *known))
+    share = means.get("confidence", reverse)
+    divergence = (1 - share) * means.get("forward", 0.0) + share * means.get("reverse", 0.0)
+    return (1 - text) * divergence + text * means.get("text", 0.0)
+
+
+def _with_others(log: Float[Array, "rows k"]) -> Float[Array, "rows k+1"]:
+    """Log-probabilities of some tokens, and of all others together; at least 1e-6 of it, which float32 resolves."""
+    rest = jnp.maximum(1 - jnp.sum(jnp.exp(log), -1, keepdims=True), 1e-6)
+    return jnp.concatenate([log, jnp.log(rest)], -1)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Product:
+    """A frozen kernel, an array or a `QTensor`, that multiplies as `compute` says; gradients pass to its inputs."""
+
+    w: Any
+    compute: str = field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return self.w.shape
+
+    def __rmatmul__(self, x: Array) -> Array:
+        if isinstance(self.w, QTensor) and self.w.activation is not None:
+            x = fake_quant_inputs(x, self.w.activation, self.w.input_scale)
+        w = dequantize(self.w) if isinstance(self.w, QTensor) else self.w
+        return matmul_in(self.compute, x, w).astype(x.dtype)
+
+
+def computing_in(compute: str, decoder: Decoder) -> Decoder:
+    """A float decoder whose products have factors in `compute`."""
+    graph, state = nnx.split(decoder)
+    return nnx.merge(graph, nnx.State(unflatten_mapping(computing(flatten_mapping(nnx.to_pure_dict(state)), compute))))
+
+
+def computing(params: Mapping[tuple[Any, ...], Any], compute: str) -> dict[tuple[Any, ...], Any]:
+    """A decoder's parameters, its projections with products that have factors in `compute`."""
+    is_kernel = lambda path: path[0] == "segments" and path[-1] == "kernel"  # noqa: E731
+    return {path: Product(leaf, compute) if is_kernel(path) else leaf for path, leaf in params.items()}
