@@ -39,6 +39,8 @@ from jquant.learning.lora import add_adapters, merge_adapters, train_adapters
 from jquant.learning.tuning import tune
 from jquant.methods import METHODS, Method, Tuning, method
 from jquant.models.adapters import LoRA
+from jquant.models.cache import RoundedCache
+from jquant.models.decoder import with_cache
 from jquant.models.folding import permute_mlp, rotate
 from jquant.pipeline.in_memory import quantize, quantize_decoder, quantize_decoders
 from jquant.pipeline.to_disk import quantize_to_folder
@@ -92,6 +94,7 @@ __all__ = [
     "Refit",
     "Report",
     "Rounded",
+    "RoundedCache",
     "Rounding",
     "Search",
     "SmoothQuant",
@@ -122,4 +125,5 @@ __all__ = [
     "save_adapters",
     "train_adapters",
     "tune",
+    "with_cache",
 ]

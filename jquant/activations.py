@@ -53,6 +53,25 @@ def quantize_inputs(
     return rounded if activation.outliers is None else jnp.where(outlier_features(x, activation), 0, rounded)
 
 
+def fake_quant_inputs(x: Float[Array, "*b in"], activation: Activation, scale: Array | None) -> Float[Array, "*b in"]:
+    """The inputs that a quantized weight multiplies, in x's dtype, with the straight-through gradient: that of x.
+
+    Features with outliers are in 16 bits, the others rounded. Arguments and errors as of `quantize_inputs`.
+    """
+    fixed = jax.lax.stop_gradient(x)
+    flat = fixed.reshape(-1, x.shape[-1])
+    rounded = quantize_inputs(flat, activation, scale)
+    if activation.outliers is not None:
+        rounded = jnp.where(outlier_features(flat, activation), in_16_bits(flat), rounded)
+    # x - fixed is 0: the value is the rounded one to the last bit.
+    return rounded.reshape(x.shape).astype(x.dtype) + (x - fixed)
+
+
+def in_16_bits(x: Array) -> Float[Array, "..."]:
+    """x rounded to its dtype if that has 16 bits, else to float16; as float32."""
+    return x.astype(x.dtype if x.dtype.itemsize == 2 else jnp.float16).astype(jnp.float32)
+
+
 def input_codes(
     x: Float[Array, "tokens in"], activation: Activation, scale: Float[Array, "1 1"] | None = None
 ) -> tuple[UInt8[Array, "tokens in"], tuple[Array, Array | None]]:

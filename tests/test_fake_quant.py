@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from problems import problem, shape_for
 
 from jquant import METHODS, Activation, Codebook, Float, Int, dequantize, method
+from jquant.activations import fake_quant_inputs
 from jquant.formats import FP8_E4M3, NF4, Format, block_shape
-from jquant.learning.fake_quant import FakeQuantized, as_typed, fake_quant, fake_quant_inputs, fixed_codes
+from jquant.learning.fake_quant import FakeQuantized, as_typed, fake_quant, fixed_codes
 from jquant.qtensor import Grid, quantize
 from jquant.ranges import MinMax
 
@@ -256,6 +257,18 @@ def test_a_scale_of_zero_has_no_gradient():
         gradients = jax.grad(lambda w, s: jnp.sum(fake_quant(w, s, zero, format)), (0, 1))(w, scale)  # noqa: B023
         assert all(np.isfinite(g).all() for g in gradients)
         np.testing.assert_array_equal(gradients[1], 0)
+
+
+def test_features_with_outliers_multiply_in_16_bits_as_in_the_packed_product():
+    rng = np.random.default_rng(3)
+    x, w = rng.standard_normal((5, 24)).astype(np.float32), rng.standard_normal((24, 6)).astype(np.float32)
+    x[2, [3, 7]] = 20.3, -9.1
+    format = Int(8, "channel", symmetric=True, scale="float32")
+    q = quantize(jnp.asarray(w), *MinMax()(jnp.asarray(w), format), format)
+    q = replace(q, activation=Activation(outliers=6.0))
+    student = replace(FakeQuantized.of(q), compute="float32")
+    np.testing.assert_allclose(x @ student, x @ q, rtol=1e-5, atol=1e-5)
+    assert np.abs((np.where(np.abs(x) > 6, 0, x) @ q) - x @ q).max() > 1
 
 
 def test_inputs_pass_their_gradient_straight_through():

@@ -145,7 +145,7 @@ def _items(decoder: Decoder, report: Mapping) -> Iterator[tuple[Path, Params, Fa
     for layer, block in enumerate(blocks(decoder)):
         check_storable(flat_params(block), f"layers.{layer}.")
         rebuilt = nnx.eval_shape(lambda: Block(decoder.config, nnx.Rngs(0)))
-        rebuilt.mlp.rotation = block.mlp.rotation
+        rebuilt.mlp.rotation, rebuilt.attention.cached = block.mlp.rotation, block.attention.cached
         _check_described(block, rebuilt, f"layers.{layer}")
         infos = {path: info for (number, path), info in report.items() if number == layer}
         yield block_folder(Path(), layer), flat_params(block), block_facts(block, infos)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jquant.activations import Activation, input_codes, outlier_features, quantize_inputs
+from jquant.activations import Activation, in_16_bits, input_codes, outlier_features, quantize_inputs
 from jquant.formats import Format, Int, block_shape, expand, grouped, unpack
 
 # The most weights that a product of several rows dequantizes at a time: 4 MB of float32, about a core's share of cache.
@@ -68,9 +68,8 @@ def quantized_matmul(
     else:
         y = matmul(quantize_inputs(flat, activation, input_scale), w)
     if activation.outliers is not None:
-        half = x.dtype if x.dtype.itemsize == 2 else jnp.float16
         outlying = outlier_features(flat, activation)
-        kept = jnp.where(outlying, flat, 0).astype(half).astype(jnp.float32)
+        kept = in_16_bits(jnp.where(outlying, flat, 0))
         # Most inputs have no outliers.
         y += jax.lax.cond(jnp.any(outlying), lambda: matmul(kept, w), lambda: jnp.zeros_like(y))
     return y.reshape(*x.shape[:-1], -1).astype(x.dtype)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, UInt8
 
-from jquant.activations import Activation, quantize_inputs
+from jquant.activations import Activation, fake_quant_inputs
 from jquant.formats import Format, block_shape, expand, grouped, unpack
 from jquant.formats.base import ratio, round_scale
 from jquant.kernels.bfloat16 import matmul_in
@@ -150,13 +150,6 @@ class FakeQuantized:
         if self.activation is not None:
             x = fake_quant_inputs(x, self.activation, self.input_scale)
         return matmul_in(self.compute, x, self.value()).astype(x.dtype)
-
-
-def fake_quant_inputs(x: Float[Array, "*b in"], activation: Activation, scale: Array | None) -> Float[Array, "*b in"]:
-    """A layer's inputs rounded to their format; the gradient passes straight through."""
-    flat = x.reshape(-1, x.shape[-1])
-    rounded = quantize_inputs(jax.lax.stop_gradient(flat), activation, scale).reshape(x.shape)
-    return x + jax.lax.stop_gradient(rounded.astype(x.dtype) - x)
 
 
 def as_typed(scale: Array, zero: Zero, format: Format) -> tuple[Array, Any]:

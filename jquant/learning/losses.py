@@ -12,9 +12,9 @@ from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 from jax import Array
 from jaxtyping import Float, Int
 
+from jquant.activations import fake_quant_inputs
 from jquant.composition import Tuning
 from jquant.kernels.bfloat16 import matmul_in
-from jquant.learning.fake_quant import fake_quant_inputs
 from jquant.learning.objectives import map_rows
 from jquant.models.decoder import Decoder
 from jquant.qtensor import QTensor, dequantize

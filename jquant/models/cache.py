@@ -1,11 +1,15 @@
-"""Key/value cache for generation."""
+"""Key/value cache for generation, and its rounding."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
 
+from jquant.activations import Activation, fake_quant_inputs
+from jquant.errors import InputError
 from jquant.models.config import DecoderConfig
 
 
@@ -29,3 +33,32 @@ class Cache:
         shape = (batch, config.kv_heads, slots, config.head_dim)
         layers = tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.layers))
         return Cache(layers, jnp.int32(0))
+
+
+@dataclass(frozen=True)
+class RoundedCache:
+    """The formats that attention rounds keys and values to before anything reads them; codes are not packed.
+
+    A head's keys (or values) of one token are rounded like a layer's inputs: Activation's format with group "channel"
+    gives them one scale, a number one for each run of so many channels. Keys are rounded after the rotary embedding.
+
+    Attributes:
+      keys: None keeps keys as they are.
+      values: None keeps values as they are.
+    """
+
+    keys: Activation | None = None
+    values: Activation | None = None
+
+    def __post_init__(self) -> None:
+        for name, activation in (("keys", self.keys), ("values", self.values)):
+            if activation is not None and (activation.static or activation.outliers is not None):
+                raise InputError(f"A cache's {name} have scales of their own and no outliers, not {activation}.")
+
+    def __call__(
+        self, keys: Float[Array, "b h t d"], values: Float[Array, "b h t d"]
+    ) -> tuple[Float[Array, "b h t d"], Float[Array, "b h t d"]]:
+        """Rounded keys and values; gradients pass straight through."""
+        pairs = ((keys, self.keys), (values, self.values))
+        rounded = [x if activation is None else fake_quant_inputs(x, activation, None) for x, activation in pairs]
+        return rounded[0], rounded[1]

@@ -16,6 +16,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
+from jquant.models.cache import RoundedCache
 from jquant.models.config import DecoderConfig
 from jquant.transforms import hadamard
 
@@ -56,10 +57,11 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions."""
+    """Grouped-query attention with rotary positions; `cached` rounds keys and values (`with_cache`)."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         self.config = config
+        self.cached: RoundedCache | None = None
         width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
         self.q = Linear(config.hidden, width, rngs)
         self.k = Linear(config.hidden, kv_width, rngs)
@@ -80,6 +82,8 @@ class Attention(nnx.Module):
         """
         heads = lambda y: y.reshape(*y.shape[:2], -1, self.config.head_dim).transpose(0, 2, 1, 3)  # noqa: E731
         q, k, v = rotate(heads(self.q(x)), rotary), rotate(heads(self.k(x)), rotary), heads(self.v(x))
+        if self.cached is not None:
+            k, v = self.cached(k, v)
         if cache is not None:
             at = (0, 0, start, 0)
             cache = (jax.lax.dynamic_update_slice(cache[0], k, at), jax.lax.dynamic_update_slice(cache[1], v, at))
@@ -185,6 +189,23 @@ def blocks(decoder: Decoder) -> Iterator[Block]:
         graph, stack = nnx.split(segment)
         for index in range(jax.tree.leaves(stack)[0].shape[0]):
             yield nnx.merge(graph, jax.tree.map(itemgetter(index), stack))
+
+
+def with_cache(decoder: Decoder, cached: RoundedCache | None) -> Decoder:
+    """The decoder whose attention rounds keys and values so, for evaluation, generation and training alike.
+
+    It is a choice for a run, as the cache's type is in other tools: a saved model does not hold it.
+
+    Raises:
+      InputError: groups that are larger than a head.
+    """
+    if cached is not None:
+        like = jax.ShapeDtypeStruct((1, decoder.config.kv_heads, 1, decoder.config.head_dim), jnp.float32)
+        jax.eval_shape(cached, like, like)
+    changed = nnx.merge(*nnx.split(decoder))
+    for segment in changed.segments:
+        segment.attention.cached = cached
+    return changed
 
 
 def with_blocks(decoder: Decoder, layers: Sequence[Block]) -> Decoder:
