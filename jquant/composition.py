@@ -27,6 +27,7 @@ class Tuning:
       weight_rate: of the weights behind the codes, in units of the scale; 0 keeps the codes. The gradient passes
         straight through rounding (`learning.fake_quant`).
       norm_rate: of the norms' scales; 0 keeps them.
+      level_rate: of a codebook's levels, in units of the largest; 0 keeps them. Stacked layers share theirs.
       begin: where weights behind the codes start: "codes", at the values of the codes; "weights", at the float weights.
       target: "block" fits each block's outputs to the float model's, before the next block is rounded; "model" learns
         all blocks together at the end, by the KL divergence from the float model's predictions.
@@ -53,6 +54,7 @@ class Tuning:
     rate: float = 2e-3
     weight_rate: float = 0.0
     norm_rate: float = 0.0
+    level_rate: float = 0.0
     begin: Literal["codes", "weights"] = "codes"
     target: Literal["block", "model"] = "model"
     text: float = 0.0
@@ -102,6 +104,7 @@ RANGES = {
     "rate": lambda value: 0 < value < math.inf,
     "weight_rate": lambda value: 0 <= value < math.inf,
     "norm_rate": lambda value: 0 <= value < math.inf,
+    "level_rate": lambda value: 0 <= value < math.inf,
     "b2": lambda value: 0 < value < 1,
     "clip": lambda value: value is None or 0 < value < math.inf,
 }

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import problem, shape_for
 
-from jquant import METHODS, Activation, Codebook, Float, Int, dequantize, method
+from jquant import METHODS, SEQ, Activation, Codebook, Float, Int, dequantize, method
 from jquant.activations import fake_quant_inputs
 from jquant.formats import FP8_E4M3, NF4, Format, block_shape
 from jquant.learning.fake_quant import FakeQuantized, as_typed, fake_quant, fixed_codes
@@ -217,6 +217,27 @@ def test_every_formats_gradients_are_finite_masked_beyond_the_grid_and_consisten
             total += at_zero[i, j] * zeros[at].flat[0]
         expected = (slope[at].astype(np.float64) * value[at]).sum()
         assert total == pytest.approx(expected, rel=1e-3, abs=1e-3), (i, j)
+
+
+@pytest.mark.parametrize("format", [NF4(16), SEQ(2, 16), ASYMMETRIC], ids=["NF4", "SEQ", "uneven"])
+def test_learned_levels_have_the_gradient_of_the_weights_that_hold_them(format):
+    w, rng = heavy_tailed(), np.random.default_rng(7)
+    scale = clipped_grid(w, format)[0].astype(jnp.dtype(format.scale)).astype(jnp.float32)
+    levels = jnp.sort(
+        jnp.asarray(np.asarray(format.levels) + 0.03 * rng.standard_normal(len(format.levels)), jnp.float32)
+    )
+    slope = jnp.asarray(rng.standard_normal(w.shape), jnp.float32)
+    value, back = jax.vjp(lambda w, s, t: fake_quant(w, s, None, format, t), w, scale, levels)
+    at_w, at_scale, at_levels = back(slope)
+    own = replace(format, levels=tuple(levels.tolist()))
+    expected, back = jax.vjp(lambda w, s: fake_quant(w, s, None, own), w, scale)
+    np.testing.assert_array_equal(value, expected)
+    for ours, theirs in zip((at_w, at_scale), back(slope), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    codes = np.asarray(Grid.of(*as_typed(scale, None, own), own, w.shape).encode(w))
+    steps = np.asarray(value, np.float64) / np.asarray(levels, np.float64)[codes]
+    each = [(np.asarray(slope, np.float64) * steps)[codes == code].sum() for code in range(len(levels))]
+    np.testing.assert_allclose(at_levels, each, rtol=1e-4, atol=1e-6)
 
 
 def test_codes_that_do_not_change_have_gradients_of_a_linear_function():

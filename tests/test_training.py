@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_pipeline import leaves, same_bytes
 
-from jquant import Journal, Options, Tuning
+from jquant import SEQ, Journal, Options, Tuning
 from jquant.io.load import load_model
 from jquant.learning import loop
 from jquant.learning import teacher as teaching
@@ -375,6 +375,27 @@ def test_the_k_largest_are_those_of_a_sort(n, data):
     found, at = top_k(jnp.stack([values, -values]), k)
     np.testing.assert_array_equal(found, [np.sort(values)[::-1][:k], np.sort(-values)[::-1][:k]])
     np.testing.assert_array_equal(np.take_along_axis(np.stack([values, -values]), np.asarray(at), -1), found)
+
+
+@pytest.mark.parametrize("weight_rate", [0.0, 0.01])
+def test_learned_levels_become_those_of_the_format(decoder, quantized, weight_rate, tmp_path):
+    student = quantize_decoder(decoder, replace(method("rtn", 2, 16), format=SEQ(2, 16)))[0]
+    stage = Tuning(20, 6, 2e-3, weight_rate=weight_rate, level_rate=1e-2, compute="float32")
+    trained, losses = None, {}
+    for rate in (0.0, 1e-2):
+        stage = replace(stage, level_rate=rate)
+        trained = tune(student, decoder, TOKENS, stage, progress=False)
+        losses[rate] = oracle_loss(trained, decoder, 0.0, 0.0)
+    assert losses[1e-2] < losses[0.0]
+    formats = {leaf.format for leaf in leaves(trained).values() if isinstance(leaf, QTensor)}
+    assert len(formats) == 7
+    assert all(sorted(format.levels) == list(format.levels) != list(SEQ(2, 16).levels) for format in formats)
+    start, parts = begun(split(student), stage, decoder)
+    moved = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), start())
+    tokens = jnp.asarray(TOKENS)
+    np.testing.assert_allclose(parts.module(moved)(tokens), parts.packed(moved)(tokens), rtol=1e-4, atol=1e-4)
+    with refused("level_rate=0.01", "codebook"):
+        tune(quantized, decoder, TOKENS, stage, progress=False)
 
 
 def test_what_is_trained_is_what_is_deployed(decoder, quantized):

@@ -66,9 +66,12 @@ class Codebook:
         scale = jnp.maximum(-low, high).astype(jnp.float32) / max(map(abs, self.levels))
         return round_scale(scale, self.scale) if isinstance(self.scale, str) else scale, None
 
-    def encode(self, w: Array, scale: Array, zero: Array | None) -> Array:
-        """See `Format.encode`; a weight halfway between two levels takes the lower level, as in bitsandbytes."""
-        levels = jnp.asarray(self.levels, jnp.float32)
+    def encode(self, w: Array, scale: Array, zero: Array | None, levels: Array | None = None) -> Array:
+        """See `Format.encode`; a weight halfway between two levels takes the lower level, as in bitsandbytes.
+
+        `levels` stands in for the table while it is learned.
+        """
+        levels = jnp.asarray(self.levels, jnp.float32) if levels is None else levels
         steps, midpoints = times_inverse(w, scale), (levels[1:] + levels[:-1]) / 2
         if self.bits > 4:
             return jnp.searchsorted(midpoints, steps, side="left").astype(jnp.uint8)
@@ -78,19 +81,19 @@ class Codebook:
             codes += (steps > midpoint).astype(jnp.uint8)
         return codes
 
-    def decode(self, codes: Array, scale: Array, zero: Array | None) -> Array:
-        """See `Format.decode`."""
-        values = self._look_up(codes) * as_stored(scale, self.scale)
+    def decode(self, codes: Array, scale: Array, zero: Array | None, levels: Array | None = None) -> Array:
+        """See `Format.decode`; `levels` as of `encode`."""
+        values = self._look_up(codes, levels) * as_stored(scale, self.scale)
         if zero is None:
             return values
         # The bound keeps compilers from fusing product and sum into one rounding; bitsandbytes rounds twice.
         return jnp.minimum(values, jnp.finfo(jnp.float32).max) + zero
 
-    def _look_up(self, codes: Array) -> Array:
+    def _look_up(self, codes: Array, levels: Array | None) -> Array:
         if self.bits > 4:
-            return jnp.asarray(self.levels, jnp.float32)[codes]
+            return (jnp.asarray(self.levels, jnp.float32) if levels is None else levels)[codes]
         # A tree of selects vectorises; a gather takes one element at a time on a CPU and is slower still on a TPU.
-        values = [jnp.float32(level) for level in self.levels]
+        values = [jnp.float32(level) for level in self.levels] if levels is None else list(levels)
         for bit in range(self.bits):
             odd = (codes >> bit) & 1 == 1
             values = [

@@ -7,7 +7,7 @@ scales and zeros follow from the same rule; for scales they are those of LSQ (ar
 
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +15,21 @@ from jax import Array
 from jaxtyping import Bool, Float, UInt8
 
 from jquant.activations import Activation, fake_quant_inputs
-from jquant.formats import Format, block_shape, expand, grouped, unpack
+from jquant.formats import Codebook, Format, block_shape, expand, grouped, unpack
 from jquant.formats.base import ratio, round_scale
 from jquant.kernels.bfloat16 import matmul_in
 from jquant.qtensor import Grid, QTensor, is_integer, stored_grid
 
 Zero = Float[Array, "*l groups columns"] | None
+Levels = Float[Array, " levels"] | None
 
 
 def fake_quant(
-    w: Float[Array, "*l in out"], scale: Float[Array, "*l groups columns"], zero: Zero, format: Format
+    w: Float[Array, "*l in out"],
+    scale: Float[Array, "*l groups columns"],
+    zero: Zero,
+    format: Format,
+    levels: Levels = None,
 ) -> Float[Array, "*l in out"]:
     """`dequantize(quantize(w, scale, zero, format))`, bit for bit, with gradients.
 
@@ -34,26 +39,33 @@ def fake_quant(
       ∂scale: Σ g (ŵ − w) / s over the group's weights within the grid, and Σ g ŵ / s over those beyond it ((ŵ − z) / s
         for float zeros).
       ∂zero: 0 within the grid; beyond it Σ g for a float zero, −Σ g s for an integer one.
+      ∂level: Σ g s over the weights that have it.
 
     Args:
       w: the weight.
       scale: one per block of `format.group`; of either sign.
       zero: a float zero, or an integer one as a float, which is rounded; None where the format has none.
       format: what codes mean. If it quantizes its scales, `scale` is quantized here.
+      levels: in place of those of the format, a codebook; ascending.
     """
-    typed = as_typed(scale, zero, format)
+    typed, table = as_typed(scale, zero, format), _table(levels)
     grid = Grid.of(*typed, format, w.shape)
-    codes = grid.encode(w)
-    low, high = (grid.decode(format.encode(jnp.float32(end), *grid.nearest)) for end in (-3e38, 3e38))
-    return _straight_through(format, w, scale, zero, codes, (w >= low) & (w <= high))
+    codes = format.encode(w, *grid.nearest, *table)
+    ends = (format.encode(jnp.float32(end), *grid.nearest, *table) for end in (-3e38, 3e38))
+    low, high = (format.decode(end, *grid.per_weight, *table) for end in ends)
+    return _straight_through(format, w, (scale, zero, levels), codes, (w >= low) & (w <= high))
 
 
 def fixed_codes(
-    codes: UInt8[Array, "*l in out"], scale: Float[Array, "*l groups columns"], zero: Zero, format: Format
+    codes: UInt8[Array, "*l in out"],
+    scale: Float[Array, "*l groups columns"],
+    zero: Zero,
+    format: Format,
+    levels: Levels = None,
 ) -> Float[Array, "*l in out"]:
     """The values of codes that don't change; gradients are those of `fake_quant` for weights beyond the grid."""
     nowhere = jnp.zeros(codes.shape, jnp.float32)
-    return _straight_through(format, nowhere, scale, zero, codes, jnp.zeros(codes.shape, jnp.bool_))
+    return _straight_through(format, nowhere, (scale, zero, levels), codes, jnp.zeros(codes.shape, jnp.bool_))
 
 
 @jax.tree_util.register_dataclass
@@ -64,7 +76,8 @@ class FakeQuantized:
     Attributes:
       learned: some of "log_scale", the logarithm of a factor on each scale, `[*l, groups, columns]`; "log_clip", that
         of a factor on scales and float zeros; "shift", added to each zero: in codes for integer zeros, in units of the
-        scale for float ones; "weight", the weight behind the codes in units of its first scale, `[*l, in, out]`.
+        scale for float ones; "weight", the weight behind the codes in units of its first scale, `[*l, in, out]`;
+        "level", added to a codebook's levels, in units of the largest, `[levels]`.
       scale: the first one, float32 `[*l, groups, columns]`.
       zero: the first one, float32, or None.
       codes: uint8 `[*l, in, out]`, if they don't change; else None.
@@ -129,6 +142,21 @@ class FakeQuantized:
             return scale * factor, zero * factor if zero is not None and moving else zero
         return scale * jnp.exp(learned["log_scale"]) if "log_scale" in learned else scale, zero
 
+    def levels(self) -> Levels:
+        """A codebook's levels, ascending, if they are learned."""
+        if "level" not in self.learned:
+            return None
+        first = jnp.asarray(cast(Codebook, self.format).levels, jnp.float32)
+        return jnp.sort(first + self.learned["level"] * jnp.max(jnp.abs(first)))
+
+    def settled(self) -> "FakeQuantized":
+        """The kernel with its learned levels as those of its format; not under jit."""
+        levels, codebook = self.levels(), cast(Codebook, self.format)
+        if levels is None:
+            return self
+        others = {name: leaf for name, leaf in self.learned.items() if name != "level"}
+        return replace(self, learned=others, format=replace(codebook, levels=tuple(levels.tolist())))
+
     def behind(self) -> Float[Array, "*l in out"] | None:
         """The weight behind the codes; None if these don't change."""
         return self.learned["weight"] * self.steps if "weight" in self.learned else self.weight
@@ -137,11 +165,11 @@ class FakeQuantized:
         """The rounded weight."""
         weight = self.behind()
         if weight is None:
-            return fixed_codes(self.codes, *self.grid(), self.format)
-        return fake_quant(weight, *self.grid(), self.format)
+            return fixed_codes(self.codes, *self.grid(), self.format, self.levels())
+        return fake_quant(weight, *self.grid(), self.format, self.levels())
 
     def pack(self) -> QTensor:
-        """The quantized weight whose values are `value`, bit for bit."""
+        """The quantized weight whose values are `value`, bit for bit, once learned levels are `settled`."""
         grid, weight = Grid.of(*as_typed(*self.grid(), self.format), self.format, self.shape), self.behind()
         q = grid.pack(self.codes if weight is None else grid.encode(weight))
         return replace(q, activation=self.activation, input_scale=self.input_scale)
@@ -167,27 +195,34 @@ def has_integer_zero(format: Format) -> bool:
     return is_integer(jax.eval_shape(format.grid, value, value)[1])
 
 
+def _table(levels: Levels) -> tuple[Array, ...]:
+    """Levels as an argument of a codebook; other formats take none."""
+    return () if levels is None else (levels,)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _straight_through(
     format: Format,
     w: Float[Array, "*l in out"],
-    scale: Array,
-    zero: Zero,
+    on: tuple[Array, Zero, Levels],
     codes: UInt8[Array, "*l in out"],
     inside: Bool[Array, "*l in out"],
 ) -> Float[Array, "*l in out"]:
-    """The codes' values; within the grid the gradient passes to `w`."""
-    return Grid.of(*as_typed(scale, zero, format), format, codes.shape).decode(codes)
+    """The codes' values on scale, zero and levels; within the grid the gradient passes to `w`."""
+    return _forward(format, w, on, codes, inside)[0]
 
 
-def _forward(format: Format, w: Array, scale: Array, zero: Zero, codes: Array, inside: Array) -> tuple[Array, Any]:
+def _forward(
+    format: Format, w: Array, on: tuple[Array, Zero, Levels], codes: Array, inside: Array
+) -> tuple[Array, Any]:
+    scale, zero, levels = on
     grid = Grid.of(*as_typed(scale, zero, format), format, codes.shape)
-    value = grid.decode(codes)
-    return value, (w, value, grid, inside)
+    value = format.decode(codes, *grid.per_weight, *_table(levels))
+    return value, (w, value, grid, inside, None if levels is None else (levels, codes))
 
 
 def _backward(format: Format, saved: Any, slope: Float[Array, "*l in out"]) -> tuple[Any, ...]:
-    w, value, grid, inside = saved
+    w, value, grid, inside, table = saved
     block, at = block_shape(format, value.shape), grid.per_weight
     summed = lambda v: jnp.sum(grouped(v, block), -2)  # noqa: E731
     step = at[0].astype(jnp.float32)
@@ -196,7 +231,11 @@ def _backward(format: Format, saved: Any, slope: Float[Array, "*l in out"]) -> t
     origin = at[1].astype(jnp.float32) if shifted else 0.0
     at_scale = summed(slope * ratio(value - jnp.where(inside, w, origin), step))
     at_zero = None if at[1] is None else summed(outside if shifted else -outside * step)
-    return jnp.where(inside, slope, 0).astype(w.dtype), at_scale, at_zero, None, None
+    at_levels = None
+    if table is not None:
+        levels, codes = table
+        at_levels = jnp.stack([jnp.sum(jnp.where(codes == code, slope * step, 0)) for code in range(len(levels))])
+    return jnp.where(inside, slope, 0).astype(w.dtype), (at_scale, at_zero, at_levels), None, None
 
 
 _straight_through.defvjp(_forward, _backward)

@@ -134,7 +134,7 @@ class Program:
     def of(loss: Loss, stage: Tuning, devices: Devices | None = None) -> "Program":
         """The program of a stage: one compilation serves all rates, schedules and orders."""
         fixed = {name: getattr(Tuning(), name) for name in ("rate", "schedule", "warmup", "seed")}
-        learned = {name: float(getattr(stage, name) > 0) for name in ("weight_rate", "norm_rate")}
+        learned = {name: float(getattr(stage, name) > 0) for name in ("weight_rate", "norm_rate", "level_rate")}
         return Program(loss, replace(stage, steps=1, **fixed, **learned), devices)
 
 
@@ -189,7 +189,7 @@ def optimizer(stage: Tuning) -> optax.GradientTransformation:
 def rates_of(stage: Tuning, step: int) -> Rates:
     """The rate of each parameter, by its name, at a step counted from 0."""
     rates = dict.fromkeys(("log_scale", "log_clip", "shift", "a", "b"), stage.rate)
-    rates |= {"weight": stage.weight_rate, "norm": stage.norm_rate}
+    rates |= {"weight": stage.weight_rate, "norm": stage.norm_rate, "level": stage.level_rate}
     factor = schedule(stage)(step)
     return {name: jnp.float32(rate * factor) for name, rate in rates.items()}
 

@@ -232,10 +232,10 @@ def _with_learned(decoder: Decoder, learned: Learned) -> Decoder:
 def _check_training(model: LanguageModel, tokens: Any, tuning: Tuning, teacher: LanguageModel | None) -> None:
     _check_adapted(model)
     check_windows(tokens, model.config)
-    if tuning.target != "model" or tuning.weight_rate or tuning.norm_rate:
+    if tuning.target != "model" or tuning.weight_rate or tuning.norm_rate or tuning.level_rate:
         raise InputError(
-            'Adapters are learned through the whole model, and nothing else is: target is "model", weight_rate and '
-            "norm_rate are 0."
+            'Adapters are learned through the whole model, and nothing else is: target is "model", weight_rate, '
+            "norm_rate and level_rate are 0."
         )
     if tuning.text == 1:
         return

@@ -24,6 +24,7 @@ from jquant import provenance
 from jquant.composition import Tuning
 from jquant.data import check_tokens
 from jquant.errors import InputError
+from jquant.formats import Codebook
 from jquant.learning.fake_quant import FakeQuantized, has_integer_zero
 from jquant.learning.journal import Journal, opened
 from jquant.learning.loop import Learned, Task, fit
@@ -170,12 +171,22 @@ class Student:
 
     def module(self, learned: Learned, compute: str = "float32") -> Any:
         """The module with fake-quantized kernels under what is learned, whose products have factors in `compute`."""
-        with_learned = lambda path, kernel: replace(kernel, learned=learned.get(path, {}), compute=compute)  # noqa: E731
-        return self._merged({path: with_learned(path, kernel) for path, kernel in self.kernels.items()}, learned)
+
+        def with_learned(kernel: FakeQuantized, own: Mapping[str, Array]) -> FakeQuantized:
+            # Layers are stacked on the first axis, and share a codebook's levels.
+            layers = kernel.scale.shape[:-2]
+            shared = {
+                name: jnp.broadcast_to(leaf, (*layers, len(leaf))) for name, leaf in own.items() if name == "level"
+            }
+            return replace(kernel, learned={**own, **shared}, compute=compute)
+
+        kernels = {path: with_learned(kernel, learned.get(path, {})) for path, kernel in self.kernels.items()}
+        return self._merged(kernels, learned)
 
     def packed(self, learned: Learned) -> Any:
         """The module with quantized kernels."""
-        kernels = {path: _pack(replace(kernel, learned=learned.get(path, {}))) for path, kernel in self.kernels.items()}
+        settled = {path: replace(leaf, learned=learned.get(path, {})).settled() for path, leaf in self.kernels.items()}
+        kernels = {path: _pack(kernel) for path, kernel in settled.items()}
         check_scales({".".join(map(str, path)): q for path, q in kernels.items()})
         return self._merged(kernels, learned)
 
@@ -203,9 +214,11 @@ def begun(student: Student, tuning: Tuning, exact: nnx.Module) -> tuple[Callable
     """A function that makes what is learned, and the student that learns it; `exact` is the float module.
 
     Raises:
-      InputError: weights that would begin at float ones of another scaling.
+      InputError: weights that would begin at float ones of another scaling; levels where no format has them.
     """
     kernels = student.kernels
+    if tuning.level_rate and not any(isinstance(kernel.format, Codebook) for kernel in kernels.values()):
+        raise InputError(f"Tuning's level_rate={tuning.level_rate} learns a codebook, which none of these formats has.")
     floats: Mapping[tuple[Any, ...], Array] = {}
     if tuning.weight_rate:
         kernels = {path: replace(kernel, codes=None) for path, kernel in kernels.items()}
@@ -232,6 +245,8 @@ def initial(student: Student, tuning: Tuning, floats: Mapping[tuple[Any, ...], A
         learned[path] = {"log_scale": jnp.zeros(kernel.scale.shape, jnp.float32)}
         if kernel.zero is not None and (tuning.weight_rate or not has_integer_zero(kernel.format)):
             learned[path]["shift"] = jnp.zeros(kernel.zero.shape, jnp.float32)
+        if tuning.level_rate and isinstance(kernel.format, Codebook):
+            learned[path]["level"] = jnp.zeros(len(kernel.format.levels), jnp.float32)
         if tuning.weight_rate:
             learned[path]["weight"] = _in_steps(kernel, floats.get(path))
     if tuning.norm_rate:
