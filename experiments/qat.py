@@ -4,8 +4,11 @@
     python -m experiments.qat bits=3 tuning.steps=200 text.data=my.txt evaluation.data=held_out.txt
 
 All settings: configs/qat.yaml. A process may die at any moment: the same command goes on from the last finished block
-or checkpoint. `output` holds start/ (the quantized model before training), training/ (checkpoints, metrics.jsonl) and
-model/, which `jquant.load_model` and experiments.evaluate read. Rows and metrics also land in results/<name>/.
+or checkpoint. `output` holds training/ (checkpoints, metrics.jsonl) and model/, which `jquant.load_model` and
+experiments.evaluate read; `start` holds the quantized model before training, which trainings can share. Rows and
+metrics also land in results/<name>/, with a figure of the KL divergence by tokens.
+
+What each ingredient brings, compared in pairs: configs/training_ingredients.yaml.
 """
 
 import json
@@ -41,6 +44,7 @@ from jquant.learning.tuning import tune
 from jquant.models.decoder import Decoder
 from jquant.parallel.processes import on_first
 from jquant.pipeline.to_disk import quantize_to_folder
+from paper_figures import training_curves
 
 Row = dict[str, Any]
 
@@ -59,7 +63,10 @@ def train(settings: dict[str, Any]) -> Row:
       InputError: a wrong setting or text; what `quantize_to_folder` and `tune` find.
     """
     check(settings)
-    method, stage = method_of(settings), tuning_of("tuning", settings["tuning"])
+    method = method_of(settings)
+    stage = None if settings["tuning"] is None else tuning_of("tuning", settings["tuning"])
+    if stage is None and not method.tuning:
+        raise InputError("tuning=null needs a stage of blocks: give blocks='{…}'.")
     devices = devices_of(settings)
     source = open_from_config(settings["model"])
     refuse_quantized(source)
@@ -79,26 +86,37 @@ def train(settings: dict[str, Any]) -> Row:
     with progress_bars(str(settings["method"])) as report:
         options = Options(devices=devices, progress=report)
         begin = time.perf_counter()
-        start = quantize_to_folder(source, folder / "start", method, calibration, options).load(report)
+        start = quantize_to_folder(source, Path(settings["start"]), method, calibration, options).load(report)
         started = time.perf_counter() - begin
         if calibration is not None:
             seen.append(run_hashes(model.tokenizer.encode(load_text(settings["calibration"]["data"]))))
-        journal = Journal(folder / "training", evaluate=distance, **settings["journal"])
-        decoder = tune(start.decoder, model.decoder, windows, stage, journal=journal, devices=devices, progress=report)
+        decoder, metrics = start.decoder, ""
+        if stage:
+            journal = Journal(folder / "training", evaluate=distance, **settings["journal"])
+            decoder = tune(decoder, model.decoder, windows, stage, journal=journal, devices=devices, progress=report)
+            metrics = (folder / "training" / METRICS).read_text()
         figures = measure(model, decoder, evaluation, reference, scores, report)
         speed = tokens_per_second(model, decoder, settings["generation"], report)
     trained = replace(start, decoder=decoder, calibrated_on=np.unique(np.concatenate(seen)) if seen else None)
     on_first(partial(shutil.rmtree, folder / "model", ignore_errors=True))
     trained.save(folder / "model")
-    metrics = (folder / "training" / METRICS).read_text()
     row = {"method": "qat", **figures, "tokens_per_second": speed, "peak_rss_mb": peak_rss_mb()}
-    row |= {"quantize_seconds": round(started + seconds_in(metrics), 1), "training_tokens": tokens_in(metrics)}
-    row |= describe("qat", method, model, (evaluation, calibration), settings, "experiments.qat")
+    # Each block learns from as many tokens as its stage reads.
+    read = sum(each.steps * each.windows for each in method.tuning) * settings["calibration"]["context"]
+    row |= {"quantize_seconds": round(started + seconds_in(metrics), 1), "training_tokens": read + tokens_in(metrics)}
+    decisive = {key: value for key, value in settings.items() if key not in ("about", "output", "start")}
+    row |= describe("qat", method, model, (evaluation, calibration), decisive, "experiments.qat")
+    row |= {"settings": str(settings["about"])} if settings["about"] else {}
     tables.add_rows(results, [row])
-    tables.write_table(results, tables.read_rows(results))
-    write_text(results / f"{row['fingerprint']}.metrics.jsonl", metrics)
+    rows = tables.read_rows(results)
+    tables.write_table(results, rows, settings["baseline"])
+    written = [results / "table.md"]
+    if metrics:
+        written.append(results / f"{row['fingerprint']}.{METRICS}")
+        write_text(written[-1], metrics)
+        written += training_curves.draw(rows, results)
     console.print(tables.one_line(row), highlight=False, soft_wrap=True)
-    console.print(f"{folder / 'model'}; {results}/table.md, {row['fingerprint']}.metrics.jsonl", soft_wrap=True)
+    console.print(", ".join(map(str, [folder / "model", *written])), soft_wrap=True)
     return row
 
 

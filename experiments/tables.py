@@ -47,7 +47,7 @@ ROWS: dict[str, dict[str, Any]] = {
     | dict.fromkeys(("perplexity", "bits_per_weight", "weight_mb", "quantize_seconds", "peak_rss_mb"), float)
     | dict.fromkeys(("perplexity_stderr", "perplexity_change_percent", "kl", "top1_agreement"), (float,))
     | {"tokens_per_second": (float,), "quantized_together?": int, "window_nll?": [float]}
-    | {"settings?": str, "stored?": str},
+    | {"settings?": str, "stored?": str, "training_tokens?": int},
     "sensitivity.jsonl": _ORIGIN
     | {FLOAT: float, "all": _FIGURES, "projections": dict, "layers": [_FIGURES]}
     | {"matrices": [_FIGURES | {"layer": int, "projection": str}]},
@@ -71,6 +71,9 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "bits/\nweight": lambda row: f"{row['bits_per_weight']:.3f}",
     "MB": lambda row: f"{row['weight_mb']:.0f}",
     "tok/s": lambda row: _filled(row["tokens_per_second"], "{:.1f}"),
+    "M tokens\nlearned": lambda row: (
+        _filled(row.get("training_tokens"), "{:,}") and f"{row['training_tokens'] / 1e6:.2f}"
+    ),
     "quant\ns": lambda row: seconds(row),
     "peak\nMB": lambda row: f"{row['peak_rss_mb']:.0f}",
     "published": lambda row: published(row),
@@ -138,8 +141,9 @@ def paired_change(row: Row, base: Row) -> Change:
 
 
 def base_of(row: Row, rows: Sequence[Row], baseline: str) -> Row | None:
-    """The row that `baseline` names for this row: that method at the row's width, else without a width."""
+    """The row that `baseline` names for this row: that method at the row's width, else without a width, or settings."""
     by_name = {candidate["method"]: candidate for candidate in rows}
+    by_name |= {candidate["settings"]: candidate for candidate in rows if candidate.get("settings")}
     width = row["method"].rpartition("-")[2]
     return by_name.get(f"{baseline}-{width}") or by_name.get(baseline)
 
@@ -326,6 +330,7 @@ def caption(rows: Sequence[Row], baseline: str | None = None) -> str:
     sentences = [
         *_sentences(rows, _protocol, rows),
         *_sentences(rows, _calibration, quantized),
+        *_sentences(rows, _learned, quantized),
         *_sentences(rows, _groups, quantized),
         *_sentences(rows, _fallbacks, []),
         "KL and top-1 agreement are to the float model." if any(row.get("kl", 0) is not None for row in rows) else "",
@@ -369,6 +374,16 @@ def _calibration(row: Row) -> str:
     inputs = ", float inputs" if sampling.get("inputs") == "float" else ""
     size = f"{sampling['samples']} × {sampling['context']} tokens"
     return f"Calibration: {sampling['data']}, {size}{inputs}, seed {row.get('seed')}"
+
+
+def _learned(row: Row) -> str:
+    """The texts that a row of experiments.qat learned from."""
+    text = row["config"].get("text") if row.get("training_tokens") else None
+    if not text:
+        return ""
+    names = text["data"] if isinstance(text["data"], list) else [text["data"]] * bool(text["data"])
+    sampled = [f"{text['sampled']} windows sampled by the float model"] * bool(text["sampled"])
+    return f"Learned from {', '.join([*map(str, names), *sampled])}, windows of {text['context']} tokens"
 
 
 def _groups(row: Row) -> str:
