@@ -36,7 +36,7 @@ from jquant.data import check_disjoint, run_hashes
 from jquant.data import windows as cut_windows
 from jquant.evaluation.perplexity import Reference, score
 from jquant.evaluation.sampled_text import sample_text
-from jquant.io.files import write_text
+from jquant.io.files import read_json, write_json, write_text
 from jquant.io.hub import cache_dir
 from jquant.io.load import open_from_config
 from jquant.learning.journal import METRICS
@@ -73,7 +73,7 @@ def train(settings: dict[str, Any]) -> Row:
     with progress_bars(settings["model"]["name"]) as report:
         model = source.load(report)
     evaluation, calibration = prepare_tokens(model, settings, [method])
-    windows, seen = training_windows(model, settings, evaluation)
+    windows, seen = training_windows(model, settings, evaluation) if stage else (None, [])
     folder, results = Path(settings["output"]), Path(settings["results"]) / str(settings["name"])
     scores = score(model.decoder, evaluation)
     reference = Reference(model.decoder, scores.hidden)
@@ -84,14 +84,16 @@ def train(settings: dict[str, Any]) -> Row:
         return {"kl": float(now.kl.mean()), "perplexity": now.perplexity}
 
     with progress_bars(str(settings["method"])) as report:
-        options = Options(devices=devices, progress=report)
-        begin = time.perf_counter()
+        begin, spent = time.perf_counter(), Path(f"{settings['start']}.seconds.json")
+        options, found = Options(devices=devices, progress=report), spent.is_file()
         start = quantize_to_folder(source, Path(settings["start"]), method, calibration, options).load(report)
-        started = time.perf_counter() - begin
+        if not found:  # trainings that share the start say what it took
+            on_first(partial(write_json, spent, {"seconds": time.perf_counter() - begin}))
+        started = float(read_json(spent)["seconds"])
         if calibration is not None:
             seen.append(run_hashes(model.tokenizer.encode(load_text(settings["calibration"]["data"]))))
         decoder, metrics = start.decoder, ""
-        if stage:
+        if stage and windows is not None:
             journal = Journal(folder / "training", evaluate=distance, **settings["journal"])
             decoder = tune(decoder, model.decoder, windows, stage, journal=journal, devices=devices, progress=report)
             metrics = (folder / "training" / METRICS).read_text()

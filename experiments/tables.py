@@ -5,7 +5,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,11 @@ def label(row: Row) -> str:
     return f"{name.upper()}-{bits}" if bits is not None and takes_bits(name) else name.upper()
 
 
+def named(row: Row) -> str:
+    """The row's name among others in the caption."""
+    return f"{label(row)} {row['settings']}" if row.get("settings") else label(row)
+
+
 def chosen(row: Row) -> dict[str, Any]:
     """Those of bits, group and symmetric that the row's method took from the settings, or the width in its name."""
     if row.get("stored") or "." in row["method"]:  # a folder's name, or a user's own method
@@ -141,9 +146,13 @@ def paired_change(row: Row, base: Row) -> Change:
 
 
 def base_of(row: Row, rows: Sequence[Row], baseline: str) -> Row | None:
-    """The row that `baseline` names for this row: that method at the row's width, else without a width, or settings."""
+    """The row that `baseline` names for this row: the row with these settings and the same bits and model; or that
+    method, at the row's width if it has one."""
+    like = lambda other: (other["protocol"]["model"], other["config"].get("bits"))  # noqa: E731
+    for candidate in rows:
+        if candidate.get("settings") == baseline and like(candidate) == like(row):
+            return candidate
     by_name = {candidate["method"]: candidate for candidate in rows}
-    by_name |= {candidate["settings"]: candidate for candidate in rows if candidate.get("settings")}
     width = row["method"].rpartition("-")[2]
     return by_name.get(f"{baseline}-{width}") or by_name.get(baseline)
 
@@ -349,9 +358,9 @@ def _sentences(rows: Sequence[Row], say: Callable[[Row], str], every: Sequence[R
     by_sentence: dict[str, list[str]] = {}
     for row in rows:
         if sentence := say(row):
-            by_sentence.setdefault(sentence, []).append(label(row))
+            by_sentence.setdefault(sentence, []).append(named(row))
     names = {
-        sentence: "" if {*map(label, every)} == {*labels} else f" ({', '.join(dict.fromkeys(labels))})"
+        sentence: "" if {*map(named, every)} == {*labels} else f" ({', '.join(dict.fromkeys(labels))})"
         for sentence, labels in by_sentence.items()
     }
     return [f"{sentence}{names[sentence]}." for sentence in by_sentence]
@@ -378,8 +387,8 @@ def _calibration(row: Row) -> str:
 
 def _learned(row: Row) -> str:
     """The texts that a row of experiments.qat learned from."""
-    text = row["config"].get("text") if row.get("training_tokens") else None
-    if not text:
+    text = row["config"].get("text")
+    if not row.get("training_tokens") or not text or not row["config"].get("tuning"):
         return ""
     names = text["data"] if isinstance(text["data"], list) else [text["data"]] * bool(text["data"])
     sampled = [f"{text['sampled']} windows sampled by the float model"] * bool(text["sampled"])
@@ -418,8 +427,10 @@ def _change_fields(row: Row, rows: Sequence[Row], baseline: str | None) -> dict[
     if baseline is None:
         return {}
     base = base_of(row, rows, baseline)
-    comparable = base is not None and row.get("window_nll") and base.get("window_nll")
-    figures = paired_change(row, base) if base is not None and comparable else (None, None, None)
+    figures = (None, None, None)
+    if base is not None and row.get("window_nll") and base.get("window_nll"):
+        with suppress(InputError):  # other windows of the text
+            figures = paired_change(row, base)
     return dict(zip((f"vs {baseline} %", f"vs {baseline} % low", f"vs {baseline} % high"), figures, strict=True))
 
 

@@ -94,10 +94,13 @@ class Tuning:
             raise InputError(
                 f"Tuning takes shares of text and reverse from 0 to 1, not {self.text} and {self.reverse}."
             )
-        if self.target == "block" and (self.text or self.reverse):
+        if self.target == "block" and (self.text or self.reverse or self.top_k):
             raise InputError(
-                f'A block has no predictions: text={self.text} and reverse={self.reverse} need target="model".'
+                f"A block has no predictions: text={self.text}, reverse={self.reverse} and top_k={self.top_k} need "
+                f'target="model".'
             )
+        if self.target == "block" and self.level_rate:
+            raise InputError(f'Layers share a codebook\'s levels: level_rate={self.level_rate} needs target="model".')
 
 
 RANGES = {

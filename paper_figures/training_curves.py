@@ -30,43 +30,53 @@ def curves(rows: Sequence[Row], folder: Path) -> list[tuple[Row, Curve]]:
         if path.is_file():
             lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             tokens = {line["step"]: line["tokens"] for line in lines if "tokens" in line}
-            found.append((row, [line | {"tokens": tokens[line["step"]]} for line in lines if "kl" in line]))
+            before = row["training_tokens"] - max(tokens.values())  # of a stage of blocks
+            found.append((row, [line | {"tokens": before + tokens[line["step"]]} for line in lines if "kl" in line]))
     return found
 
 
 @style.styled
 def figure(rows: Sequence[Row], folder: Path) -> Figure:
-    """KL and perplexity by millions of tokens, a column for each text, a line for each row that has metrics."""
+    """KL and perplexity by millions of tokens: panels side by side for each text, a line for each row with metrics."""
     drawn = [(row, curve) for row, curve in curves(rows, folder) if curve]
     if not drawn:
         raise ValueError(f"no row has evaluations in {folder}/<fingerprint>.metrics.jsonl")
     texts = by_text([row for row, _ in drawn])
+    names = list(dict.fromkeys(_name(row) for row, _ in drawn))
     plot = Figure(figsize=(3.6 * max(2, len(texts)), 2.9 * len(texts)), layout="constrained")
     grid: Any = plot.subplots(len(texts), 2, squeeze=False)
     for (kl, perplexity), chosen in zip(grid, texts.values(), strict=True):
         of_text = [(row, curve) for row, curve in drawn if row in chosen]
-        _lines(kl, of_text, "kl")
-        _lines(perplexity, of_text, "perplexity")
+        _lines(kl, of_text, "kl", names)
+        _lines(perplexity, of_text, "perplexity", names)
         kl.set_ylabel("KL to the float model, nats a token")
         perplexity.set_ylabel("perplexity")
         base = chosen[0]["perplexity"] / (1 + chosen[0]["perplexity_change_percent"] / 100)
         style.float_line(perplexity, base, f"{style.float_name(chosen[0])}\n{base:.2f}")
         kl.set_title(style.text(chosen[0]), loc="left")
     plot.suptitle(style.model(drawn[0][0]))
-    plot.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    lines = {line.get_label(): line for kl, _ in grid for line in kl.get_lines()}
+    plot.legend([lines[name] for name in names], names, loc="outside lower center", ncols=min(3, len(names)))
     return plot
 
 
-def _lines(axes: Axes, drawn: Sequence[tuple[Row, Curve]], figure: str) -> None:
-    for number, (row, curve) in enumerate(drawn):
+def _lines(axes: Axes, drawn: Sequence[tuple[Row, Curve]], figure: str, names: list[str]) -> None:
+    for row, curve in drawn:
+        number = names.index(_name(row))
         at, values = [point["tokens"] / 1e6 for point in curve], [point[figure] for point in curve]
-        look = {"color": f"C{number}", "marker": "o", "markersize": 3, "linewidth": 1.2}
+        look = {
+            "color": f"C{number}",
+            "marker": "o",
+            "markersize": 3,
+            "linewidth": 1.2,
+            "linestyle": "-" if number < 10 else "--",
+        }
         axes.plot(at, values, label=_name(row), **look)
         end = f"{values[-1]:.3f}" if figure == "kl" else style.number(values[-1])
         axes.annotate(end, (at[-1], values[-1]), (0, 5), textcoords="offset points", ha="center", fontsize=7)
     axes.set_xscale("log")
     every = [point["tokens"] / 1e6 for _, curve in drawn for point in curve]
-    style.set_ticks(axes.xaxis, style.log_ticks(min(every), max(every)))
+    style.set_ticks(axes.xaxis, style.log_ticks(0.9 * min(every), 1.1 * max(every)))
     axes.yaxis.set_major_locator(style.few_ticks())
     axes.set_xlabel("tokens learned, millions")
     axes.grid(axis="y")

@@ -15,8 +15,6 @@ batch at most. The size of a batch is part of it: products of another shape roun
 once gone another way stays different.
 """
 
-import json
-from dataclasses import asdict
 from typing import Any
 
 import jax
@@ -30,10 +28,9 @@ from jquant.errors import InputError
 from jquant.evaluation.generation import Sampling, check_sampling, generate_batch
 from jquant.io.kept import Kept
 from jquant.io.language_model import LanguageModel
-from jquant.models.decoder import Decoder
-from jquant.models.params import flat_params
+from jquant.models.decoder import Decoder, identity
 from jquant.progress import Progress, showing
-from jquant.provenance import code_of, describe, digest, packages
+from jquant.provenance import code_of, packages
 
 BATCH = 32  # windows sampled at once; whole batches are kept
 # How many tokens after a random first one are the most likely ones; LLM-QAT's code has 2, 3 and 4.
@@ -74,8 +71,7 @@ def sample_text(
     first = np.full((BATCH, 1), 0 if bos is None else bos, np.int32)
     check_sampling(first, decoder.config, Sampling(context - 1, temperature, None))
     recipe = {
-        "weights": digest(json.dumps(describe(flat_params(decoder)), sort_keys=True).encode()),
-        "config": asdict(decoder.config),
+        "model": identity(decoder),
         "bos": bos,
         "context": int(context),
         "temperature": float(temperature),

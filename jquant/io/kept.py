@@ -38,7 +38,7 @@ class Kept:
         return Kept(cache_dir() / kind / digest(json.dumps(recipe, sort_keys=True).encode()), recipe)
 
     def path(self, number: int) -> Path:
-        """A file's."""
+        """Of a file."""
         return self.folder / f"{number:06}.safetensors"
 
     def arrays(self, number: int, shapes: Shapes, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -204,25 +204,25 @@ def _table(levels: Levels) -> tuple[Array, ...]:
 def _straight_through(
     format: Format,
     w: Float[Array, "*l in out"],
-    on: tuple[Array, Zero, Levels],
+    table: tuple[Array, Zero, Levels],
     codes: UInt8[Array, "*l in out"],
     inside: Bool[Array, "*l in out"],
 ) -> Float[Array, "*l in out"]:
     """The codes' values on scale, zero and levels; within the grid the gradient passes to `w`."""
-    return _forward(format, w, on, codes, inside)[0]
+    return _forward(format, w, table, codes, inside)[0]
 
 
 def _forward(
-    format: Format, w: Array, on: tuple[Array, Zero, Levels], codes: Array, inside: Array
+    format: Format, w: Array, table: tuple[Array, Zero, Levels], codes: Array, inside: Array
 ) -> tuple[Array, Any]:
-    scale, zero, levels = on
+    scale, zero, levels = table
     grid = Grid.of(*as_typed(scale, zero, format), format, codes.shape)
     value = format.decode(codes, *grid.per_weight, *_table(levels))
     return value, (w, value, grid, inside, None if levels is None else (levels, codes))
 
 
 def _backward(format: Format, saved: Any, slope: Float[Array, "*l in out"]) -> tuple[Any, ...]:
-    w, value, grid, inside, table = saved
+    w, value, grid, inside, learned = saved
     block, at = block_shape(format, value.shape), grid.per_weight
     summed = lambda v: jnp.sum(grouped(v, block), -2)  # noqa: E731
     step = at[0].astype(jnp.float32)
@@ -232,9 +232,13 @@ def _backward(format: Format, saved: Any, slope: Float[Array, "*l in out"]) -> t
     at_scale = summed(slope * ratio(value - jnp.where(inside, w, origin), step))
     at_zero = None if at[1] is None else summed(outside if shifted else -outside * step)
     at_levels = None
-    if table is not None:
-        levels, codes = table
-        at_levels = jnp.stack([jnp.sum(jnp.where(codes == code, slope * step, 0)) for code in range(len(levels))])
+    if learned is not None:
+        levels, codes = learned
+        each, count = slope * step, len(levels)
+        if count > 16:
+            at_levels = jnp.zeros(count).at[codes].add(each)
+        else:  # sums that vectorise; on a CPU a scatter takes one element at a time
+            at_levels = jnp.stack([jnp.sum(jnp.where(codes == code, each, 0)) for code in range(count)])
     return jnp.where(inside, slope, 0).astype(w.dtype), (at_scale, at_zero, at_levels), None, None
 
 

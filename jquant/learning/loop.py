@@ -122,7 +122,7 @@ class Program:
 
     Attributes:
       loss: a function of what is learned, what no step changes, a part of a batch and the stage; a mean over windows.
-      stage: one of those that differ in rates, schedule, steps and seed alone.
+      stage: of those that differ in rates, schedule, warmup, steps and seed alone, the one with fixed values of these.
       devices: the mesh over which the state is split.
     """
 

@@ -27,7 +27,7 @@ from jquant.io.language_model import LanguageModel
 from jquant.learning.journal import Journal, opened
 from jquant.learning.loop import Learned, Task, fit, optimizer
 from jquant.learning.losses import Product, computing, model_loss
-from jquant.learning.teacher import lessons, outside
+from jquant.learning.teacher import batches_of, check_top_k, outside
 from jquant.learning.tuning import check_devices, check_teacher, check_windows, run_of
 from jquant.methods import decide
 from jquant.models.adapters import Adapted, LoRA, first_adapted, values_of
@@ -110,7 +110,8 @@ def train_adapters(
       progress: see `tune`.
 
     Raises:
-      InputError: no adapter; windows that the model can't read; a tuning with target "block", weight_rate or norm_rate;
+      InputError: no adapter; windows that the model can't read; a tuning with target "block", weight_rate,
+        norm_rate, level_rate or a top_k not below the vocabulary;
         no teacher or one with another embedding or head; a step whose loss or parameters are not finite.
     """
     _check_training(model, tokens, tuning, teacher)
@@ -119,11 +120,11 @@ def train_adapters(
     start = partial(jax.tree.map, jnp.array, learned)  # copies, because a step donates its state
     (count, context), packed = tokens.shape, partial(_with_learned, model.decoder)
     with showing(progress) as tell, opened(journal, partial(_run, model, teacher, tokens, tuning, devices)) as writer:
-        exact, lesson = lessons(teacher.decoder if teacher else outside(model.decoder), tokens, tuning, tell)
+        exact, batch_of = batches_of(teacher.decoder if teacher else outside(model.decoder), tokens, tuning, tell)
 
         def batch(number: int, which: Int[np.ndarray, " windows"]) -> tuple[Any, ...]:
             step_key = jax.random.fold_in(jax.random.key(tuning.seed), number)
-            return lesson(which), jax.random.key_data(jax.random.split(step_key, tuning.windows))
+            return batch_of(which), jax.random.key_data(jax.random.split(step_key, tuning.windows))
 
         frozen = (student, exact)
         task = Task("Training of adapters", start, adapter_loss, frozen, batch, count, context, packed, devices)
@@ -218,7 +219,7 @@ def split(decoder: Decoder) -> tuple[Student, Learned]:
 
 
 def adapter_loss(learned: Learned, frozen: Any, batch: Any, tuning: Tuning) -> Float[Array, ""]:
-    """`model_loss` with dropout; a batch is its batch and a key for each window. Masks don't depend on `accumulate`."""
+    """`model_loss` with dropout; a batch is its batch of windows, and a key for each window."""
     (student, teacher), (windows, keys) = frozen, batch
     return model_loss(learned, (replace(student, keys=jax.random.wrap_key_data(keys)), teacher), windows, tuning)
 
@@ -244,6 +245,7 @@ def _check_training(model: LanguageModel, tokens: Any, tuning: Tuning, teacher: 
     if name := first_adapted(flat_params(teacher.decoder)):
         raise InputError(f"The teacher's {name} has an adapter: give what merge_adapters(teacher) returns.")
     check_teacher(model.decoder, teacher.decoder)
+    check_top_k(tuning, model.config)
 
 
 def _check_adapted(model: LanguageModel) -> None:

@@ -26,7 +26,7 @@ def model_loss(learned: Any, frozen: Any, batch: Any, tuning: Tuning) -> Float[A
     Args:
       learned: what is learned.
       frozen: the student, whose `module` takes what is learned, and the teacher.
-      batch: what `teacher.lessons` gives for some windows.
+      batch: windows, with the teacher's likeliest tokens under `top_k` (`teacher.batches_of`).
       tuning: the stage.
     """
     (student, teacher), tokens = frozen, batch[0] if isinstance(batch, tuple) else batch
@@ -82,7 +82,7 @@ def _loss(
 
 
 def _with_others(log: Float[Array, "rows k"]) -> Float[Array, "rows k+1"]:
-    """Log-probabilities of some tokens, and of all others together; at least 1e-6 of it, which float32 resolves."""
+    """Log-probabilities of some tokens, and that of all others together, which is at least log 1e-6."""
     rest = jnp.maximum(1 - jnp.sum(jnp.exp(log), -1, keepdims=True), 1e-6)
     return jnp.concatenate([log, jnp.log(rest)], -1)
 

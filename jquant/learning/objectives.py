@@ -1,4 +1,4 @@
-"""The loss that learning minimises, and a check that values are finite."""
+"""Cross-entropy, and parts of losses and scores: rows in chunks, the largest values, a check for finite ones."""
 
 import math
 from collections.abc import Callable

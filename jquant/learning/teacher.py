@@ -22,18 +22,25 @@ from jquant.io.kept import Kept
 from jquant.kernels.bfloat16 import matmul_in
 from jquant.learning.losses import computing_in, head_of
 from jquant.learning.objectives import map_rows, top_k
-from jquant.models.decoder import Decoder
+from jquant.models.config import DecoderConfig
+from jquant.models.decoder import Decoder, identity
 from jquant.progress import Progress
 from jquant.provenance import array_digest, code_of, packages
 
 WINDOWS = 8  # in a file, and in a forward pass
 
-Lesson = Callable[[Int[np.ndarray, " windows"]], Any]
+BatchOf = Callable[[Int[np.ndarray, " windows"]], Any]
 
 
-def lessons(
+def check_top_k(tuning: Tuning, config: DecoderConfig) -> None:
+    """Raises InputError for more tokens a prediction than the vocabulary has beside the others."""
+    if tuning.top_k is not None and tuning.top_k >= config.vocab_size:
+        raise InputError(f"Tuning's top_k={tuning.top_k} is not below the model's {config.vocab_size} tokens.")
+
+
+def batches_of(
     teacher: Decoder, tokens: Int[np.ndarray, "n context"], tuning: Tuning, tell: Progress
-) -> tuple[Decoder, Lesson]:
+) -> tuple[Decoder, BatchOf]:
     """The teacher that a step needs, and a function that gives the batch of some windows.
 
     With `tuning.top_k` the teacher is its embedding, norm and head, and a batch is (tokens, log-probabilities `[b,
@@ -46,12 +53,10 @@ def lessons(
       tell: progress, called with ("teach", windows done, windows in all).
 
     Raises:
-      InputError: more tokens a prediction than the vocabulary has; the cache can't be written.
+      InputError: the cache can't be written.
     """
     if tuning.top_k is None or tuning.text == 1:
         return teacher, lambda which: tokens[which]
-    if tuning.top_k >= teacher.config.vocab_size:
-        raise InputError(f"Tuning's top_k={tuning.top_k} is not below the model's {teacher.config.vocab_size} tokens.")
     log_p, ids = predictions(teacher, tokens, tuning.top_k, tuning.compute, tell)
     return outside(teacher), lambda which: (tokens[which], log_p[which], ids[which])
 
@@ -63,9 +68,9 @@ def predictions(
 
     They are kept in the cache's folder `teacher`, and read from there the next time.
     """
-    (n, context), parts = tokens.shape, []
+    n, context = tokens.shape
     recipe = {
-        "weights": array_digest(*jax.tree.leaves(nnx.state(teacher))),
+        "teacher": identity(teacher),
         "tokens": array_digest(tokens),
         "k": k,
         "compute": compute,
@@ -73,14 +78,15 @@ def predictions(
         "packages": packages(),
         "device": jax.devices()[0].device_kind,
     }
-    kept = Kept.of("teacher", recipe)
+    kept, shape = Kept.of("teacher", recipe), (n, context - 1, k)
+    log_p, ids = np.empty(shape, np.float32), np.empty(shape, np.int32)
     for begin in range(0, n, WINDOWS):
-        some = tokens[begin : begin + WINDOWS]
-        shape = (len(some), context - 1, k)
-        make = partial(_predictions, teacher, some, k, compute)
-        parts.append(kept.arrays(begin // WINDOWS, {"log_p": shape, "ids": shape}, make))
-        tell("teach", min(begin + WINDOWS, n), n)
-    return np.concatenate([part["log_p"] for part in parts]), np.concatenate([part["ids"] for part in parts])
+        some = slice(begin, min(begin + WINDOWS, n))
+        make = partial(_predictions, teacher, tokens[some], k, compute)
+        part = kept.arrays(begin // WINDOWS, dict.fromkeys(("log_p", "ids"), log_p[some].shape), make)
+        log_p[some], ids[some] = part["log_p"], part["ids"]
+        tell("teach", some.stop, n)
+    return log_p, ids
 
 
 def _predictions(teacher: Decoder, tokens: np.ndarray, k: int, compute: str) -> dict[str, np.ndarray]:

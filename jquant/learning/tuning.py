@@ -29,9 +29,9 @@ from jquant.learning.fake_quant import FakeQuantized, has_integer_zero
 from jquant.learning.journal import Journal, opened
 from jquant.learning.loop import Learned, Task, fit
 from jquant.learning.losses import model_loss
-from jquant.learning.teacher import lessons
+from jquant.learning.teacher import batches_of, check_top_k
 from jquant.models.config import DecoderConfig
-from jquant.models.decoder import Block, Decoder
+from jquant.models.decoder import Block, Decoder, identity
 from jquant.parallel.mesh import Devices
 from jquant.progress import Progress, showing
 from jquant.qtensor import QTensor
@@ -61,7 +61,8 @@ def tune(
         (nats a token) and the speed (tokens a second, with compilation).
 
     Raises:
-      InputError: nothing is quantized; a tuning with target "block"; windows that the model can't read, that leave no
+      InputError: nothing is quantized; a tuning with target "block", with a level_rate where nothing has a codebook, or
+        with a top_k not below the vocabulary; windows that the model can't read, that leave no
         prediction, or that don't divide over the mesh; a float decoder with another embedding or head; weights that
         can't begin at float ones; a step whose loss or parameters are not finite; scales that don't fit their dtype; a
         journal's folder that holds another training or can't be written.
@@ -72,12 +73,13 @@ def tune(
     check_windows(tokens, decoder.config)
     check_devices(tuning, devices)
     check_teacher(quantized, decoder)
+    check_top_k(tuning, decoder.config)
     start, student = begun(split(quantized), tuning, decoder)
     (count, context), name = tokens.shape, "Tuning of the model"
     describe = partial(run_of, {"quantized": quantized, "float": decoder}, tokens, tuning, devices, __name__)
     with showing(progress) as tell, opened(journal, describe) as writer:
-        teacher, lesson = lessons(decoder, tokens, tuning, tell)
-        frozen, batch = (student, teacher), lambda _, which: lesson(which)
+        teacher, batch_of = batches_of(decoder, tokens, tuning, tell)
+        frozen, batch = (student, teacher), lambda _, which: batch_of(which)
         task = Task(name, start, model_loss, frozen, batch, count, context, student.packed, devices)
         return student.packed(fit(task, tuning, writer, tell))
 
@@ -111,11 +113,10 @@ def run_of(
     modules: Mapping[str, Any], tokens: np.ndarray, tuning: Tuning, devices: Devices | None, code: str
 ) -> dict[str, Any]:
     """What decides the bytes of a training's result: modules, tokens, the stage, the mesh, and the code's module."""
-    digest = lambda tree: provenance.array_digest(*jax.tree.leaves(nnx.state(tree)))  # noqa: E731
     return {
         "tuning": provenance.describe(tuning),
         "tokens": provenance.array_digest(tokens),
-        **{name: None if module is None else digest(module) for name, module in modules.items()},
+        **{name: None if module is None else identity(module) for name, module in modules.items()},
         "code": provenance.code_of(tuning, [code]),
         "packages": provenance.packages(),
         "mesh": [devices.data, devices.model] if devices else [1, 1],
@@ -175,10 +176,9 @@ class Student:
         def with_learned(kernel: FakeQuantized, own: Mapping[str, Array]) -> FakeQuantized:
             # Layers are stacked on the first axis, and share a codebook's levels.
             layers = kernel.scale.shape[:-2]
-            shared = {
-                name: jnp.broadcast_to(leaf, (*layers, len(leaf))) for name, leaf in own.items() if name == "level"
-            }
-            return replace(kernel, learned={**own, **shared}, compute=compute)
+            if "level" in own:
+                own = {**own, "level": jnp.broadcast_to(own["level"], (*layers, len(own["level"])))}
+            return replace(kernel, learned=own, compute=compute)
 
         kernels = {path: with_learned(kernel, learned.get(path, {})) for path, kernel in self.kernels.items()}
         return self._merged(kernels, learned)

@@ -52,8 +52,16 @@ class RoundedCache:
 
     def __post_init__(self) -> None:
         for name, activation in (("keys", self.keys), ("values", self.values)):
-            if activation is not None and (activation.static or activation.outliers is not None):
-                raise InputError(f"A cache's {name} have scales of their own and no outliers, not {activation}.")
+            if activation is None:
+                continue
+            if not isinstance(activation, Activation):
+                raise InputError(f"A cache's {name} take an Activation(format), not {activation!r}.")
+            own = activation.format.group == "channel" or isinstance(activation.format.group, int)
+            if activation.static or activation.outliers is not None or not own:
+                raise InputError(
+                    f"A cache's {name} have scales of their own for each token and no outliers: an Activation whose "
+                    f'format has the group "channel" or a number of channels, not {activation}.'
+                )
 
     def __call__(
         self, keys: Float[Array, "b h t d"], values: Float[Array, "b h t d"]

@@ -5,6 +5,7 @@ formats form consecutive segments, each stacked and scanned. `Block` also return
 projections read, for calibration. Under jit, unused taps cost nothing.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
@@ -16,8 +17,11 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
+from jquant.errors import InputError
 from jquant.models.cache import RoundedCache
 from jquant.models.config import DecoderConfig
+from jquant.models.params import flat_params
+from jquant.provenance import describe, digest
 from jquant.transforms import hadamard
 
 Taps = dict[str, Array]
@@ -191,14 +195,23 @@ def blocks(decoder: Decoder) -> Iterator[Block]:
             yield nnx.merge(graph, jax.tree.map(itemgetter(index), stack))
 
 
+def identity(decoder: Decoder) -> str:
+    """A digest of what decides a decoder's values: arrays, formats, configuration, rotations, the cache's rounding."""
+    segments = [(segment.mlp.rotation, segment.attention.cached) for segment in decoder.segments]
+    parts = [flat_params(decoder), decoder.config, decoder.norm.rotation, segments]
+    return digest(json.dumps(describe(parts), sort_keys=True).encode())
+
+
 def with_cache(decoder: Decoder, cached: RoundedCache | None) -> Decoder:
     """The decoder whose attention rounds keys and values so, for evaluation, generation and training alike.
 
     It is a choice for a run, as the cache's type is in other tools: a saved model does not hold it.
 
     Raises:
-      InputError: groups that are larger than a head.
+      InputError: no `RoundedCache`; groups that are larger than a head.
     """
+    if cached is not None and not isinstance(cached, RoundedCache):
+        raise InputError(f"with_cache takes a RoundedCache or None, not {cached!r}.")
     if cached is not None:
         like = jax.ShapeDtypeStruct((1, decoder.config.kv_heads, 1, decoder.config.head_dim), jnp.float32)
         jax.eval_shape(cached, like, like)
