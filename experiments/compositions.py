@@ -26,7 +26,20 @@ from jquant.methods import Rules, completed, split_width, takes, unknown
 FOLDER = Path(__file__).parents[1] / "configs" / "compositions"
 # What a file may name: the parts of methods. Not jquant's other functions, which read files and run models.
 PARTS = (
-    *("Int", "Codebook", "Float", "NF4", "NF3", "FP4", "FP8_E4M3", "FP8_E5M2", "MXFP4", "NVFP4", "double_quantized"),
+    *(
+        "Int",
+        "Codebook",
+        "Float",
+        "NF4",
+        "NF3",
+        "FP4",
+        "SEQ",
+        "FP8_E4M3",
+        "FP8_E5M2",
+        "MXFP4",
+        "NVFP4",
+        "double_quantized",
+    ),
     *("MinMax", "Percentile", "Search", "LossSearch", "LlamaCpp"),
     *("Nearest", "Stochastic", "GPTQ", "Refit"),
     *("AWQ", "SmoothQuant", "Hadamard", "Activation", "Tuning", "Method"),

@@ -1,6 +1,7 @@
 """experiments.qat: from a float model to a trained one and its row; resumed, refused."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import checkpoints
@@ -8,9 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import run_here
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from experiments import tables
-from jquant import InputError, load_model, perplexity
+from experiments.overrides import CONFIGS, check_command
+from experiments.qat import method_of, tuning_of
+from experiments.settings import check
+from jquant import InputError, Tuning, load_model, perplexity
 from jquant.learning import loop
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "initializer_range": 0.1}
@@ -112,6 +118,54 @@ def test_text_that_the_model_samples_is_learned_from(place, tmp_path, monkeypatc
     done = run_here("qat", *asked)
     assert done.returncode == 0, done.stderr
     assert any((tmp_path / "cache/sampled").rglob("*.safetensors"))
+
+
+def test_trainings_share_a_start_and_are_compared_with_a_row_by_its_settings(place, tmp_path):
+    start = f"start={tmp_path}/start"
+    for about, *changes in (
+        ("all", "tuning.steps=4"),
+        ("blocks", "blocks={steps: 5, weight_rate: 0.01}", f"start={tmp_path}/own", "tuning=null"),
+        ("scales", "tuning.steps=3", "tuning.weight_rate=0.0", "journal.evaluate_every=2"),
+        ("other windows", "tuning.steps=1", "evaluation.windows=3"),
+    ):
+        own = command(place, tmp_path, f"output={tmp_path}/{about.split()[0]}", f"about={about}", "baseline=all")
+        own += [start] * (about != "blocks") + list(changes)
+        done = run_here("qat", *[given for given in own if about != "blocks" or not given.startswith("tuning.")])
+        assert done.returncode == 0, done.stderr
+    rows = {row["settings"]: row for row in tables.read_rows(tmp_path / "results/mine")}
+    assert [row["training_tokens"] for row in rows.values()] == [4 * 2 * 64, 5 * 2 * 64, 3 * 2 * 64, 2 * 64]
+    table = (tmp_path / "results/mine/table.md").read_text()
+    changes = {line.split("|")[2].strip(): line.split("|")[-2].strip() for line in table.splitlines()[2:6]}
+    assert changes["all"].startswith("+0.00")
+    assert changes["scales"].endswith("]")
+    assert changes["other windows"] == ""
+    assert "Learned from" in table
+    assert "QAT-2 blocks" not in next(part for part in table.split(". ") if "Learned from" in part)
+    assert (tmp_path / "results/mine/training_curves.png").is_file()
+    seconds = json.loads((tmp_path / "start.seconds.json").read_text())["seconds"]
+    assert all(row["quantize_seconds"] > seconds for name, row in rows.items() if name != "blocks")
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONFIGS / "ingredient").glob("*.yaml")))
+def test_every_ingredient_is_a_training_of_as_many_tokens(name):
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        composed = compose("training_ingredients", [f"ingredient={name}"])
+    settings = OmegaConf.to_container(composed, resolve=True)
+    check(settings)
+    stages = list(method_of(settings).tuning)
+    stages += [] if settings["tuning"] is None else [tuning_of("tuning", settings["tuning"])]
+    assert sum(stage.steps * stage.windows for stage in stages) == 400
+    assert settings["about"] == name
+    assert settings["output"] == f"qat/ingredients/{name}"
+    alone = settings["start"] != "qat/ingredients/start"
+    assert alone == (name in ("blocks", "both", "seq"))
+    assert (settings["calibration"]["context"], settings["text"]["context"]) == (512, 512)
+    check_command("qat", ["--config-name", "training_ingredients", f"ingredient={name}"])
+
+
+def test_the_settings_are_all_those_of_a_tuning():
+    settings = OmegaConf.load(CONFIGS / "qat.yaml")
+    assert set(settings.tuning) == {field.name for field in fields(Tuning)} - {"target"}
 
 
 REFUSED = {

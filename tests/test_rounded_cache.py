@@ -92,8 +92,13 @@ def test_it_is_a_choice_for_a_run_that_a_saved_model_does_not_hold(model, quanti
 
 
 def test_wrong_formats_are_refused(model):
-    for wrong in (Activation(static=True), Activation(outliers=6.0)):
+    whole = Activation(Int(4, "tensor", symmetric=True))  # would let a token see those after it
+    for wrong in (Activation(static=True), Activation(outliers=6.0), whole):
         with refused("values", "scales of their own"):
             RoundedCache(values=wrong)
+    with refused("keys", "Activation"):
+        RoundedCache(keys=Int(8, "channel", symmetric=True))
+    with refused("RoundedCache or None"):
+        with_cache(model.decoder, FOUR)
     with refused("larger than"):
         with_cache(model.decoder, RoundedCache(keys=Activation(Int(4, 128))))

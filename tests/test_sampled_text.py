@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from checkpoints import refused
 
+from jquant import Activation, RoundedCache, with_cache
 from jquant.evaluation import sampled_text
 from jquant.evaluation.sampled_text import LIKELIEST, sample_text
 from jquant.io.files import read_json
@@ -105,7 +106,7 @@ def test_what_decides_the_text_is_in_the_recipe_and_makes_a_folder_of_its_own(mo
     recipe = read_json(folder / "recipe.json")
     assert recipe["seed"] == 0
     assert recipe["context"] == CONTEXT
-    assert {"weights", "temperature", "batch", "code", "packages"} <= set(recipe)
+    assert {"model", "temperature", "batch", "code", "packages"} <= set(recipe)
     scaled = jax.tree.map(lambda leaf: leaf, model.decoder)
     scaled.embedding.set_value(1.01 * scaled.embedding.get_value())
     for source, options in [
@@ -113,6 +114,7 @@ def test_what_decides_the_text_is_in_the_recipe_and_makes_a_folder_of_its_own(mo
         (model, {"temperature": 1.1}),
         (model.decoder, {}),
         (replace(model, decoder=scaled), {}),
+        (replace(model, decoder=with_cache(model.decoder, RoundedCache(keys=Activation()))), {}),
     ]:
         before = len(list(cache.iterdir()))
         sampled(source, 1, **options)

@@ -34,7 +34,11 @@ def _backward(saved: tuple[Array, ...], slope: Array) -> tuple[Array, Array]:
     x, w, like_x, like_w = saved
     slope, flat = slope.astype(jnp.bfloat16), lambda a: a.reshape(-1, a.shape[-1])
     at_x = jnp.matmul(slope, _transposed(w), preferred_element_type=jnp.float32)
-    at_w = jnp.matmul(_transposed(flat(x)), flat(slope), preferred_element_type=jnp.float32)
+    if x.shape[-1] <= w.shape[-1]:
+        at_w = jnp.matmul(_transposed(flat(x)), flat(slope), preferred_element_type=jnp.float32)
+    else:  # the smaller factor is moved; moving x would compute what makes it across rows, which does not vectorise
+        at_w = jnp.matmul(_transposed(flat(slope)), flat(x), preferred_element_type=jnp.float32)
+        at_w = with_layout_constraint(at_w, Layout((0, 1))).T
     return at_x.astype(like_x.dtype), at_w.astype(like_w.dtype)
 
 

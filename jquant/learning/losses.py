@@ -54,31 +54,48 @@ def _loss(
     head: Float[Array, "d vocab"],
     tuning: Tuning,
 ) -> Float[Array, ""]:
-    """The loss of the student's states; `known` is nothing, the teacher's states, or its likeliest tokens."""
-    text, reverse = tuning.text, tuning.reverse
+    """The loss of the student's states; `known` is nothing, the teacher's states, or its likeliest tokens.
 
-    @jax.checkpoint
-    def rows(states: Array, targets: Array, *known: Array) -> dict[str, Array]:
-        of_target = lambda log: jnp.take_along_axis(log, targets[:, None], -1)[:, 0]  # noqa: E731
-        log_q = jax.nn.log_softmax(matmul_in(tuning.compute, states, head))
+    A chunk's logits give its loss and the gradient of its states at once, so the backward pass needs no logits again:
+    without it the products and exponentials of every chunk would be computed twice.
+    """
+    text, share = tuning.text, tuning.reverse
+    if share == "confidence":
+        share = jnp.mean(jnp.exp(map_rows(lambda s, t: _of(_log_softmax(s, head, tuning), t), *known, targets)))
+
+    def rows(states: Array, targets: Array, *known: Array) -> Float[Array, " rows"]:
+        log_q = _log_softmax(states, head, tuning)
         # optax's cross-entropy would normalise the logits a second time.
-        values = {"text": -of_target(log_q)} if text else {}
+        of_text = -text * _of(log_q, targets) if text else jnp.zeros(len(states))
         if text == 1:
-            return values
+            return of_text
         if tuning.top_k is None:
-            log_p = jax.nn.log_softmax(matmul_in(tuning.compute, known[0], head))
+            log_p = _log_softmax(known[0], head, tuning)
         else:
             log_p, ids = known
             log_p, log_q = _with_others(log_p), _with_others(jnp.take_along_axis(log_q, ids, -1))
-        values["forward"] = optax.losses.kl_divergence_with_log_targets(log_q, log_p)
-        values |= {"reverse": optax.losses.kl_divergence_with_log_targets(log_p, log_q)} if reverse else {}
-        values |= {"confidence": jnp.exp(of_target(log_p))} if reverse == "confidence" else {}
-        return values
+        forward = (1 - share) * optax.losses.kl_divergence_with_log_targets(log_q, log_p)
+        backward = share * optax.losses.kl_divergence_with_log_targets(log_p, log_q) if tuning.reverse else 0.0
+        return (1 - text) * (forward + backward) + of_text
 
-    means = jax.tree.map(jnp.mean, map_rows(rows, states, targets, *known))
-    share = means.get("confidence", reverse)
-    divergence = (1 - share) * means.get("forward", 0.0) + share * means.get("reverse", 0.0)
-    return (1 - text) * divergence + text * means.get("text", 0.0)
+    def rows_and_slopes(states: Array, *others: Array) -> tuple[Array, Array]:
+        values, back = jax.vjp(lambda states: rows(states, *others), states)
+        return values, back(jnp.ones_like(values))[0]
+
+    fixed = jax.lax.stop_gradient(states)
+    values, slopes = map_rows(rows_and_slopes, fixed, targets, *known)
+    # states - fixed is 0, and has the gradient of the states.
+    return jnp.mean(values) + jnp.sum(jax.lax.stop_gradient(slopes / values.size) * (states - fixed))
+
+
+def _log_softmax(
+    states: Float[Array, "rows d"], head: Float[Array, "d vocab"], tuning: Tuning
+) -> Float[Array, "rows vocab"]:
+    return jax.nn.log_softmax(matmul_in(tuning.compute, states, head))
+
+
+def _of(log: Float[Array, "rows vocab"], targets: Int[Array, " rows"]) -> Float[Array, " rows"]:
+    return jnp.take_along_axis(log, targets[:, None], -1)[:, 0]
 
 
 def _with_others(log: Float[Array, "rows k"]) -> Float[Array, "rows k+1"]:

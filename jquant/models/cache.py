@@ -47,8 +47,8 @@ class RoundedCache:
       values: None keeps values as they are.
     """
 
-    keys: Activation | None = None
-    values: Activation | None = None
+    keys: Any = None  # checked here, not by the type
+    values: Any = None
 
     def __post_init__(self) -> None:
         for name, activation in (("keys", self.keys), ("values", self.values)):

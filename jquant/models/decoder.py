@@ -202,7 +202,7 @@ def identity(decoder: Decoder) -> str:
     return digest(json.dumps(describe(parts), sort_keys=True).encode())
 
 
-def with_cache(decoder: Decoder, cached: RoundedCache | None) -> Decoder:
+def with_cache(decoder: Decoder, cached: Any) -> Decoder:
     """The decoder whose attention rounds keys and values so, for evaluation, generation and training alike.
 
     It is a choice for a run, as the cache's type is in other tools: a saved model does not hold it.
