@@ -43,7 +43,7 @@ def figure(rows: Sequence[Row], folder: Path) -> Figure:
         raise ValueError(f"no row has evaluations in {folder}/<fingerprint>.metrics.jsonl")
     texts = by_text([row for row, _ in drawn])
     names = list(dict.fromkeys(_name(row) for row, _ in drawn))
-    plot = Figure(figsize=(3.6 * max(2, len(texts)), 2.9 * len(texts)), layout="constrained")
+    plot = Figure(figsize=(7.2, 2.9 * len(texts)), layout="constrained")
     grid: Any = plot.subplots(len(texts), 2, squeeze=False)
     for (kl, perplexity), chosen in zip(grid, texts.values(), strict=True):
         of_text = [(row, curve) for row, curve in drawn if row in chosen]
