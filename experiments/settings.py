@@ -37,6 +37,18 @@ def _or_null(kind: Kind) -> Kind:
     return f"{says}, or null", lambda value: value is None or takes(value)
 
 
+def _each(kind: Kind) -> Kind:
+    says, takes = kind
+    return (
+        f"is a list, each of which {says}",
+        lambda value: isinstance(value, list) and value != [] and all(map(takes, value)),
+    )
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_whole(0)[1], value))
+
+
 SWITCH: Kind = ("is true or false", lambda value: type(value) is bool)
 TEXT: Kind = ("takes a text", lambda value: isinstance(value, str) and bool(value.strip()))
 NAME: Kind = ("takes a name", lambda value: TEXT[1](value) or type(value) is int)
@@ -67,6 +79,7 @@ KINDS: dict[str, Kind] = {
     "model.tokenizer": _or_null(TEXT),
     "model.source": _or_null(SECTION),
     "model.published": _or_null(SECTION),
+    "products": _choice("fast", "plain"),
     "mesh.data": _whole(1),
     "mesh.model": _whole(1),
     "mesh.uneven": _choice("error", "replicate"),
@@ -84,6 +97,12 @@ KINDS: dict[str, Kind] = {
     "journal.every": _whole(1),
     "journal.evaluate_every": _whole(1),
     "journal.tensorboard": SWITCH,
+    "cache.bits": _each(_whole(2)),
+    "cache.group": _whole(1),
+    "cache.keys": _each(_choice("token", "channel", "channel_before_rotary")),
+    "cache.rotate": _each(SWITCH),
+    "cache.kept": _each(("is a pair [last, first] of numbers of tokens from 0", _is_pair)),
+    "cache.tokens": _whole(1),
     "calibration.data": ONE_TEXT,
     "calibration.samples": _whole(1),
     "calibration.context": _whole(1),

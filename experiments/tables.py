@@ -51,6 +51,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "sensitivity.jsonl": _ORIGIN
     | {FLOAT: float, "all": _FIGURES, "projections": dict, "layers": [_FIGURES]}
     | {"matrices": [_FIGURES | {"layer": int, "projection": str}]},
+    "cache.jsonl": _ORIGIN
+    | dict.fromkeys(("perplexity", "kl", "top1_agreement", "megabytes"), float)
+    | {"change_percent": [float], "bits?": int, "keys?": str, "rotate?": bool, "recent?": int, "first?": int},
     "outliers.jsonl": {"layer": int, "input": str, "fingerprint?": str, "device": str, "ratio": (float,)}
     | {"protocol": _PROTOCOL | {"bos": bool}, "config": {"threshold": float, "bits": int, "group": int}}
     | dict.fromkeys(("max", "median", "sink_energy", "first_token_energy", "massive_tokens"), float)
@@ -337,7 +340,7 @@ def caption(rows: Sequence[Row], baseline: str | None = None) -> str:
     dtypes = " or ".join(dict.fromkeys(row["protocol"]["dtype"] for row in rows))
     notes = dict.fromkeys((row["config"]["model"].get("published") or {}).get("note") for row in rows)
     sentences = [
-        *_sentences(rows, _protocol, rows),
+        *_sentences(rows, protocol, rows),
         *_sentences(rows, _calibration, quantized),
         *_sentences(rows, _learned, quantized),
         *_sentences(rows, _groups, quantized),
@@ -366,7 +369,8 @@ def _sentences(rows: Sequence[Row], say: Callable[[Row], str], every: Sequence[R
     return [f"{sentence}{names[sentence]}." for sentence in by_sentence]
 
 
-def _protocol(row: Row) -> str:
+def protocol(row: Row) -> str:
+    """A row's model, text and windows."""
     protocol = row["protocol"]
     stored = row.get("stored") or protocol["weights_stored_as"]
     return (

@@ -39,7 +39,7 @@ from jquant.learning.lora import add_adapters, merge_adapters, train_adapters
 from jquant.learning.tuning import tune
 from jquant.methods import METHODS, Method, Tuning, method
 from jquant.models.adapters import LoRA
-from jquant.models.cache import RoundedCache
+from jquant.models.cache import CacheFormat, Stored
 from jquant.models.decoder import with_cache
 from jquant.models.folding import permute_mlp, rotate
 from jquant.pipeline.in_memory import quantize, quantize_decoder, quantize_decoders
@@ -69,6 +69,7 @@ __all__ = [
     "AbsMax",
     "AbsMean",
     "Activation",
+    "CacheFormat",
     "Codebook",
     "Comparison",
     "Float",
@@ -94,12 +95,12 @@ __all__ = [
     "Refit",
     "Report",
     "Rounded",
-    "RoundedCache",
     "Rounding",
     "Search",
     "SmoothQuant",
     "Statistic",
     "Stochastic",
+    "Stored",
     "Transform",
     "Tuning",
     "add_adapters",

@@ -155,7 +155,7 @@ def test_a_value_that_a_setting_does_not_take_is_refused_by_every_experiment(ove
         check(OmegaConf.to_container(config, resolve=True))  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize("script", ["evaluate", "outliers", "qlora", "quantize", "sensitivity", TABLE])
+@pytest.mark.parametrize("script", ["cache", "evaluate", "outliers", "qlora", "quantize", "sensitivity", TABLE])
 def test_what_the_configs_say_is_what_the_settings_take(script):
     check(OmegaConf.to_container(composed(script), resolve=True))  # pyright: ignore[reportArgumentType]
 

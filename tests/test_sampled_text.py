@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from checkpoints import refused
 
-from jquant import Activation, RoundedCache, with_cache
+from jquant import CacheFormat, Int, Stored, with_cache
 from jquant.evaluation import sampled_text
 from jquant.evaluation.sampled_text import LIKELIEST, sample_text
 from jquant.io.files import read_json
@@ -114,7 +114,7 @@ def test_what_decides_the_text_is_in_the_recipe_and_makes_a_folder_of_its_own(mo
         (model, {"temperature": 1.1}),
         (model.decoder, {}),
         (replace(model, decoder=scaled), {}),
-        (replace(model, decoder=with_cache(model.decoder, RoundedCache(keys=Activation()))), {}),
+        (replace(model, decoder=with_cache(model.decoder, CacheFormat(keys=Stored(Int(8, "channel", True))))), {}),
     ]:
         before = len(list(cache.iterdir()))
         sampled(source, 1, **options)

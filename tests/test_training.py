@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_pipeline import leaves, same_bytes
 
-from jquant import SEQ, Activation, Journal, Options, RoundedCache, Tuning, with_cache
+from jquant import SEQ, CacheFormat, Int, Journal, Options, Stored, Tuning, with_cache
 from jquant.io.load import load_model
 from jquant.learning import loop
 from jquant.learning import teacher as teaching
@@ -155,7 +155,7 @@ def test_a_full_disk_ends_in_one_sentence_and_keeps_the_checkpoint_before(folder
 def test_a_journal_of_another_training_is_refused_with_what_differs(decoder, quantized, tmp_path):
     tune(quantized, decoder, TOKENS, STAGE, journal=Journal(tmp_path), progress=False)
     before = sorted(path.name for path in tmp_path.rglob("*"))
-    rounded = RoundedCache(keys=Activation())
+    rounded = CacheFormat(keys=Stored(Int(8, "channel", True)))
     for changed, said in (
         ({"tuning": replace(STAGE, rate=1e-3)}, "tuning.rate 0.003, now 0.001"),
         ({"tokens": TOKENS[:4]}, "tokens"),
@@ -383,7 +383,13 @@ def test_a_teachers_likeliest_tokens_are_computed_once(decoder, quantized, tmp_p
     assert same_bytes(leaves(first), leaves(again))
     assert len(list((tmp_path / "teacher").rglob("*.safetensors"))) == 2
     with pytest.raises(pytest.fail.Exception, match="computed again"):  # other predictions of the same arrays
-        tune(quantized, with_cache(decoder, RoundedCache(keys=Activation())), TOKENS, stage, progress=False)
+        tune(
+            quantized,
+            with_cache(decoder, CacheFormat(keys=Stored(Int(8, "channel", True)))),
+            TOKENS,
+            stage,
+            progress=False,
+        )
     exact = replace(stage, compute="float32", windows=4, steps=3)
     monkeypatch.undo()
     monkeypatch.setenv("JQUANT_CACHE", str(tmp_path))

@@ -13,12 +13,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
 from jquant.errors import InputError
-from jquant.models.cache import RoundedCache
+from jquant.models.cache import CacheFormat, Past, extend, read
 from jquant.models.config import DecoderConfig
 from jquant.models.params import flat_params
 from jquant.provenance import describe, digest
@@ -61,11 +62,11 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions; `cached` rounds keys and values (`with_cache`)."""
+    """Grouped-query attention with rotary positions; `cached` rounds past keys and values (`with_cache`)."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         self.config = config
-        self.cached: RoundedCache | None = None
+        self.cached: CacheFormat | None = None
         width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
         self.q = Linear(config.hidden, width, rngs)
         self.k = Linear(config.hidden, kv_width, rngs)
@@ -76,24 +77,34 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "b t d"],
         rotary: Float[Array, "t half 2"],
-        cache: tuple[Array, Array] | None = None,
+        cache: tuple[Any, Any] | None = None,
         start: Int[Array, ""] | int = 0,
-    ) -> tuple[Float[Array, "b t d"], Taps, tuple[Array, Array] | None]:
+    ) -> tuple[Float[Array, "b t d"], Taps, tuple[Any, Any] | None]:
         """Output, taps and the cache with these tokens written at `start`.
 
-        The cache is this layer's (keys, values), each `[b, kv_heads, s, head_dim]`; without one, attention is causal
-        within x.
+        The cache is this layer's (keys, values), as in `Cache.layers`; without one, attention is causal within x. Where
+        `cached` packs it, several tokens at once are the first.
         """
         heads = lambda y: y.reshape(*y.shape[:2], -1, self.config.head_dim).transpose(0, 2, 1, 3)  # noqa: E731
-        q, k, v = rotate(heads(self.q(x)), rotary), rotate(heads(self.k(x)), rotary), heads(self.v(x))
-        if self.cached is not None:
-            k, v = self.cached(k, v)
+        q, k, v = rotate(heads(self.q(x)), rotary), heads(self.k(x)), heads(self.v(x))
+        cached, late = self.cached, self.cached is not None and self.cached.before_rotary
+        k, turned = (k, rotate(k, rotary)) if late else (rotate(k, rotary), None)
+        stored = (None, None) if cached is None else (cached.keys, cached.values)
         if cache is not None:
-            at = (0, 0, start, 0)
-            cache = (jax.lax.dynamic_update_slice(cache[0], k, at), jax.lax.dynamic_update_slice(cache[1], v, at))
-            out, mass = attend(q, *cache, start), None
+            cache = (extend(cache[0], k, start, cached, stored[0]), extend(cache[1], v, start, cached, stored[1]))
+        if cache is None or (cached is not None and x.shape[1] > 1):
+            past = (None, None) if cached is None else (cached.in_text(k, stored[0]), cached.in_text(v, stored[1]))
+            if late and past[0] is not None:
+                past = (Past(rotate(past[0].rounded, rotary), past[0].reads), past[1])
+            out, mass = causal_attention(q, k if turned is None else turned, v, *past)
         else:
-            out, mass = causal_attention(q, k, v)
+            length = start + x.shape[1]
+            keys, values = (read(kept, length, cached, how) for kept, how in zip(cache, stored, strict=True))
+            slots = min(keys.shape[2], values.shape[2])  # whole blocks, of either size, reach beyond the last slot
+            keys, values = keys[:, :, :slots], values[:, :, :slots]
+            if late:
+                keys = rotate(keys, rotary_table(self.config, jnp.arange(slots)))
+            out, mass = attend(q, keys, values, start), None
         merged = out.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1)
         taps = {"attention_input": x, "attention_output": merged}
         return self.o(merged), taps if mass is None else taps | {"attention_mass": mass}, cache
@@ -129,9 +140,9 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "b t d"],
         rotary: Float[Array, "t half 2"],
-        cache: tuple[Array, Array] | None = None,
+        cache: tuple[Any, Any] | None = None,
         start: Int[Array, ""] | int = 0,
-    ) -> tuple[Float[Array, "b t d"], Taps, tuple[Array, Array] | None]:
+    ) -> tuple[Float[Array, "b t d"], Taps, tuple[Any, Any] | None]:
         """Residual stream after the layer, its taps, and its cache."""
         attended, taps, cache = self.attention(self.attention_norm(x), rotary, cache, start)
         x = x + attended
@@ -140,7 +151,7 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Token ids to logits. `embedding` is `[vocab, d]`; a tied head is the same array, not a copy.
+    """Token ids to logits. `embedding` is `[vocab, d]`, an array or `Transposed`; a tied head is the same, not a copy.
 
     The residual stream may be rotated by `norm.rotation` (`jquant.models.folding`): `embed` rotates it and the last
     norm rotates it back, so embedding and head do not change and may stay tied.
@@ -158,9 +169,19 @@ class Decoder(nnx.Module):
         """Next-token logits at every position."""
         return self.logits(self.hidden(tokens))
 
+    @property
+    def dtype(self) -> Any:
+        """Of activations, and of the parameters that are not quantized."""
+        return self.norm.scale.get_value().dtype
+
+    @property
+    def cached(self) -> CacheFormat | None:
+        """How attention rounds past keys and values (`with_cache`)."""
+        return self.segments[0].attention.cached
+
     def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         """The residual stream before the first layer."""
-        x = self.embedding.get_value()[tokens]
+        x = self.embedding.get_value()[tokens].astype(self.dtype)
         return x if self.norm.rotation is None else hadamard.apply(x, self.norm.rotation)
 
     def hidden(self, tokens: Int[Array, "b t"], remat: bool = False) -> Float[Array, "b t d"]:
@@ -203,18 +224,17 @@ def identity(decoder: Decoder) -> str:
 
 
 def with_cache(decoder: Decoder, cached: Any) -> Decoder:
-    """The decoder whose attention rounds keys and values so, for evaluation, generation and training alike.
+    """The decoder whose attention rounds past keys and values so, for evaluation, generation and training alike.
 
     It is a choice for a run, as the cache's type is in other tools: a saved model does not hold it.
 
     Raises:
-      InputError: no `RoundedCache`; groups that are larger than a head.
+      InputError: no `CacheFormat`; groups that are larger than a head.
     """
-    if cached is not None and not isinstance(cached, RoundedCache):
-        raise InputError(f"with_cache takes a RoundedCache or None, not {cached!r}.")
-    if cached is not None:
-        like = jax.ShapeDtypeStruct((1, decoder.config.kv_heads, 1, decoder.config.head_dim), jnp.float32)
-        jax.eval_shape(cached, like, like)
+    if not isinstance(cached, CacheFormat | None):
+        raise InputError(f"with_cache takes a CacheFormat or None, not {cached!r}.")
+    for stored in () if cached is None else filter(None, (cached.keys, cached.values)):
+        jax.eval_shape(stored.pack, jax.ShapeDtypeStruct((1, 1, stored.block, decoder.config.head_dim), jnp.float32))
     changed = nnx.merge(*nnx.split(decoder))
     for segment in changed.segments:
         segment.attention.cached = cached
@@ -257,9 +277,15 @@ def rotate(x: Float[Array, "b h t d"], rotary: Float[Array, "t half 2"]) -> Floa
 
 
 def causal_attention(
-    q: Float[Array, "b h t d"], k: Float[Array, "b kv t d"], v: Float[Array, "b kv t d"]
+    q: Float[Array, "b h t d"],
+    k: Float[Array, "b kv t d"],
+    v: Float[Array, "b kv t d"],
+    past_keys: Past | None = None,
+    past_values: Past | None = None,
 ) -> tuple[Float[Array, "b h t d"], Float[Array, "b t"]]:
     """Causal attention, and the attention mass each token receives: summed over queries, averaged over heads.
+
+    Keys and values of past tokens may be rounded; `Past` says which each query reads so.
 
     Each chunk of queries reads the keys up to its own end. That takes half the products of the full square, and only
     one chunk's probabilities are in memory (1/16 of the square at 4,096 tokens).
@@ -270,7 +296,8 @@ def causal_attention(
     for begin in range(0, t, chunk):
         end = min(begin + chunk, t)
         visible = jnp.arange(end) <= jnp.arange(begin, end)[:, None]
-        out, received = _softmax_attention(q[:, :, begin:end], k[:, :, :end], v[:, :, :end], visible)
+        sources = [*_sources(k, past_keys, begin, end), *_sources(v, past_values, begin, end)]
+        out, received = _softmax_attention(q[:, :, begin:end], sources[:2], sources[2:], visible)
         outs.append(out)
         mass = mass.at[:, :end].add(received)
     return jnp.concatenate(outs, 2), mass
@@ -286,7 +313,7 @@ def attend(
     """
     visible = jnp.arange(k.shape[2]) <= start + jnp.arange(q.shape[2])[:, None]
     if q.shape[2] > 1:
-        return _softmax_attention(q, k, v, visible)[0]
+        return _softmax_attention(q, (k, None), (v, None), visible)[0]
     b, _, _, d = q.shape
     query = (q * d**-0.5).astype(jnp.float32).reshape(b, k.shape[1], -1, 1, d)
     scores = jnp.where(visible[0], jnp.sum(query * k[:, :, None], -1), -jnp.inf)
@@ -294,16 +321,42 @@ def attend(
     return jnp.sum(weights[..., None] * v[:, :, None], -2).reshape(q.shape).astype(q.dtype)
 
 
-def _softmax_attention(q: Array, k: Array, v: Array, visible: Array) -> tuple[Array, Array]:
-    """Scores and probabilities in float32; query heads that share a key/value head are rows of one matrix product."""
+def _sources(x: Array, past: Past | None, begin: int, end: int) -> tuple[Array, Past | None]:
+    """What queries from `begin` to `end` read: tokens as they are, and as past ones."""
+    if past is None:
+        return x[:, :, :end], None
+    reads = past.reads[begin:end, :end]
+    if not reads.any():
+        return x[:, :, :end], None
+    if (reads == np.tri(end - begin, end, begin, bool)).all():  # all that they see is past
+        return past.rounded[:, :, :end], None
+    return x[:, :, :end], Past(past.rounded[:, :, :end], reads)
+
+
+def _softmax_attention(q: Array, keys: Sequence[Any], values: Sequence[Any], visible: Array) -> tuple[Array, Array]:
+    """Scores and probabilities in float32; query heads that share a key/value head are rows of one matrix product.
+
+    Keys and values are pairs: as they are, and None or `Past`.
+    """
     b, h, t, d = q.shape
+    (k, past_keys), (v, past_values) = keys, values
     kv, s = k.shape[1:3]
     grouped = (q * d**-0.5).reshape(b, kv, h // kv * t, d)
-    scores = jnp.einsum("bkqd,bksd->bkqs", grouped, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible, scores.reshape(b, kv, h // kv, t, s), -jnp.inf)
+    scores_of = lambda k: jnp.einsum("bkqd,bksd->bkqs", grouped, k, preferred_element_type=jnp.float32).reshape(  # noqa: E731
+        b, kv, h // kv, t, s
+    )
+    scores = scores_of(k)
+    if past_keys is not None:
+        scores = jnp.where(past_keys.reads, scores_of(past_keys.rounded), scores)
+    scores = jnp.where(visible, scores, -jnp.inf)
     weights = jnp.exp(scores - jnp.max(scores, -1, keepdims=True))
     # Dividing the outputs, not the probabilities, saves a pass over the square.
     total = jnp.sum(weights, -1, keepdims=True)
-    out = jnp.einsum("bkqs,bksd->bkqd", weights.astype(v.dtype).reshape(b, kv, -1, s), v)
+    sums_of = lambda weights, v: jnp.einsum("bkqs,bksd->bkqd", weights.astype(v.dtype).reshape(b, kv, -1, s), v)  # noqa: E731
+    if past_values is None:
+        out = sums_of(weights, v)
+    else:
+        reads = past_values.reads
+        out = sums_of(jnp.where(reads, 0, weights), v) + sums_of(jnp.where(reads, weights, 0), past_values.rounded)
     out = out.reshape(b, h, t, d) / total.reshape(b, h, t, 1).astype(v.dtype)
     return out, jnp.sum(weights / total, (1, 2, 3)) / h
