@@ -44,6 +44,7 @@ def _fixed(format: Format, **choices) -> Callable[[int, Group, bool], Method]:
 
 _INT8 = Int(8, "channel", symmetric=True)
 _INT8_INT8 = Int(8, "channel", symmetric=True, scale="float32")  # scales as in bitsandbytes
+_INT8_INPUTS = Int(8, 32, symmetric=True, scale="float32", full_range=False)
 _INT8_TENSOR = Int(8, "tensor", symmetric=True, scale="float32")
 
 METHODS: dict[str, Callable[[int, Group, bool], Method]] = {
@@ -114,7 +115,10 @@ METHODS: dict[str, Callable[[int, Group, bool], Method]] = {
     "nvfp4": _fixed(NVFP4),
     # llama.cpp's types with its own search.
     **{name.lower(): _fixed(format, range=LlamaCpp()) for name, format in GGUF.items()},
-    # Weights and activations.
+    # Weights and activations. Blocks of 32 inputs are llama.cpp's.
+    "gptq_a8": lambda bits, group, symmetric: Method(
+        Int(bits, group, symmetric), Search("diagonal"), GPTQ(), activation=Activation(_INT8_INPUTS)
+    ),
     "llm_int8": _fixed(_INT8_INT8, activation=Activation(outliers=6.0)),
     "smoothquant": _fixed(_INT8_INT8, transform=SmoothQuant(), activation=Activation()),
     "w8a8": _fixed(_INT8_INT8, activation=Activation()),
@@ -246,30 +250,48 @@ def _named(choice: Any, given: dict[str, Any]) -> Method:
     return choice
 
 
-def assign(plan: "str | Method | Rules", weights: Iterable[str]) -> dict[str, Method | None]:
+def assign(
+    plan: "str | Method | Rules", weights: Iterable[str], outside: Iterable[str] = ()
+) -> dict[str, Method | None]:
     """The method of each weight; None where it stays float.
 
     Args:
       plan: one method for all, or rules (regex, method): the first regex found in a weight's name decides. A method may
         be a name, or None for float. Weights that no rule matches stay float.
       weights: their names, e.g. "layers.3.attention.v.kernel".
+      outside: weights that stay float unless a rule's regex is their whole name, or matches it as a whole, as
+        "head|embedding" does.
 
     Raises:
       InputError: no method or plan (`complete`); a rule that is no regex, or decides for no weight.
     """
-    rules = complete(plan)
+    rules, outside = complete(plan), list(outside)
     if isinstance(rules, Method):
-        return dict.fromkeys(weights, rules)
-    return decide(rules, weights)
+        return dict.fromkeys(weights, rules) | dict.fromkeys(outside, None)
+    named = [rule for rule in rules if any(_names(rule[0], name) for name in outside)]
+    others = [rule for rule in rules if rule not in named]
+    return decide(others, weights) | decide(named, outside, _names)
 
 
-def decide(rules: Iterable[tuple[str, Choice | None]], weights: Iterable[str]) -> dict[str, Choice | None]:
+def _names(pattern: str, weight: str) -> bool:
+    """Whether a regex is meant for this very weight: it matches its whole name, but is no pattern for everything."""
+    try:
+        return bool(re.fullmatch(pattern, weight)) and not re.fullmatch(pattern, "")
+    except re.error:  # `decide` says so
+        return False
+
+
+def decide(
+    rules: Iterable[tuple[str, Choice | None]],
+    weights: Iterable[str],
+    found: Callable[[str, str], Any] = re.search,
+) -> dict[str, Choice | None]:
     """What the first regex found in a weight's name decides for it; None where none is. Errors as of `assign`."""
     chosen: dict[str, Choice | None] = {}
     names = left = list(weights)
     for pattern, choice in rules:
         try:
-            matching = [weight for weight in left if re.search(pattern, weight)]
+            matching = [weight for weight in left if found(pattern, weight)]
         except re.error as wrong:
             raise InputError(f"The plan's rule {pattern!r} is not a regular expression: {wrong}.") from None
         if not matching:

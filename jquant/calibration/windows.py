@@ -79,7 +79,7 @@ class Calibration:
         starts = [*range(0, fit, options.windows_per_pass), *range(fit, len(tokens), options.windows_per_pass)]
         batches = [devices.windows(batch) if devices else batch for batch in np.split(tokens, starts[1:])]
         self.devices, self.inputs = devices, options.inputs
-        self.config, self.dtype = decoder.config, decoder.embedding.get_value().dtype
+        self.config, self.dtype = decoder.config, decoder.dtype
         self.fit = sum(start < fit for start in starts)  # batches fitted to; the rest are held out
         by_loss = any(method.token_weights == "loss" for method in methods)
         self.gradients = [token_gradients(decoder, batch) if by_loss else {} for batch in batches]

@@ -40,7 +40,7 @@ from jquant.errors import InputError
 from jquant.formats import Codebook, Float, Format, Int, UInt
 from jquant.io.files import check_plain, read_json, sync, write_text
 from jquant.io.tokenizer import Tokenizer
-from jquant.qtensor import QTensor, quantize
+from jquant.qtensor import QTensor, Transposed, quantize
 from jquant.ranges import MinMax
 from jquant.transforms import Rotation
 
@@ -397,6 +397,8 @@ def _handler() -> ocp.PyTreeCheckpointHandler:
 
 def _parts(leaf: Any) -> Any:
     """A QTensor's arrays by name, as a dictionary of dictionaries; other leaves as they are."""
+    if isinstance(leaf, Transposed):
+        return _parts(leaf.weight)
     if not isinstance(leaf, QTensor):
         return leaf
     return {part: _parts(value) for part in PARTS if (value := getattr(leaf, part)) is not None}
@@ -404,6 +406,8 @@ def _parts(leaf: Any) -> Any:
 
 def _static(leaf: Any) -> Any:
     """A QTensor's description without its arrays; another leaf's dtype."""
+    if isinstance(leaf, Transposed):
+        return {"transposed": _static(leaf.weight)}
     if not isinstance(leaf, QTensor):
         return str(leaf.dtype)
     parts = {part: _static(value) for part in PARTS if (value := getattr(leaf, part)) is not None}
@@ -423,6 +427,8 @@ def _expected(name: str, static: Any, shape: tuple[int, ...]) -> Any:
     """
     if isinstance(static, str) and static in DTYPES:
         return jax.ShapeDtypeStruct(shape, jnp.dtype(static))
+    if name == "embedding" and isinstance(static, dict) and static.keys() == {"transposed"}:
+        return Transposed(_expected("kernel", static["transposed"], shape[::-1]))
     if not isinstance(static, dict) or not name.endswith("kernel"):
         raise InputError(f"{str(static)[:50]} is no dtype of it")
     format, activation = (from_json(static.get(key)) for key in ("format", "activation"))
@@ -449,6 +455,8 @@ def _quantized(shape: tuple[int, ...], format: Format, activation: Activation | 
 
 def _leaf(path: tuple[str, ...], flat: Mapping[tuple[str, ...], Any], of: Any) -> Any:
     """A leaf with arrays in place of its shapes."""
+    if isinstance(of, Transposed):
+        return Transposed(_leaf(path, flat, of.weight))
     if not isinstance(of, QTensor):
         return flat[path]
     parts = {part: _leaf((*path, part), flat, value) for part in PARTS if (value := getattr(of, part)) is not None}

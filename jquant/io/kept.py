@@ -11,8 +11,8 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
+from jquant.cache_folder import cache_dir
 from jquant.io.files import write_bytes, write_json
-from jquant.io.hub import cache_dir
 from jquant.provenance import array_digest, digest
 
 log = logging.getLogger(__name__)

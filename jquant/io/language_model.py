@@ -61,7 +61,7 @@ class LanguageModel:
             f"LanguageModel {self.name}: {config.layers} layers, {config.hidden} wide, {config.vocab_size} tokens; "
             f"its weights were stored as {self.stored_as}",
             f"projections: {', '.join(named + more)}; {size.bits_per_weight:.3f} bits/weight",
-            f"{size.megabytes:.1f} MB with embedding, head and norms in {self.decoder.embedding.get_value().dtype}",
+            f"{size.megabytes:.1f} MB with embedding, head and norms in {self.decoder.dtype}",
         ]
         lines += [repr(self.report)] if self.report else []
         return "\n  ".join(lines)

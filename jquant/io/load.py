@@ -29,7 +29,7 @@ from jquant.models.families import family_of
 from jquant.models.params import flat_params, with_params
 from jquant.progress import Progress, showing
 from jquant.provenance import digest
-from jquant.qtensor import QTensor
+from jquant.qtensor import QTensor, Transposed
 from jquant.report import Report
 from jquant.rounding import SolveInfo
 
@@ -324,7 +324,7 @@ class QuantizedFile:
         """The parameters, those that are not quantized cast to `dtype`; InputError if that can't hold a value."""
         return {
             name: leaf
-            if self.dtype is None or isinstance(leaf, QTensor)
+            if self.dtype is None or isinstance(leaf, QTensor | Transposed)
             else jax.device_put(_cast(prefix + name, np.asarray(leaf), self.dtype))
             for name, leaf in params.items()
         }

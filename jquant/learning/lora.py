@@ -154,7 +154,7 @@ def merge_adapters(model: LanguageModel) -> LanguageModel:
       InputError: the model has no adapter.
     """
     _check_adapted(model)
-    dtype = model.decoder.embedding.get_value().dtype
+    dtype = model.decoder.dtype
     layers = []
     for block in blocks(model.decoder):
         kernels = {path: leaf for path, leaf in flat_params(block).items() if path.endswith("kernel")}

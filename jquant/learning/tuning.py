@@ -34,7 +34,7 @@ from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Block, Decoder, identity
 from jquant.parallel.mesh import Devices
 from jquant.progress import Progress, showing
-from jquant.qtensor import QTensor
+from jquant.qtensor import QTensor, Transposed
 from jquant.rounding.limits import check_scales
 
 
@@ -96,6 +96,8 @@ def check_teacher(student: Decoder, teacher: Decoder) -> None:
     heads = [None if decoder.head is None else decoder.head.kernel.get_value() for decoder in (student, teacher)]
     embeddings = [decoder.embedding.get_value() for decoder in (student, teacher)]
     for name, (ours, theirs) in {"embedding": embeddings, "head": heads}.items():
+        if isinstance(ours, QTensor | Transposed):
+            raise InputError(f"The {name} is quantized: train first, and quantize the {name} of the result.")
         if (ours is None) != (theirs is None) or (ours is not None and not jnp.array_equal(ours, theirs)):
             raise InputError(f"The teacher's {name} differs from the model's: they share embedding and head.")
 

@@ -6,14 +6,14 @@ from flax import nnx
 from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 
 from jquant.models.adapters import Adapted
-from jquant.qtensor import QTensor
+from jquant.qtensor import QTensor, Transposed
 
-Params = dict[str, Any]  # name -> Array, QTensor, Adapted or shape
+Params = dict[str, Any]  # name -> Array, QTensor, Transposed, Adapted or shape
 Module = TypeVar("Module", bound=nnx.Module)
 
 
-class Packed(nnx.Variable[QTensor | Adapted]):
-    """A quantized or adapted kernel. It is not an `nnx.Param`, so optimizers and gradients over those leave it out."""
+class Packed(nnx.Variable[QTensor | Transposed | Adapted]):
+    """A quantized or adapted weight. It is not an `nnx.Param`, so optimizers and gradients over those leave it out."""
 
 
 def flat_params(module: Any) -> Params:
@@ -31,9 +31,9 @@ def to_state(params: Params) -> Any:
 def with_params(module: Module, params: Params) -> Module:
     """A copy of a module with these parameters replaced; the others are shared with it.
 
-    A QTensor or an adapted kernel becomes a `Packed` variable, anything else an `nnx.Param`.
+    A quantized or adapted weight becomes a `Packed` variable, anything else an `nnx.Param`.
     """
-    kind = lambda leaf: Packed if isinstance(leaf, QTensor | Adapted) else nnx.Param  # noqa: E731
+    kind = lambda leaf: Packed if isinstance(leaf, QTensor | Transposed | Adapted) else nnx.Param  # noqa: E731
     variables = {name: kind(leaf)(leaf) for name, leaf in params.items()}
     return nnx.merge(nnx.graphdef(module), to_state(flat_params(module) | variables))
 

@@ -23,6 +23,7 @@ from jquant.models.folding import rotate
 from jquant.parallel.mesh import Devices
 from jquant.parts import shown
 from jquant.pipeline.driver import calibrate, quantize_into
+from jquant.pipeline.outside import quantize_outside
 from jquant.pipeline.plan import Plan, make_plan
 from jquant.progress import Progress, showing
 from jquant.report import Report
@@ -35,7 +36,7 @@ def quantize_decoder(
     tokens: Int[np.ndarray, "n context"] | None = None,
     options: Options = DEFAULTS,
 ) -> tuple[Decoder, Report]:
-    """Quantizes the projections of the blocks; embedding, norms and head stay as they are.
+    """Quantizes the projections of the blocks; norms stay as they are, and embedding and head unless a rule names them.
 
     Args:
       decoder: float; left untouched.
@@ -86,7 +87,7 @@ def quantize_decoders(
             quantized = with_blocks(decoder, sinks[name].kept)
             for stage in plan.tuning("model"):
                 quantized = tune(quantized, decoder, fit, stage, devices=options.devices, progress=tell)
-            results[name] = quantized, sinks[name].report
+            results[name] = quantize_outside(quantized, plan.outside), sinks[name].report
     return results
 
 

@@ -18,6 +18,7 @@ from jquant.models.adapters import Adapted
 from jquant.models.decoder import Decoder
 from jquant.models.families import Family, family_of
 from jquant.models.params import Params, flat_params, weight_name
+from jquant.pipeline.outside import OUTSIDE, outside_choices
 from jquant.qtensor import QTensor
 from jquant.transforms import Hadamard
 
@@ -28,13 +29,15 @@ class Plan:
 
     Attributes:
       layers: for each layer, (path within the block, method) of every weight to quantize.
+      outside: (name, method) of embedding and head, if they are quantized (`pipeline.outside`).
     """
 
     layers: tuple[Choices, ...]
+    outside: Choices = ()
 
     @cached_property
     def methods(self) -> tuple[Method, ...]:
-        """The different methods."""
+        """The different methods of the layers."""
         return tuple(dict.fromkeys(method for layer in self.layers for _, method in layer))
 
     @cached_property
@@ -87,7 +90,8 @@ def make_plan(decoder: Decoder, method: "str | Method | Rules | Plan") -> Plan:
       method: a name, a `Method`, or rules; a `Plan` made for the same decoder is returned as it is.
 
     Raises:
-      InputError: no method or rules (`methods.complete`); a rule that names no weight; a weight smaller than its
+      InputError: no method or rules (`methods.complete`); a rule that names no weight; an embedding or a head that
+        can't be quantized so (`pipeline.outside`); a weight smaller than its
         method's groups, or with NaN or infinite values; a decoder that is quantized already; projections that read one
         input and do not share a transform; a transform with a `LossSearch`; methods that do not
         share tuning or rotation; a plan with another number of layers.
@@ -98,7 +102,7 @@ def make_plan(decoder: Decoder, method: "str | Method | Rules | Plan") -> Plan:
         return method
     family = family_of(decoder.config)
     names = [weight_name(layer, path) for layer in range(decoder.config.layers) for path in family.weights]
-    methods = assign(method, names)
+    methods = assign(method, names, OUTSIDE)
     rotated = [
         segment.mlp.rotation is not None
         for segment in decoder.segments
@@ -111,7 +115,7 @@ def make_plan(decoder: Decoder, method: "str | Method | Rules | Plan") -> Plan:
             _check_weight(weight_name(layer, path), params[path], chosen)
         layers.append(tuple((path, chosen) for path, chosen in choices.items() if chosen is not None))
         _check_layer(layer, dict(layers[-1]), family, rotated[layer])
-    plan = Plan(tuple(layers))
+    plan = Plan(tuple(layers), outside_choices(decoder, {name: methods[name] for name in OUTSIDE}))
     if len({method.tuning for method in plan.methods}) > 1:
         raise InputError("A plan's weights are tuned together: give its methods the same tuning.")
     if len({method.rotation for method in plan.methods}) > 1:

@@ -49,6 +49,7 @@ from jquant.models.params import Params, flat_params, weight_name
 from jquant.parallel.processes import as_first, gather, on_first
 from jquant.pipeline.driver import calibrate, quantize_into
 from jquant.pipeline.in_memory import check_tokens_and_options
+from jquant.pipeline.outside import quantize_outside
 from jquant.pipeline.plan import Plan, make_plan
 from jquant.progress import showing
 from jquant.rounding import SolveInfo
@@ -113,7 +114,8 @@ def quantize_stream(
         rotated = Rotated(source, rotations(source.config, **asdict(plan.rotation)) if plan.rotation else {})
         calibration = calibrate(rotated, {"": plan}, tokens, options, spill)
         # Nothing is written before the whole call was checked.
-        on_first(partial(_begin, folder, source, run, rotated.outside(), tokens if plan.needs else None))
+        outside = quantize_outside(rotated.outside(), plan.outside)
+        on_first(partial(_begin, folder, source, run, outside, tokens if plan.needs else None))
         with showing(options.progress) as tell:
             resolved = replace(options, progress=tell)
             yield from quantize_into({"": _Folder(folder)}, rotated, {"": plan}, calibration, resolved)
@@ -154,6 +156,7 @@ def _run(source: ModelFile, plan: Plan, tokens: np.ndarray | None, options: Opti
         "source": source.fingerprint(),
         "dtype": source.dtype,
         "methods": _described(plan),
+        "outside": {name: provenance.describe(method) for name, method in plan.outside},
         "calibration": None if tokens is None else provenance.array_digest(tokens),
         "batch": options.batch or usual_batch(),
         "inputs": options.inputs,
@@ -178,13 +181,13 @@ def _check_streams(plan: Plan) -> None:
 
 def _check_formats(plan: Plan) -> None:
     """Raises InputError for a method with a format of a user's own, which a checkpoint can't hold."""
-    for layer, choices in enumerate(plan.layers):
-        for path, method in choices:
-            try:
-                to_json(method.format)
-                to_json(method.activation)
-            except InputError as wrong:
-                raise InputError(f"{weight_name(layer, path)}: {wrong}; quantize the loaded model instead.") from None
+    named = {weight_name(layer, path): method for layer, choices in enumerate(plan.layers) for path, method in choices}
+    for name, method in [*named.items(), *plan.outside]:
+        try:
+            to_json(method.format)
+            to_json(method.activation)
+        except InputError as wrong:
+            raise InputError(f"{name}: {wrong}; quantize the loaded model instead.") from None
 
 
 def _check_ours(folder: Path) -> None:
