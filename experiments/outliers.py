@@ -26,9 +26,9 @@ from experiments.command_line import console, one_sentence, progress_bars, run
 from experiments.overrides import CONFIGS
 from experiments.settings import check
 from jquant import LanguageModel, load_text
+from jquant.cache_folder import cache_dir
 from jquant.evaluation.outliers import INPUTS, Criteria, Outliers, observe
 from jquant.evaluation.perplexity import evaluation_windows
-from jquant.io.hub import cache_dir
 from jquant.io.load import load_from_config
 
 Row = dict[str, Any]

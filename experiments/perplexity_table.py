@@ -41,12 +41,13 @@ from experiments.compositions import needs_calibration, rotation_of
 from experiments.settings import check_table
 from experiments.sweep import in_sweep, run_trial
 from jquant import InputError, LanguageModel, Options, load_text
+from jquant.cache_folder import cache_dir
 from jquant.data import check_disjoint, sample_windows
 from jquant.evaluation.compare import compared
 from jquant.evaluation.generation import generate_ids
 from jquant.evaluation.perplexity import Reference, Scores, evaluation_windows, score
-from jquant.io.hub import cache_dir
 from jquant.io.load import ModelFile, QuantizedFile, open_from_config
+from jquant.kernels.choose import products
 from jquant.methods import Method, Rules
 from jquant.models.decoder import Decoder
 from jquant.models.size import size_of
@@ -97,7 +98,8 @@ def table_rows(settings: dict[str, Any]) -> list[dict[str, Any]]:
         model = source.load(report)
     plans = {name: None if chosen is None else make_plan(model.decoder, chosen) for name, chosen in methods.items()}
     folder = Path(settings["results"]) / str(settings["name"])
-    return compute_rows(source, model, methods, plans, one_text_each(settings), folder)
+    with products(settings["products"]):
+        return compute_rows(source, model, methods, plans, one_text_each(settings), folder)
 
 
 def refuse_quantized(source: ModelFile | QuantizedFile) -> None:
@@ -309,7 +311,7 @@ def describe(
     protocol = {
         **evaluated(settings, evaluation),
         "weights_stored_as": model.stored_as,
-        "dtype": str(model.decoder.embedding.get_value().dtype),
+        "dtype": str(model.decoder.dtype),
         "calibration_sha256": None if uses is None else provenance.digest(uses),
         "weights_sha256": provenance.digest(*jax.tree.leaves(nnx.state(model.decoder))),
     }

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 import jquant
+from jquant.kernels.choose import in_use as products_in_use
 from jquant.provenance import array_digest as digest
 from jquant.provenance import code_of, describe, packages
 
@@ -30,7 +31,7 @@ def identified(origin: dict[str, Any], methods: Any, script: str) -> dict[str, A
       script: the module that measures. The fingerprint covers its code and the methods', with all that they use
         (`jquant.provenance`). The commit, comments and the printed `composition` do not count.
     """
-    origin = origin | versions()
+    origin = origin | versions() | {"products": products_in_use()}
     deciding = {key: value for key, value in origin.items() if key not in ("code_version", "composition")}
     return origin | {"fingerprint": fingerprint([deciding, describe(methods), code_of(methods, [script])])}
 
@@ -43,7 +44,8 @@ def fingerprint(value: Any) -> str:
 @functools.cache
 def versions() -> dict[str, Any]:
     """This process's code, packages and device."""
-    sources = sorted([*(ROOT / "jquant").rglob("*.py"), *(ROOT / "experiments").rglob("*.py")])
+    kinds = [("jquant", "*.py"), ("jquant", "*.h"), ("jquant", "*.cc"), ("experiments", "*.py")]
+    sources = sorted(path for folder, kind in kinds for path in (ROOT / folder).rglob(kind))
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
     return {
         "code_version": f"{jquant.__version__}, commit {_commit()}, sources {code}",

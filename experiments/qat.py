@@ -32,12 +32,12 @@ from experiments.overrides import CONFIGS
 from experiments.perplexity_table import describe, measure, prepare_tokens, refuse_quantized, tokens_per_second
 from experiments.settings import check
 from jquant import InputError, Journal, LanguageModel, Method, Options, Tuning, load_text
+from jquant.cache_folder import cache_dir
 from jquant.data import check_disjoint, run_hashes
 from jquant.data import windows as cut_windows
 from jquant.evaluation.perplexity import Reference, score
 from jquant.evaluation.sampled_text import sample_text
 from jquant.io.files import read_json, write_json, write_text
-from jquant.io.hub import cache_dir
 from jquant.io.load import open_from_config
 from jquant.learning.journal import METRICS
 from jquant.learning.tuning import tune

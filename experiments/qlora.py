@@ -24,11 +24,11 @@ from experiments.overrides import CONFIGS
 from experiments.perplexity_table import refuse_quantized
 from experiments.settings import check
 from jquant import InputError, Journal, LanguageModel, LoRA, Tuning, load_text, quantize, save_adapters
+from jquant.cache_folder import cache_dir
 from jquant.data import check_disjoint, windows
 from jquant.evaluation.intervals import paired_change
 from jquant.evaluation.perplexity import score
 from jquant.io.files import check_new
-from jquant.io.hub import cache_dir
 from jquant.io.load import open_from_config
 from jquant.io.tokenizer import Tokenizer
 from jquant.learning.lora import add_adapters, optimizer_bytes, train_adapters

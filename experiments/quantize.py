@@ -19,8 +19,8 @@ from experiments.compositions import find_method, needs_of
 from experiments.overrides import CONFIGS
 from experiments.settings import check
 from jquant import Options, load_text
+from jquant.cache_folder import cache_dir
 from jquant.data import sample_windows
-from jquant.io.hub import cache_dir
 from jquant.io.load import QuantizedFile, open_from_config
 from jquant.pipeline.to_disk import quantize_to_folder
 from jquant.report import relative_error

@@ -30,9 +30,9 @@ from experiments.perplexity_table import describe, prepare_tokens, refuse_quanti
 from experiments.settings import check, check_methods
 from experiments.tables import FLOAT
 from jquant import InputError, Method, Options, QTensor, dequantize
+from jquant.cache_folder import cache_dir
 from jquant.evaluation.perplexity import Reference, Scores, score
 from jquant.io.files import write_text
-from jquant.io.hub import cache_dir
 from jquant.io.load import open_from_config
 from jquant.models.decoder import Decoder, blocks
 from jquant.models.families import LLAMA

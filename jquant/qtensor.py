@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 
 from jquant.activations import Activation
 from jquant.errors import InputError
 from jquant.formats import Codebook, Format, block_shape, expand, grouped, pack, unpack
-from jquant.kernels.matmul import PackedMatrix, matmul, quantized_matmul
+from jquant.kernels import choose
+from jquant.kernels.matmul import matmul, quantized_matmul
+from jquant.kernels.packed import PackedMatrix
 from jquant.parts import brief
 
 
@@ -64,7 +66,7 @@ class QTensor:
         x = jnp.asarray(x)
         if len(self.shape) != 2 or x.shape[-1:] != self.shape[:1]:
             raise InputError(f"Inputs of shape {x.shape} do not fit a weight of shape {self.shape}.")
-        packed = PackedMatrix(self.codes, *stored_grid(self), self.format, self.in_features)
+        packed = packed_matrix(self)
         if self.activation is None:
             return matmul(x, packed)
         return quantized_matmul(x, packed, self.activation, self.input_scale)
@@ -78,6 +80,44 @@ class QTensor:
         inputs = f", inputs {brief(self.activation)}" if self.activation else ""
         shape = " × ".join(map(str, self.shape))
         return f"QTensor({shape}, {brief(self.format)}{inputs}, {bits}, {size / 1e6:.3g} MB)"
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Transposed:
+    """The transpose of a packed weight, an embedding `[vocab, d]`: its groups run along d, as those of a head do.
+
+    Attributes:
+      weight: the QTensor `[d, vocab]`.
+      kernel: None, or the weight as its device's product reads it (`prepared`).
+    """
+
+    weight: Any
+    kernel: Any = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`[vocab, d]`."""
+        return self.weight.shape[::-1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+    @property
+    def T(self) -> Any:
+        """What x is multiplied by where the embedding is also the head, `[d, vocab]`."""
+        return self.weight if self.kernel is None else self.kernel
+
+    def __getitem__(self, rows: Int[Array, "*b"]) -> Float[Array, "*b d"]:
+        """The values of some rows, float32."""
+        q, chosen = self.weight, rows.reshape(-1)
+        (height, width), (scale, zero) = block_shape(q.format, q.shape), stored_grid(q)
+        of_chosen = lambda v: expand(v[:, chosen // width], (height, 1), (q.in_features, len(chosen)))  # noqa: E731
+        codes = unpack(q.codes[:, chosen], q.format.bits, q.in_features)
+        values = q.format.decode(codes, *jax.tree.map(of_chosen, (scale, zero)))
+        return values.T.reshape(*rows.shape, q.in_features)
 
 
 Stored = Array | QTensor | None
@@ -164,6 +204,27 @@ def stored_grid(q: QTensor) -> tuple[Array, Array | None]:
     if is_integer(q.zero):
         return _load(q.scale, columns), _swap(unpack(_swap(q.zero), q.format.bits, columns))
     return _load(q.scale, columns), _load(q.zero, columns)
+
+
+def packed_matrix(q: QTensor) -> PackedMatrix:
+    """The weight as kernels take it."""
+    return PackedMatrix(q.codes, *stored_grid(q), q.format, q.in_features)
+
+
+def prepared(tree: Any) -> Any:
+    """A pytree with its QTensors as the fastest kernel of their device reads them, for evaluation and generation.
+
+    They are copies in another order, with scales in float32. QTensors that no kernel takes stay.
+    """
+
+    def fastest(leaf: Any) -> Any:
+        if isinstance(leaf, Transposed):
+            return replace(leaf, kernel=fastest(leaf.weight))
+        if not isinstance(leaf, QTensor):
+            return leaf
+        return choose.prepared(packed_matrix(leaf), leaf.activation, leaf.input_scale) or leaf
+
+    return jax.tree.map(fastest, tree, is_leaf=lambda leaf: isinstance(leaf, QTensor | Transposed))
 
 
 def bits_per_weight(tree: Any) -> float:

@@ -24,7 +24,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 # Every shape and dtype written in a signature of jquant is checked at every call.
 install_import_hook("jquant", "beartype.beartype")
 
-from jquant.io.hub import cache_dir, fetch_wheel_member, load_config  # noqa: E402
+from jquant.cache_folder import cache_dir  # noqa: E402
+from jquant.io.hub import fetch_wheel_member, load_config  # noqa: E402
 from jquant.io.load import LanguageModel, load_model  # noqa: E402
 
 # Programs compiled once serve every later file, process and run, the small ones too: most of the time is compilation.

@@ -182,7 +182,7 @@ def _protocol(model: LanguageModel, tokens: np.ndarray, bos: bool) -> dict[str, 
     return {
         "model": model.name,
         "weights_stored_as": model.stored_as,
-        "dtype": str(model.decoder.embedding.get_value().dtype),
+        "dtype": str(model.decoder.dtype),
         "data": "text",
         "windows": len(tokens),
         "context": tokens.shape[1],

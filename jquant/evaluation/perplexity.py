@@ -26,6 +26,7 @@ from jquant.parallel.mesh import Devices
 from jquant.parallel.processes import gather
 from jquant.pipeline.driver import Source
 from jquant.progress import Progress, showing
+from jquant.qtensor import prepared
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,7 @@ def score(
         likelihoods that are not finite.
     """
     check_windows(tokens, decoder.config, batch)
+    decoder = prepared(decoder)
     results = []
     for begin in range(0, len(tokens), batch):
         chosen = slice(begin, begin + batch)
@@ -229,12 +231,13 @@ def score_from_disk(
         (batch * devices.count, devices.windows, devices.place) if devices else (batch, _same, _same)
     )
     filled = partial(_filled, count=devices.count if devices else 1)
-    outside = everywhere(source.outside())
+    outside = prepared(everywhere(source.outside()))
     rotary = rotary_table(source.config, jnp.arange(tokens.shape[1]))
     starts = range(0, len(filled(tokens)), step)
     batches = [windows(filled(tokens)[begin : begin + step]) for begin in starts]
     streams = [embed(outside, batch_tokens) for batch_tokens in batches]
     for layer, block in enumerate(map(everywhere, source.blocks()), 1):
+        block = prepared(block)
         streams = [jax.block_until_ready(forward(block, x, rotary, devices)) for x in streams]
         if progress:
             progress("evaluate", layer, source.config.layers)

@@ -1,7 +1,7 @@
 """x @ w for packed codes of w, without dequantizing all of a large matrix at once."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,39 +11,10 @@ from jaxtyping import Float
 
 from jquant.activations import Activation, in_16_bits, input_codes, outlier_features, quantize_inputs
 from jquant.formats import Format, Int, block_shape, expand, grouped, unpack
+from jquant.kernels.packed import PackedMatrix
 
 # The most weights that a product of several rows dequantizes at a time: 4 MB of float32, about a core's share of cache.
 PANEL = 1 << 20
-
-
-@dataclass(frozen=True)
-class PackedMatrix:
-    """A matrix `[in, out]` as kernels read it, made from a `QTensor`.
-
-    Attributes:
-      codes: uint8 `[bytes, out]`, packed along `in`.
-      scale: of each block, `[groups, columns]`, in its stored dtype.
-      zero: None, or integer codes in uint8 or floats of the scale's shape.
-      format: what the codes mean.
-      in_features: rows before packing.
-    """
-
-    codes: Array
-    scale: Array
-    zero: Array | None
-    format: Format
-    in_features: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """`[in, out]`."""
-        return self.in_features, self.codes.shape[-1]
-
-    def dequantize(self, dtype: Any) -> Float[Array, "in out"]:
-        """The values of all weights."""
-        block = block_shape(self.format, self.shape)
-        scale, zero = jax.tree.map(lambda v: expand(v, block, self.shape), (self.scale, self.zero))
-        return self.format.decode(unpack(self.codes, self.format.bits, self.in_features), scale, zero).astype(dtype)
 
 
 def matmul(x: Float[Array, "*b in"], w: PackedMatrix) -> Float[Array, "*b out"]:
@@ -67,12 +38,23 @@ def quantized_matmul(
         y = _integer_product(flat, w, activation, input_scale)
     else:
         y = matmul(quantize_inputs(flat, activation, input_scale), w)
-    if activation.outliers is not None:
-        outlying = outlier_features(flat, activation)
-        kept = in_16_bits(jnp.where(outlying, flat, 0))
-        # Most inputs have no outliers.
-        y += jax.lax.cond(jnp.any(outlying), lambda: matmul(kept, w), lambda: jnp.zeros_like(y))
+    y = add_outliers(y, flat, activation, lambda kept: matmul(kept, w))
     return y.reshape(*x.shape[:-1], -1).astype(x.dtype)
+
+
+def add_outliers(
+    y: Float[Array, "tokens out"],
+    x: Float[Array, "tokens in"],
+    activation: Activation,
+    product: Callable[[Array], Array],
+) -> Float[Array, "tokens out"]:
+    """y, the product of rounded inputs, and that of the features with outliers, which `product` multiplies."""
+    if activation.outliers is None:
+        return y
+    outlying = outlier_features(x, activation)
+    kept = in_16_bits(jnp.where(outlying, x, 0))
+    # Most inputs have no outliers.
+    return y + jax.lax.cond(jnp.any(outlying), lambda: product(kept), lambda: jnp.zeros_like(y))
 
 
 def _one_integer_scale(format: Format) -> bool:

@@ -1,0 +1,1 @@
+"""Products on a CPU in C++, called by XLA."""

@@ -1,0 +1,40 @@
+"""Packed weights as kernels read them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax import Array
+from jaxtyping import Float
+
+from jquant.formats import Format, block_shape, expand, unpack
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """A matrix `[in, out]` as kernels read it, made from a `QTensor`.
+
+    Attributes:
+      codes: uint8 `[bytes, out]`, packed along `in`.
+      scale: of each block, `[groups, columns]`, in its stored dtype.
+      zero: None, or integer codes in uint8 or floats of the scale's shape.
+      format: what the codes mean.
+      in_features: rows before packing.
+    """
+
+    codes: Array
+    scale: Array
+    zero: Array | None
+    format: Format
+    in_features: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`[in, out]`."""
+        return self.in_features, self.codes.shape[-1]
+
+    def dequantize(self, dtype: Any) -> Float[Array, "in out"]:
+        """The values of all weights."""
+        block = block_shape(self.format, self.shape)
+        scale, zero = jax.tree.map(lambda v: expand(v, block, self.shape), (self.scale, self.zero))
+        return self.format.decode(unpack(self.codes, self.format.bits, self.in_features), scale, zero).astype(dtype)

@@ -1,0 +1,103 @@
+// Products of jquant/kernels/cpu/product.h beside sums in double, on arrays of exactly the size that they need, for the
+// compiler's address and undefined-behaviour sanitizers. Prints the number of products; ends with 1 at the first error.
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+
+#include "product.h"
+
+namespace {
+
+std::mt19937 generator(7);
+
+int64_t whole(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
+float normal() { return std::normal_distribution<float>()(generator); }
+
+// On the heap and of this size alone: a vector's spare room would hide a read beyond its end.
+template <typename T>
+std::unique_ptr<T[]> array(int64_t size) {
+  return std::unique_ptr<T[]>(new T[size]);
+}
+
+// Bit `b` of the code of a unit's input `i` is bit `at` of word `word`.
+struct Place {
+  int word, at;
+};
+
+Place place(int width, int i, int b) {
+  if (width == 3 && b == 2) return {2, 8 * (i % 4) + i / 4};
+  if (width == 3) return {i / 16, 8 * (i % 4) + 2 * (i % 16 / 4) + b};
+  return {0, 8 * (i % 4) + width * (i / 4) + b};
+}
+
+bool check(int width, int64_t in, int64_t out, int64_t group, int64_t rows, bool offsets, int64_t block) {
+  const int64_t codes = width == 3 ? 32 : 32 / width, words = width == 3 ? 3 : 1, tile = jquant::TILE;
+  const int64_t groups = (in + group - 1) / group, units = (group + codes - 1) / codes, tiles = (out + tile - 1) / tile;
+  const int64_t packed = tiles * groups * units * words * tile, grid = tiles * groups * tile;
+  auto w = array<uint32_t>(packed);
+  auto scale = array<float>(grid), offset = array<float>(grid), levels = array<float>(16), x = array<float>(rows * in),
+       y = array<float>(rows * out);
+  for (int64_t i = 0; i < packed; ++i) w[i] = static_cast<uint32_t>(generator());
+  for (int64_t i = 0; i < grid; ++i) scale[i] = normal(), offset[i] = normal();
+  const int centre = width == 8 ? 128 : 1 << (width - 1);
+  for (int i = 0; i < 16; ++i) levels[i] = static_cast<float>(i % (1 << std::min(width, 4)) - centre);
+  for (int64_t i = 0; i < rows * in; ++i) x[i] = normal();
+  const jquant::Weight weight{w.get(), scale.get(), offsets ? offset.get() : nullptr, levels.get(), in, out, group, centre};
+  jquant::product(width, weight, x.get(), rows, block, y.get(), [](int64_t tasks, const auto& f) {
+    for (int64_t task = tasks; task-- > 0;) f(task);
+  });
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t column = 0; column < out; ++column) {
+      double wanted = 0, size = 0;
+      for (int64_t i = 0; i < in; ++i) {
+        const int64_t g = column / tile * groups + i / group, unit = g * units + i % group / codes;
+        int code = 0;
+        for (int b = 0; b < width; ++b) {
+          const Place p = place(width, static_cast<int>(i % group % codes), b);
+          code |= static_cast<int>(w[(unit * words + p.word) * tile + column % tile] >> p.at & 1u) << b;
+        }
+        const int level = width == 8 ? static_cast<int8_t>(code) : code - centre;
+        const double value = double(scale[g * tile + column % tile]) * level + (offsets ? offset[g * tile + column % tile] : 0);
+        double input = x[row * in + i];
+        if (block) {
+          const int64_t begin = i / block * block;
+          float largest = 0;
+          for (int64_t j = begin; j < std::min(begin + block, in); ++j) largest = std::max(largest, std::fabs(x[row * in + j]));
+          input = std::nearbyint(x[row * in + i] * (1.0f / largest * 127.0f)) * (largest / 127.0f);
+        }
+        wanted += value * input;
+        size += std::fabs(value * input);
+      }
+      if (!(std::fabs(y[row * out + column] - wanted) <= 2e-6 * size + 1e-6)) {
+        std::printf("width %d, %ld x %ld, group %ld, %ld rows, block %ld: %g, not %g\n", width, long(in), long(out),
+                    long(group), long(rows), long(block), y[row * out + column], wanted);
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+int main() {
+  int products = 0;
+  for (int width : {2, 3, 4, 8}) {
+    const int64_t codes = width == 3 ? 32 : 32 / width;
+    for (int64_t group : {codes, int64_t(64), int64_t(577)}) {
+      for (int64_t out : {int64_t(1), int64_t(64), whole(65, 130)}) {
+        for (int64_t rows : {int64_t(1), int64_t(4), whole(5, 16), jquant::BLOCK_ROWS + 1}) {
+          const int64_t in = rows > 16 ? whole(1, 70) : group == 577 ? 577 : whole(1, 300);
+          const int64_t g = std::min(group, in);
+          if (!check(width, in, out, g, rows, whole(0, 1), 0)) return 1;
+          const int64_t all = (in + g - 1) / g * g;
+          const int64_t block = whole(0, 1) && g % (2 * codes) == 0 ? g / 2 : whole(0, 1) ? g : all;
+          if (!check(width, in, out, g, rows, whole(0, 1), block)) return 1;
+          products += 2;
+        }
+      }
+    }
+  }
+  std::printf("%d products\n", products);
+}
