@@ -34,6 +34,7 @@ from jquant.formats import (
 from jquant.io.adapters import load_adapters, save_adapters
 from jquant.io.language_model import LanguageModel
 from jquant.io.load import load_model, open_model
+from jquant.kernels.choose import products
 from jquant.learning.journal import Journal
 from jquant.learning.lora import add_adapters, merge_adapters, train_adapters
 from jquant.learning.tuning import tune
@@ -118,6 +119,7 @@ __all__ = [
     "outliers",
     "permute_mlp",
     "perplexity",
+    "products",
     "quantize",
     "quantize_decoder",
     "quantize_decoders",

@@ -285,5 +285,5 @@ def test_a_library_is_compiled_anew_for_other_options(in_cache, monkeypatch):
 def test_a_cpu_without_vector_instructions_gets_plain_code(monkeypatch):
     monkeypatch.setattr(build, "_cpu_flags", lambda: frozenset({"sse2"}))
     assert build.instructions() == "plain"
-    monkeypatch.setattr(build, "_cpu_flags", lambda: frozenset({"avx2", "fma", "avx512f"}))
+    monkeypatch.setattr(build, "_cpu_flags", lambda: frozenset({"avx2", "fma", "f16c", "avx512f"}))
     assert build.instructions() == "avx2"

@@ -84,14 +84,15 @@ def generate_ids(
     slots = min(-(-slots // 256) * 256, config.context_length)
     leaves, structure = jax.tree.flatten(in_steps(decoder))
     cache = Cache.init(config, 1, slots, decoder.dtype, decoder.cached)
-    key = jax.random.key(seed)
-    logits, cache = step(structure, leaves, jnp.asarray(prompt)[None], cache)
+    key, token = jax.random.key(seed), jnp.asarray(prompt)[None]
+    if tokens:
+        token, cache = _advance(structure, leaves, token, cache, (key, 0), (temperature, top_k))
     for index in range(tokens):
-        token = _pick(logits, key, index, temperature, top_k)
+        ready = token
         if index + 1 < tokens:
             # Dispatched before the token is read, so that Python's share overlaps with the next step.
-            logits, cache = step(structure, leaves, token[:, None], cache)
-        yield int(token[0])
+            token, cache = _advance(structure, leaves, token, cache, (key, index + 1), (temperature, top_k))
+        yield int(np.asarray(ready)[0, 0])
 
 
 class Sampling(NamedTuple):
@@ -264,15 +265,27 @@ def _among(logits: Float[Array, "b vocab"], top_k: int) -> Float[Array, "b vocab
     return jnp.where(logits < largest(logits, top_k)[0][:, -1:], -jnp.inf, logits)
 
 
-@partial(jax.jit, static_argnames=("temperature", "top_k"))
-def _pick(
-    logits: Float[Array, "b vocab"], key: Array, index: int | Array, temperature: float, top_k: int | None
-) -> Int[Array, " b"]:
+@partial(jax.jit, static_argnames=("structure", "how"), donate_argnames="cache")
+def _advance(
+    structure: Any, leaves: list[Array], tokens: Int[Array, "b t"], cache: Cache, draw: tuple[Array, Any], how: Any
+) -> tuple[Int[Array, "b 1"], Cache]:
+    """One program a token: `step`, and the next token by the temperature and top_k of `how`.
+
+    Args:
+      structure: see `step`.
+      leaves: see `step`.
+      tokens: the newest ones.
+      cache: of those before them.
+      draw: a key, and the number of the next token among the new ones.
+      how: temperature and top_k.
+    """
+    logits, cache = step(structure, leaves, tokens, cache)
+    (key, index), (temperature, top_k) = draw, how
     if temperature == 0:
-        return jnp.argmax(logits, -1)
+        return jnp.argmax(logits, -1)[:, None], cache
     if top_k is not None:
         logits = _among(logits, top_k)
-    return jax.random.categorical(jax.random.fold_in(key, index), logits / temperature)
+    return jax.random.categorical(jax.random.fold_in(key, index), logits / temperature)[:, None], cache
 
 
 def _until(ids: Iterator[int], stop: tuple[int, ...]) -> Iterator[int]:

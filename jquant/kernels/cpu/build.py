@@ -27,7 +27,7 @@ INSTRUCTIONS = {
         ("avx512f", "avx512bw", "avx512vl", "avx512_vnni", "fma"),
         "-mavx512f -mavx512bw -mavx512vl -mavx512vnni -mfma",
     ),
-    "avx2": (("avx2", "fma"), "-mavx2 -mfma"),
+    "avx2": (("avx2", "fma", "f16c"), "-mavx2 -mfma -mf16c"),
     "plain": ((), ""),
 }
 OPTIONS = "-std=c++17 -O3 -shared -fPIC -w"

@@ -10,8 +10,8 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-// Bytes of words that are worth waking another thread for.
-constexpr int64_t GRAIN = 1 << 17;
+// Bytes that are worth waking another thread for: one core reads them in the time that it takes, some 20 µs.
+constexpr int64_t GRAIN = 1 << 20;
 
 // Runs f(0) … f(tasks − 1) on this thread and on idle ones of the pool. This thread takes tasks, too, and waits only for
 // those that another thread has begun, so a busy pool costs time but never blocks.
@@ -36,15 +36,20 @@ void run(ffi::ThreadPool& pool, int64_t tasks, int64_t helpers, const std::funct
   }
 }
 
-ffi::Error Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U32> words,
-                   ffi::Buffer<ffi::F32> scale, ffi::Buffer<ffi::F32> offset, ffi::Buffer<ffi::F32> levels,
-                   int64_t width, int64_t group, int64_t centre, int64_t block, ffi::ResultBuffer<ffi::F32> y) {
+ffi::Error Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U32> data,
+                   ffi::Span<const float> levels, int64_t width, int64_t group, int64_t scale, int64_t offset,
+                   int64_t centre, int64_t block, ffi::ResultBuffer<ffi::F32> y) {
   const auto x_shape = x.dimensions(), y_shape = y->dimensions();
   const int64_t rows = x_shape[0];
-  const float* offsets = offset.element_count() ? offset.typed_data() : nullptr;
-  const jquant::Weight w{words.typed_data(), scale.typed_data(), offsets,  levels.typed_data(),
-                         x_shape[1],         y_shape[1],         group,    static_cast<int32_t>(centre)};
-  const int64_t work = static_cast<int64_t>(words.element_count()) * 4 * (rows > 16 ? 16 : rows);
+  const jquant::Weight w{reinterpret_cast<const uint8_t*>(data.typed_data()),
+                         levels.begin(),
+                         x_shape[1],
+                         y_shape[1],
+                         group,
+                         static_cast<int32_t>(centre),
+                         static_cast<int>(scale),
+                         static_cast<int>(offset)};
+  const int64_t work = static_cast<int64_t>(data.size_bytes()) * std::min<int64_t>(rows, 16);
   const auto each = [&](int64_t tasks, const std::function<void(int64_t)>& f) {
     const int64_t helpers = std::min({pool.num_threads() - 1, tasks - 1, work / GRAIN});
     run(pool, tasks, std::max<int64_t>(helpers, 0), f);
@@ -59,12 +64,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JquantProduct, Product,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()  // x [rows, in]
-                                  .Arg<ffi::Buffer<ffi::U32>>()  // words
-                                  .Arg<ffi::Buffer<ffi::F32>>()  // scale
-                                  .Arg<ffi::Buffer<ffi::F32>>()  // offset, or nothing
-                                  .Arg<ffi::Buffer<ffi::F32>>()  // levels [16]
+                                  .Arg<ffi::Buffer<ffi::U32>>()  // data
+                                  .Attr<ffi::Span<const float>>("levels")  // [16]
                                   .Attr<int64_t>("width")
                                   .Attr<int64_t>("group")
+                                  .Attr<int64_t>("scale")
+                                  .Attr<int64_t>("offset")
                                   .Attr<int64_t>("centre")
                                   .Attr<int64_t>("block")
                                   .Ret<ffi::Buffer<ffi::F32>>());  // y [rows, out]

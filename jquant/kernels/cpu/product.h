@@ -1,12 +1,18 @@
 // x @ w for packed codes of w: the arithmetic, without XLA. Compiled once for each instruction set.
 //
 // A weight lies in tiles of TILE outputs, so that one vector holds one code of many outputs and no sum crosses lanes.
-// The codes of a tile are in units of CODES inputs (Layout below), unit after unit, group after group. Each group is
-// filled up to whole units, and x with zeros alike, so that no loop has a remainder.
+// The data are three parts, each `[tiles, groups, …, TILE]`:
 //
-//   value of a weight = scale · level(code) + offset       scale and offset are its group's
+//   words     the codes, in units of CODES inputs (Layout below); a group is filled up to whole units, and x with zeros
+//             alike, so that no loop has a remainder
+//   scales    float32 or float16
+//   offsets   none, or float32 or float16; or int8: zeros, where the offset is -scale · zero
 //
-// Bytes that a product of one row moves: the words once, 8 / group bytes of grid a weight (16 with offsets), x from cache.
+//   value of a weight = scale · level(code) + offset
+//
+// A product of one row reads all parts once, and x from cache: it is bound by the data's bytes. Codes of all groups lie
+// together because CPUs fetch ahead only where addresses grow evenly: with each group's scales between them, the default
+// model's products took twice the time.
 #pragma once
 
 #include <algorithm>
@@ -42,23 +48,27 @@ constexpr int64_t DEPTH = 256;       // inputs whose weights are decoded at a ti
 constexpr int64_t BLOCK_ROWS = 192;  // rows of a task: their sums in a tile are 48 kB
 constexpr int MANY = 6;              // rows whose sums are held in registers there
 
+// A call within the inner loops would spill the registers that hold their sums.
+#define JQUANT_INLINE __attribute__((always_inline)) inline
+
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef int8_t Bytes __attribute__((vector_size(LANES)));
 
 template <typename V, typename T>
-inline V load(const T* from) {
+JQUANT_INLINE V load(const T* from) {
   V v;
   std::memcpy(&v, from, sizeof(V));
   return v;
 }
 
 template <typename V, typename T>
-inline void store(T* to, V v) {
+JQUANT_INLINE void store(T* to, V v) {
   std::memcpy(to, &v, sizeof(V));
 }
 
-inline Floats floats(Ints v) { return __builtin_convertvector(v, Floats); }
+JQUANT_INLINE Floats floats(Ints v) { return __builtin_convertvector(v, Floats); }
 
 // The 16 levels of a code, by its lowest four bits. Codes of fewer bits have the table repeated, so that the bits of
 // their neighbours do not matter.
@@ -66,11 +76,11 @@ struct Levels {
 #if defined(JQUANT_AVX512)
   __m512 all;
   explicit Levels(const float* levels) : all(_mm512_loadu_ps(levels)) {}
-  Floats operator[](Words index) const { return (Floats)_mm512_permutexvar_ps((__m512i)index, all); }
+  JQUANT_INLINE Floats operator[](Words index) const { return (Floats)_mm512_permutexvar_ps((__m512i)index, all); }
 #elif defined(JQUANT_AVX2)
   __m256 low, high;
   explicit Levels(const float* levels) : low(_mm256_loadu_ps(levels)), high(_mm256_loadu_ps(levels + 8)) {}
-  Floats operator[](Words index) const {
+  JQUANT_INLINE Floats operator[](Words index) const {
     const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32((__m256i)index, 28));  // bit 3 to the sign
     return (Floats)_mm256_blendv_ps(_mm256_permutevar8x32_ps(low, (__m256i)index),
                                     _mm256_permutevar8x32_ps(high, (__m256i)index), upper);
@@ -78,7 +88,7 @@ struct Levels {
 #else
   float all[16];
   explicit Levels(const float* levels) { std::copy(levels, levels + 16, all); }
-  Floats operator[](Words index) const {
+  JQUANT_INLINE Floats operator[](Words index) const {
     Floats v;
     for (int lane = 0; lane < LANES; ++lane) v[lane] = all[index[lane] & 15];
     return v;
@@ -87,7 +97,7 @@ struct Levels {
 };
 
 // sum + Σ of four products: of unsigned bytes of `codes` and signed bytes of `inputs`, in each lane.
-inline Ints dot4(Ints sum, Words codes, int32_t inputs) {
+JQUANT_INLINE Ints dot4(Ints sum, Words codes, int32_t inputs) {
 #if defined(JQUANT_AVX512)
   return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, _mm512_set1_epi32(inputs));
 #elif defined(JQUANT_AVX2)
@@ -112,9 +122,9 @@ struct Layout {
   static constexpr int WORDS = 1;
   static constexpr int CODES = 32 / WIDTH;
 
-  static Words index(const Words* word, int i) { return word[0] >> (8 * (i % 4) + WIDTH * (i / 4)); }
-  static Floats level(const Words* word, int i, const Levels& levels) { return levels[index(word, i)]; }
-  static Words four(const Words* word, int k) {
+  JQUANT_INLINE static Words index(const Words* word, int i) { return word[0] >> (8 * (i % 4) + WIDTH * (i / 4)); }
+  JQUANT_INLINE static Floats level(const Words* word, int i, const Levels& levels) { return levels[index(word, i)]; }
+  JQUANT_INLINE static Words four(const Words* word, int k) {
     return word[0] >> (WIDTH * k) & (uint32_t)(((1 << WIDTH) - 1) * 0x01010101);
   }
 };
@@ -124,14 +134,14 @@ struct Layout<3> {
   static constexpr int WORDS = 3;
   static constexpr int CODES = 32;
 
-  static Words index(const Words* word, int i) {
+  JQUANT_INLINE static Words index(const Words* word, int i) {
     const Words low = word[i / 16] >> (8 * (i % 4) + 2 * (i % 16 / 4));
     const int at = 8 * (i % 4) + i / 4;
     const Words high = at >= 2 ? word[2] >> std::max(at - 2, 0) : word[2] << std::max(2 - at, 0);
     return (low & 3u) | (high & ~3u);
   }
-  static Floats level(const Words* word, int i, const Levels& levels) { return levels[index(word, i)]; }
-  static Words four(const Words* word, int k) {
+  JQUANT_INLINE static Floats level(const Words* word, int i, const Levels& levels) { return levels[index(word, i)]; }
+  JQUANT_INLINE static Words four(const Words* word, int k) {
     return (word[k / 4] >> (2 * (k % 4)) & 0x03030303u) | (word[2] >> k & 0x01010101u) << 2;
   }
 };
@@ -142,29 +152,85 @@ struct Layout<8> {
   static constexpr int WORDS = 1;
   static constexpr int CODES = 4;
 
-  static Floats level(const Words* word, int i, const Levels&) {
+  JQUANT_INLINE static Floats level(const Words* word, int i, const Levels&) {
     return floats((Ints)(word[0] << (24 - 8 * i)) >> 24);
   }
-  static Words four(const Words* word, int) { return word[0] ^ 0x80808080u; }
+  JQUANT_INLINE static Words four(const Words* word, int) { return word[0] ^ 0x80808080u; }
 };
 
+enum Kind { NONE = 0, FLOAT32 = 1, FLOAT16 = 2, INT8 = 3 };  // of scales and offsets
+
+inline int64_t bytes_of(int kind) { return kind == FLOAT32 ? 4 : kind == FLOAT16 ? 2 : kind == INT8 ? 1 : 0; }
+
 struct Weight {
-  const uint32_t* words;  // [tiles, groups, units, WORDS, TILE]
-  const float* scale;     // [tiles, groups, TILE]
-  const float* offset;    // likewise, or null for zeros
-  const float* levels;    // [16]; not read for eight bits
+  const uint8_t* data;     // words, scales, offsets
+  const float* levels;     // [16]; not read for eight bits
   int64_t in, out, group;  // rows, columns, rows under one scale
-  int32_t centre;         // what `dot4`'s codes exceed their levels by
+  int32_t centre;          // what `dot4`'s codes exceed their levels by
+  int scale, offset;       // Kind
 
   int64_t tiles() const { return (out + TILE - 1) / TILE; }
   int64_t groups() const { return (in + group - 1) / group; }
 };
 
-template <int WIDTH>
-int64_t padded_group(const Weight& w) {
-  constexpr int64_t codes = Layout<WIDTH>::CODES;
-  return (w.group + codes - 1) / codes * codes;
+JQUANT_INLINE Floats halves(const uint8_t* from) {
+#if defined(JQUANT_AVX512)
+  return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+#elif defined(JQUANT_AVX2)
+  return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
+#else
+  Floats v;
+  for (int lane = 0; lane < LANES; ++lane) {
+    uint16_t half;
+    std::memcpy(&half, from + 2 * lane, 2);
+    // Subnormal halves as integers: XLA's threads read subnormal floats as zeros.
+    const uint32_t size = half & 0x7fffu, bits = (size << 13) + (112u << 23);
+    float value;
+    std::memcpy(&value, &bits, 4);
+    if (size < 0x400u) value = (float)size * 0x1p-24f;
+    v[lane] = half & 0x8000u ? -value : value;
+  }
+  return v;
+#endif
 }
+
+// LANES values of a kind from column `column` on.
+JQUANT_INLINE Floats values(const uint8_t* grid, int kind, int64_t column) {
+  if (kind == FLOAT32) return load<Floats>(grid + 4 * column);
+  if (kind == FLOAT16) return halves(grid + 2 * column);
+  return __builtin_convertvector(load<Bytes>(grid + column), Floats);
+}
+
+// Where the parts of a weight are, and what is in them. `n` is the number of a group: tile · groups + group.
+template <int WIDTH>
+struct Parts {
+  const int64_t padded, units;  // of a group: inputs, units of codes
+  const uint8_t *words, *scales, *offsets;
+  const int scale_kind, offset_kind;
+
+  explicit Parts(const Weight& w)
+      : padded((w.group + Layout<WIDTH>::CODES - 1) / Layout<WIDTH>::CODES * Layout<WIDTH>::CODES),
+        units(padded / Layout<WIDTH>::CODES),
+        words(w.data),
+        scales(words + w.tiles() * w.groups() * units * Layout<WIDTH>::WORDS * TILE * 4),
+        offsets(scales + w.tiles() * w.groups() * TILE * bytes_of(w.scale)),
+        scale_kind(w.scale),
+        offset_kind(w.offset) {}
+
+  // The words of a unit, counted from the first group's, for LANES columns from `column` on.
+  JQUANT_INLINE void load_unit(Words* word, int64_t unit, int column) const {
+    constexpr int COUNT = Layout<WIDTH>::WORDS;
+#pragma GCC unroll 8
+    for (int j = 0; j < COUNT; ++j) word[j] = load<Words>(words + ((unit * COUNT + j) * TILE + column) * 4);
+  }
+  JQUANT_INLINE Floats scale(int64_t n, int column) const { return values(scales, scale_kind, n * TILE + column); }
+  // scale · sum + offset · inputs: of a group's inputs the sum of products with levels, and their own sum.
+  JQUANT_INLINE Floats scaled(int64_t n, int column, Floats scale, Floats sum, float inputs) const {
+    if (offset_kind == NONE) return sum * scale;
+    const Floats v = values(offsets, offset_kind, n * TILE + column);
+    return offset_kind == INT8 ? (sum - v * inputs) * scale : sum * scale + v * inputs;
+  }
+};
 
 // Inputs in the order of the codes.
 struct Inputs {
@@ -181,7 +247,7 @@ struct Inputs {
 template <int WIDTH>
 Inputs spread(const Weight& w, const float* x, int64_t rows) {
   Inputs inputs;
-  const int64_t padded = padded_group<WIDTH>(w), groups = w.groups();
+  const int64_t padded = Parts<WIDTH>(w).padded, groups = w.groups();
   inputs.stride = groups * padded;
   inputs.values.assign(rows * inputs.stride, 0.0f);
   if (w.offset) inputs.sums.assign(rows * groups, 0.0f);
@@ -205,7 +271,7 @@ Inputs spread(const Weight& w, const float* x, int64_t rows) {
 template <int WIDTH>
 Inputs rounded(const Weight& w, const float* x, int64_t rows, int64_t block) {
   Inputs inputs;
-  const int64_t piece = std::min(block, w.group), padded = padded_group<WIDTH>(w);
+  const int64_t piece = std::min(block, w.group), padded = Parts<WIDTH>(w).padded;
   inputs.piece = piece == w.group ? padded : piece;
   inputs.stride = w.groups() * padded;
   const int64_t pieces = inputs.stride / inputs.piece;
@@ -250,32 +316,35 @@ template <int WIDTH, int ROWS>
 void few_rows(const Weight& w, int64_t tile, const Inputs& inputs, int64_t row, float* y) {
   using L = Layout<WIDTH>;
   const Levels levels(w.levels);
-  const int64_t groups = w.groups(), padded = padded_group<WIDTH>(w), units = padded / L::CODES;
+  const Parts<WIDTH> parts(w);
+  const int64_t groups = w.groups();
   float sums[ROWS][TILE];
   for (int pass = 0; pass < TILE; pass += PASS * LANES) {
     Floats total[ROWS][PASS] = {};
     for (int64_t g = 0; g < groups; ++g) {
-      const int64_t at = tile * groups + g;
-      const uint32_t* words = w.words + at * units * L::WORDS * TILE + pass;
-      const float* x = &inputs.values[row * inputs.stride + g * padded];
+      const int64_t n = tile * groups + g;
+      const float* x = &inputs.values[row * inputs.stride + g * parts.padded];
       Floats sum[ROWS][PASS] = {};
-      for (int64_t unit = 0; unit < units; ++unit) {
+      for (int64_t unit = 0; unit < parts.units; ++unit) {
+#pragma GCC unroll 8
         for (int c = 0; c < PASS; ++c) {
           Words word[L::WORDS];
-          for (int j = 0; j < L::WORDS; ++j) word[j] = load<Words>(words + (unit * L::WORDS + j) * TILE + c * LANES);
+          parts.load_unit(word, n * parts.units + unit, pass + c * LANES);
 #pragma GCC unroll 32
           for (int i = 0; i < L::CODES; ++i) {
             const Floats value = L::level(word, i, levels);
+#pragma GCC unroll 8
             for (int r = 0; r < ROWS; ++r) sum[r][c] += value * x[r * inputs.stride + unit * L::CODES + i];
           }
         }
       }
+#pragma GCC unroll 8
       for (int c = 0; c < PASS; ++c) {
-        const int64_t column = at * TILE + pass + c * LANES;
-        const Floats scale = load<Floats>(w.scale + column);
+        const Floats scale = parts.scale(n, pass + c * LANES);
+#pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
-          total[r][c] += sum[r][c] * scale;
-          if (w.offset) total[r][c] += load<Floats>(w.offset + column) * inputs.sums[(row + r) * groups + g];
+          const float in_group = w.offset ? inputs.sums[(row + r) * groups + g] : 0.0f;
+          total[r][c] += parts.scaled(n, pass + c * LANES, scale, sum[r][c], in_group);
         }
       }
     }
@@ -291,15 +360,14 @@ template <int WIDTH>
 void decode(const Weight& w, int64_t tile, int64_t begin, int64_t count, float* panel) {
   using L = Layout<WIDTH>;
   const Levels levels(w.levels);
-  const int64_t groups = w.groups(), padded = padded_group<WIDTH>(w);
+  const Parts<WIDTH> parts(w);
   for (int64_t first = 0; first < count; first += L::CODES) {
-    const int64_t at = tile * groups + (begin + first) / padded;
-    const uint32_t* words = w.words + (tile * groups * padded + begin + first) / L::CODES * L::WORDS * TILE;
+    const int64_t n = tile * w.groups() + (begin + first) / parts.padded;
+    const int64_t unit = n * parts.units + (begin + first) % parts.padded / L::CODES;
     for (int column = 0; column < TILE; column += LANES) {
       Words word[L::WORDS];
-      for (int j = 0; j < L::WORDS; ++j) word[j] = load<Words>(words + j * TILE + column);
-      const Floats scale = load<Floats>(w.scale + at * TILE + column);
-      const Floats offset = w.offset ? load<Floats>(w.offset + at * TILE + column) : Floats{};
+      parts.load_unit(word, unit, column);
+      const Floats scale = parts.scale(n, column), offset = parts.scaled(n, column, scale, Floats{}, 1.0f);
 #pragma GCC unroll 32
       for (int i = 0; i < L::CODES; ++i) {
         store(panel + (first + i) * TILE + column, L::level(word, i, levels) * scale + offset);
@@ -313,17 +381,24 @@ template <int ROWS>
 void add_product(const float* x, int64_t stride, const float* panel, int64_t depth, float* sums) {
   for (int pass = 0; pass < TILE; pass += PASS * LANES) {
     Floats sum[ROWS][PASS];
+#pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 8
       for (int c = 0; c < PASS; ++c) sum[r][c] = load<Floats>(sums + r * TILE + pass + c * LANES);
     }
     for (int64_t i = 0; i < depth; ++i) {
       Floats value[PASS];
+#pragma GCC unroll 8
       for (int c = 0; c < PASS; ++c) value[c] = load<Floats>(panel + i * TILE + pass + c * LANES);
+#pragma GCC unroll 8
       for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 8
         for (int c = 0; c < PASS; ++c) sum[r][c] += value[c] * x[r * stride + i];
       }
     }
+#pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 8
       for (int c = 0; c < PASS; ++c) store(sums + r * TILE + pass + c * LANES, sum[r][c]);
     }
   }
@@ -350,38 +425,51 @@ void many_rows(const Weight& w, int64_t tile, const Inputs& inputs, int64_t row,
 template <int WIDTH, int ROWS>
 void rounded_rows(const Weight& w, int64_t tile, const Inputs& inputs, int64_t row, float* y) {
   using L = Layout<WIDTH>;
-  const int64_t groups = w.groups(), padded = padded_group<WIDTH>(w), units = inputs.piece / L::CODES;
-  const int64_t pieces = inputs.stride / inputs.piece;
+  const Parts<WIDTH> parts(w);
+  const int64_t groups = w.groups(), units = inputs.piece / L::CODES, pieces = parts.units / units;  // of a group
   float sums[ROWS][TILE];
   for (int pass = 0; pass < TILE; pass += PASS * LANES) {
     Floats total[ROWS][PASS] = {};
-    for (int64_t p = 0; p < pieces; ++p) {
-      const uint32_t* words = w.words + (tile * pieces + p) * units * L::WORDS * TILE + pass;
-      const int8_t* codes = &inputs.codes[row * inputs.stride + p * inputs.piece];
-      Ints sum[ROWS][PASS] = {};
-      for (int64_t unit = 0; unit < units; ++unit) {
-        for (int c = 0; c < PASS; ++c) {
-          Words word[L::WORDS];
-          for (int j = 0; j < L::WORDS; ++j) word[j] = load<Words>(words + (unit * L::WORDS + j) * TILE + c * LANES);
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t n = tile * groups + g;
+      Floats in_group[ROWS][PASS] = {};
+      float of_inputs[ROWS] = {};
+      for (int64_t p = 0; p < pieces; ++p) {
+        const int64_t piece = g * pieces + p, unit = n * parts.units + p * units;
+        const int8_t* codes = &inputs.codes[row * inputs.stride + piece * inputs.piece];
+        Ints sum[ROWS][PASS] = {};
+        for (int64_t u = 0; u < units; ++u) {
 #pragma GCC unroll 8
-          for (int k = 0; k < L::CODES / 4; ++k) {
-            const Words four = L::four(word, k);
-            for (int r = 0; r < ROWS; ++r) {
-              int32_t inputs_of_four;
-              std::memcpy(&inputs_of_four, codes + r * inputs.stride + unit * L::CODES + 4 * k, 4);
-              sum[r][c] = dot4(sum[r][c], four, inputs_of_four);
+          for (int c = 0; c < PASS; ++c) {
+            Words word[L::WORDS];
+            parts.load_unit(word, unit + u, pass + c * LANES);
+#pragma GCC unroll 8
+            for (int k = 0; k < L::CODES / 4; ++k) {
+              const Words four = L::four(word, k);
+#pragma GCC unroll 8
+              for (int r = 0; r < ROWS; ++r) {
+                int32_t inputs_of_four;
+                std::memcpy(&inputs_of_four, codes + r * inputs.stride + u * L::CODES + 4 * k, 4);
+                sum[r][c] = dot4(sum[r][c], four, inputs_of_four);
+              }
             }
           }
         }
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r) {
+          const int64_t at = (row + r) * groups * pieces + piece;
+          const float scale = inputs.scales[at];
+          of_inputs[r] += scale * (float)inputs.totals[at];
+#pragma GCC unroll 8
+          for (int c = 0; c < PASS; ++c) in_group[r][c] += floats(sum[r][c] - w.centre * inputs.totals[at]) * scale;
+        }
       }
-      const int64_t at = (tile * groups + p * inputs.piece / padded) * TILE + pass;
-      for (int r = 0; r < ROWS; ++r) {
-        const float x_scale = inputs.scales[(row + r) * pieces + p];
-        const int32_t x_total = inputs.totals[(row + r) * pieces + p];
-        for (int c = 0; c < PASS; ++c) {
-          const Floats scale = load<Floats>(w.scale + at + c * LANES) * x_scale;
-          total[r][c] += floats(sum[r][c] - w.centre * x_total) * scale;
-          if (w.offset) total[r][c] += load<Floats>(w.offset + at + c * LANES) * (x_scale * (float)x_total);
+#pragma GCC unroll 8
+      for (int c = 0; c < PASS; ++c) {
+        const Floats scale = parts.scale(n, pass + c * LANES);
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r) {
+          total[r][c] += parts.scaled(n, pass + c * LANES, scale, in_group[r][c], of_inputs[r]);
         }
       }
     }

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float, UInt8, UInt32
+from jaxtyping import Float, Shaped, UInt8, UInt32
 
 from jquant.activations import Activation, quantize_inputs
 from jquant.formats import Codebook, Format, Int, block_shape, expand, unpack
@@ -19,6 +19,7 @@ from jquant.kernels.matmul import add_outliers
 from jquant.kernels.packed import PackedMatrix
 
 TILE = 64  # outputs side by side, as in product.h
+KINDS = {"": 0, "float32": 1, "float16": 2, "int8": 3}  # Kind in product.h
 # Bits of a stored code -> codes a unit, uint32 words a unit: Layout in product.h.
 UNITS = {2: (16, 1), 3: (32, 3), 4: (8, 1), 8: (4, 1)}
 
@@ -32,19 +33,13 @@ class Tiled:
     group, to whole units of codes.
 
     Attributes:
-      words: uint32 `[*l, tiles, groups, units, words, TILE]`.
-      scale: float32 `[*l, tiles, groups, TILE]`.
-      offset: float32 of the same shape; of size 0 if all are 0.
-      levels: float32 `[*l, 16]`; codes of eight bits are signed, and their own levels.
+      data: uint32 `[*l, words]`: codes, then scales, then offsets, as product.h says.
       input_scale: see `QTensor`.
-      layout: what the words mean (static).
+      layout: what the data mean (static).
       activation: how inputs are rounded; None if they are not (static).
     """
 
-    words: Any
-    scale: Any
-    offset: Any
-    levels: Any
+    data: Any
     input_scale: Any
     layout: "Layout" = field(metadata={"static": True})
     activation: Activation | None = field(metadata={"static": True})
@@ -52,7 +47,7 @@ class Tiled:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the weight, `[*l, in, out]`."""
-        return (*self.words.shape[:-5], self.layout.rows, self.layout.columns)
+        return (*self.data.shape[:-1], self.layout.rows, self.layout.columns)
 
     @property
     def nbytes(self) -> int:
@@ -75,20 +70,27 @@ class Tiled:
     def _product(self, x: Float[Array, "tokens in"], block: int = 0) -> Float[Array, "tokens out"]:
         name, like = target(), jax.ShapeDtypeStruct((len(x), self.layout.columns), jnp.float32)
         assert name is not None  # or there would be no tiles
-        numbers = {"width": self.layout.width, "group": self.layout.group, "centre": self.layout.centre, "block": block}
-        operands = (x.astype(jnp.float32), self.words, self.scale, self.offset, self.levels)
-        return jax.ffi.ffi_call(name, like)(*operands, **{key: np.int64(value) for key, value in numbers.items()})
+        of = self.layout
+        numbers = {"width": of.width, "group": of.group, "scale": KINDS[of.scale], "offset": KINDS[of.offset]}
+        numbers |= {"centre": of.centre, "block": block}
+        attributes = {key: np.int64(value) for key, value in numbers.items()}
+        return jax.ffi.ffi_call(name, like)(
+            x.astype(jnp.float32), self.data, levels=np.asarray(of.levels, np.float32), **attributes
+        )
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What the words of a `Tiled` mean.
+    """What the data of a `Tiled` mean.
 
     Attributes:
       rows: of the weight.
       columns: of the weight.
       width: bits of a stored code: 2, 3, 4 or 8.
       group: rows under one scale.
+      scale: dtype of the scales.
+      offset: dtype of the offsets, "" if all are 0; "int8" stands for zeros, by how much offsets are below 0 in scales.
+      levels: the levels of the codes by their lowest four bits; codes of eight bits are signed, and their own levels.
       centre: by how much codes exceed their levels in integer products.
       block: inputs that integer products round to eight bits under one scale; 0 leaves inputs in float32.
     """
@@ -97,6 +99,9 @@ class Layout:
     columns: int
     width: int
     group: int
+    scale: str
+    offset: str
+    levels: tuple[float, ...]
     centre: int
     block: int
 
@@ -106,10 +111,25 @@ def tiled(w: PackedMatrix, activation: Activation | None, input_scale: Array | N
     width = _width(w.format, w.shape)
     if width is None or target() is None:
         return None
-    group, centre = block_shape(w.format, w.shape)[0], 128 if width == 8 else 2 ** (w.format.bits - 1)
-    layout = Layout(*w.shape, width, group, centre, _block(activation, w.format, group, w.in_features))
-    words, scale, offset, levels = _arrays(w.codes, w.scale, w.zero, w.format, layout)
-    return Tiled(words, scale, offset, levels, input_scale, layout, activation)
+    (rows, columns), (group, _), format = w.shape, block_shape(w.format, w.shape), w.format
+    scale = "float16" if format.scale == "float16" else "float32"
+    if isinstance(format, Int):
+        origin = _origin(format)
+        levels = np.arange(16) % 2**format.bits - float(origin)
+        of_zero = "int8" if format.zero == "integer" else scale if format.bits <= 4 else "float32"
+        offset, centre = of_zero if format.has_zero else "", 128 if width == 8 else origin
+    else:
+        codes = jnp.arange(16, dtype=jnp.uint8) % 2**format.bits
+        levels, offset, centre = format.decode(codes, jnp.ones((), jnp.float32), None), "", 0
+    levels = tuple(np.asarray(levels, np.float64).tolist())
+    block = _block(activation, format, group, rows)
+    layout = Layout(rows, columns, width, group, scale, offset, levels, centre, block)
+    return Tiled(_data(w.codes, w.scale, w.zero, format, layout), input_scale, layout, activation)
+
+
+def _origin(format: Int) -> int:
+    """The code whose level is 0: float zeros of up to four bits are the value of code 0, and exact as offsets."""
+    return 0 if format.has_zero and format.zero == "float" and format.bits <= 4 else 2 ** (format.bits - 1)
 
 
 def _width(format: Format, shape: tuple[int, int]) -> int | None:
@@ -140,31 +160,33 @@ def _block(activation: Activation | None, format: Format, group: int, rows: int)
 
 
 @partial(jax.jit, static_argnames=("format", "layout"))
-def _arrays(
-    codes: Array, scale: Array, zero: Array | None, format: Format, layout: Layout
-) -> tuple[Array, Array, Array, Array]:
-    """Words, scales, offsets and levels."""
-    codes, centre = unpack(codes, format.bits, layout.rows), 2 ** (format.bits - 1)
+def _data(codes: Array, scale: Array, zero: Array | None, format: Format, layout: Layout) -> Array:
+    """`Tiled.data`."""
+    codes = unpack(codes, format.bits, layout.rows)
     together = block_shape(format, (layout.rows, layout.columns))[1]
     shape = (*scale.shape[:-1], layout.columns)
     per_column = lambda v: jnp.broadcast_to(expand(v, (1, together), shape), shape)  # noqa: E731
     scale, zero = jax.tree.map(per_column, (scale, zero))
-    offset, every = jnp.zeros((*codes.shape[:-2], 0), jnp.float32), jnp.arange(16, dtype=jnp.uint8) % 2**format.bits
+    grid = [as_stored(scale, format.scale).astype(layout.scale)]
     if isinstance(format, Int):
-        levels = every.astype(jnp.float32) - centre
-        if format.has_zero:
-            offset = _tiles(format.decode(jnp.full(shape, centre, jnp.uint8), scale, zero))
+        origin = jnp.uint8(_origin(format))
+        if layout.offset == "int8" and zero is not None:
+            grid.append((zero - origin).astype(jnp.int8))
+        elif layout.offset:
+            grid.append(format.decode(jnp.broadcast_to(origin, shape), scale, zero).astype(layout.offset))
         if layout.width == 8:
-            codes -= jnp.uint8(centre)  # signed
-    else:
-        levels = format.decode(every, jnp.ones((), jnp.float32), None)
-    levels = jnp.broadcast_to(levels, (*codes.shape[:-2], 16))
-    return _words(codes, layout), _tiles(as_stored(scale, format.scale)), offset, levels
+            codes -= origin  # signed
+    parts = [_words(codes, layout), *map(_in_words, grid)]
+    return jnp.concatenate([part.reshape(*codes.shape[:-2], -1) for part in parts], -1)
 
 
-def _tiles(grid: Float[Array, "*l groups out"]) -> Float[Array, "*l tiles groups tile"]:
+def _in_words(grid: Shaped[Array, "*l groups out"]) -> UInt32[Array, "*l tiles groups words"]:
+    """Scales or offsets of TILE outputs side by side, as bytes in words."""
     grid = _fill(grid, -1, TILE)
-    return jnp.moveaxis(grid.reshape(*grid.shape[:-1], -1, TILE), -2, -3)
+    grid = jnp.moveaxis(grid.reshape(*grid.shape[:-1], -1, TILE), -2, -3)
+    together = 4 // grid.dtype.itemsize
+    grid = grid if together == 1 else grid.reshape(*grid.shape[:-1], -1, together)
+    return jax.lax.bitcast_convert_type(grid, jnp.uint32)
 
 
 def _words(codes: UInt8[Array, "*l in out"], layout: Layout) -> UInt32[Array, "*l tiles groups units words tile"]:
