@@ -22,6 +22,7 @@ from typing import Any
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -30,11 +31,12 @@ from experiments.provenance import versions
 from jquant import LanguageModel, QTensor, load_model, load_text, method, quantize
 from jquant.cache_folder import cache_dir
 from jquant.data import windows
-from jquant.evaluation.generation import generate_ids
+from jquant.evaluation.generation import generate_ids, in_steps, step
 from jquant.evaluation.perplexity import score
 from jquant.io.hub import fetch_wheel_member, load_config
 from jquant.kernels.choose import in_use
 from jquant.methods import METHODS
+from jquant.models.cache import Cache
 from jquant.models.decoder import Decoder
 from jquant.models.size import size_of
 from jquant.pipeline.outside import quantize_outside
@@ -43,7 +45,7 @@ CONTEXT, WINDOWS, NEW_TOKENS, ROUNDS = 1024, 4, 64, 5
 PROMPT = 512  # tokens
 INPUTS = METHODS["gptq_a8"](4, 64, False).activation
 
-Run = Callable[[], float]
+Run = Any  # () -> seconds
 
 
 def main() -> None:
@@ -60,7 +62,7 @@ def main() -> None:
     }
     for name, decoder in decoders.items():
         runs[name, "evaluate"] = partial(seconds_of_evaluation, decoder, tokens), tokens.size
-        runs[name, "prompt"] = partial(seconds_of_prompt, decoder, tokens[0, :PROMPT]), PROMPT
+        runs[name, "prompt"] = Prompt(decoder, tokens[0, :PROMPT]), PROMPT
         runs[name, "decode"] = lambda decoder=decoder: decoded(decoder, prompt)[0], NEW_TOKENS - 1
     first = {key: run() for key, (run, _) in runs.items()}
     times: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
@@ -74,26 +76,27 @@ def main() -> None:
     for name in ("transformers", *decoders):
         row: dict[str, Any] = {"model": name}
         for part in ("evaluate", "prompt", "decode"):
-            if (name, part) in speed:
-                row |= {
-                    f"{part}_tokens_per_second": speed[name, part],
-                    f"{part}_ratio": speed[name, part] / speed["float32", part],
-                    f"{part}_first_call_s": first[name, part],
-                }
-        if name in decoders:
-            row["perplexity"] = score(decoders[name], tokens).perplexity
-            row["megabytes"] = size_of(decoders[name]).megabytes
+            known = speed.get((name, part))
+            row |= {
+                f"{part}_tokens_per_second": known,
+                f"{part}_ratio": known and known / speed["float32", part],
+                f"{part}_first_call_s": first.get((name, part)),
+            }
+        decoder = decoders.get(name)
+        row["perplexity"] = decoder and score(decoder, tokens).perplexity
+        row["megabytes"] = decoder and size_of(decoder).megabytes
+        row["prepare_s"] = decoder and runs[name, "prompt"][0].prepare()
         rows.append(row)
-    table = Table("model", "MB", "perplexity", "evaluate", "× float32", "prompt", "× float32", "decode", "× float32")
+    parts = [
+        f"{part}_{figure}" for part in ("evaluate", "prompt", "decode") for figure in ("tokens_per_second", "ratio")
+    ]
+    shown = ["megabytes", "perplexity", "prepare_s", *parts]
+    table = Table("model", *(key.removesuffix("_tokens_per_second").replace("_", " ") for key in shown))
     for row in rows:
-        cells = [row["model"], *(f"{row[key]:.3f}" if key in row else "" for key in ("megabytes", "perplexity"))]
-        for part in ("evaluate", "prompt", "decode"):
-            there = f"{part}_ratio" in row
-            cells += [f"{row[f'{part}_tokens_per_second']:.1f}", f"{row[f'{part}_ratio']:.2f}"] if there else ["", ""]
-        table.add_row(*cells)
+        table.add_row(row["model"], *("" if row[key] is None else f"{row[key]:.2f}" for key in shown))
     Console().print(table)
     print(f"{same_tokens} of {NEW_TOKENS} greedy tokens of transformers and jquant in float32 are the same.")
-    figures = {
+    line = {
         "rows": rows,
         "evaluate_ratio": speed["float32", "evaluate"] / speed["transformers", "evaluate"],
         "decode_ratio": speed["float32", "decode"] / speed["transformers", "decode"],
@@ -102,7 +105,7 @@ def main() -> None:
         "products": in_use(),
         **versions(),
     }
-    print(json.dumps(figures))
+    print(json.dumps(line))
 
 
 def packed(model: LanguageModel) -> dict[str, Decoder]:
@@ -133,11 +136,25 @@ def seconds_of_evaluation(decoder: Decoder, tokens: np.ndarray) -> float:
     return time.perf_counter() - begin
 
 
-def seconds_of_prompt(decoder: Decoder, prompt: np.ndarray) -> float:
-    """Until the first new token, with what generation packs before."""
-    begin = time.perf_counter()
-    next(generate_ids(decoder, prompt, tokens=1))
-    return time.perf_counter() - begin
+class Prompt:
+    """The seconds of a prompt's step; `prepare` gives those of what generation does before."""
+
+    def __init__(self, decoder: Decoder, prompt: np.ndarray):
+        self.decoder, self.prompt = decoder, jnp.asarray(prompt)[None]
+        self.prepare()
+
+    def prepare(self) -> float:
+        """Takes the layers apart and packs the weights as products read them."""
+        begin = time.perf_counter()
+        self.leaves, self.structure = jax.block_until_ready(jax.tree.flatten(in_steps(self.decoder)))
+        return time.perf_counter() - begin
+
+    def __call__(self) -> float:
+        """Seconds of the step."""
+        cache = Cache.init(self.decoder.config, 1, self.prompt.size, "float32")
+        begin = time.perf_counter()
+        jax.block_until_ready(step(self.structure, self.leaves, self.prompt, cache)[0])
+        return time.perf_counter() - begin
 
 
 def decoded(decoder: Decoder, prompt: np.ndarray) -> tuple[float, list[int]]:

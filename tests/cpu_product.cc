@@ -1,10 +1,11 @@
-// Products of jquant/kernels/cpu/product.h beside sums in double, on arrays of exactly the size that they need, for the
+// Products and attention of jquant/kernels/cpu beside sums in double, on arrays of exactly the size that they need, for the
 // compiler's address and undefined-behaviour sanitizers. Prints the number of products; ends with 1 at the first error.
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <random>
 
+#include "attention.h"
 #include "product.h"
 
 namespace {
@@ -114,9 +115,40 @@ bool check(int width, int64_t in, int64_t out, int64_t group, int64_t rows, int6
   return true;
 }
 
+bool check_attention(int64_t length, int64_t slots, int64_t group, int64_t d) {
+  auto q = array<float>(group * d), k = array<float>(slots * d), v = array<float>(slots * d), out = array<float>(group * d);
+  for (int64_t i = 0; i < group * d; ++i) q[i] = 3 * normal();
+  for (int64_t i = 0; i < slots * d; ++i) k[i] = normal(), v[i] = normal();
+  jquant::attend(q.get(), k.get(), v.get(), length, group, d, out.get());
+  for (int64_t head = 0; head < group; ++head) {
+    std::vector<double> weight(length);
+    double total = 0;
+    for (int64_t s = 0; s < length; ++s) {
+      double score = 0;
+      for (int64_t c = 0; c < d; ++c) score += double(q[head * d + c]) * k[s * d + c];
+      total += weight[s] = std::exp(score / std::sqrt(double(d)));
+    }
+    for (int64_t c = 0; c < d; ++c) {
+      double wanted = 0;
+      for (int64_t s = 0; s < length; ++s) wanted += weight[s] / total * v[s * d + c];
+      if (!(std::fabs(out[head * d + c] - wanted) <= 1e-5)) {
+        std::printf("attention, length %ld, group %ld, d %ld: %g, not %g\n", long(length), long(group), long(d),
+                    out[head * d + c], wanted);
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
 }  // namespace
 
 int main() {
+  for (int64_t d : {16, 48, 64, 128}) {
+    for (int64_t length : {int64_t(1), int64_t(15), int64_t(64), whole(65, 300)}) {
+      if (!check_attention(length, length, whole(1, 5), d)) return 1;
+    }
+  }
   int products = 0;
   for (int width : {2, 3, 4, 8}) {
     const int64_t codes = width == 3 ? 32 : 32 / width;

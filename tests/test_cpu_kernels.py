@@ -15,8 +15,10 @@ from problems import problem
 from jquant.activations import Activation, quantize_inputs
 from jquant.errors import InputError
 from jquant.formats import GGUF, MXFP8_E4M3, NF4, SEQ, Codebook, Float, Int, double_quantized
+from jquant.kernels import choose
 from jquant.kernels.choose import products
 from jquant.kernels.cpu import build, tiled
+from jquant.kernels.cpu.attention import attend
 from jquant.kernels.cpu.tiled import Tiled
 from jquant.methods import METHODS
 from jquant.qtensor import QTensor, dequantize, prepared, quantize
@@ -182,6 +184,36 @@ def test_nan_and_infinite_inputs_spoil_their_own_row_alone():
             y = np.asarray(x.at[2, 100].set(bad) @ ready)
             assert not np.isfinite(y[2]).any()
             np.testing.assert_array_equal(np.delete(y, 2, 0), np.delete(np.asarray(x @ ready), 2, 0))
+
+
+@needs_compiler
+@pytest.mark.parametrize(("heads", "shared", "d"), [(9, 3, 64), (4, 4, 16), (8, 1, 80)])
+def test_attention_of_one_query_is_that_of_float64(heads, shared, d):
+    rng = np.random.default_rng(d)
+    q, k, v = (rng.standard_normal((2, h, t, d)).astype("float32") for h, t in ((heads, 1), (shared, 70), (shared, 70)))
+    k[:, :, 50:], v[:, :, 50:] = np.nan, np.nan  # slots that are not filled are not read
+    for length in (1, 16, 33, 50):
+        got = jax.jit(attend)(q, k, v, jnp.int32(length))
+        keys, values = (np.repeat(x[:, :, :length].astype(np.float64), heads // shared, 1) for x in (k, v))
+        scores = (q.astype(np.float64) * keys).sum(-1) / d**0.5
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        wanted = (weights[..., None] * values).sum(-2) / weights.sum(-1)[..., None]
+        np.testing.assert_allclose(got[:, :, 0], wanted, rtol=1e-5, atol=2e-6)
+    bad = q.copy()
+    bad[1, 0, 0, 3] = np.nan
+    got = np.asarray(attend(jnp.asarray(bad), jnp.asarray(k), jnp.asarray(v), jnp.int32(9)))
+    assert np.isnan(got[1, 0]).all()
+    assert np.isfinite(got[0]).all()
+
+
+@needs_compiler
+def test_attention_is_chosen_for_heads_of_whole_vectors_in_float32():
+    like = jnp.ones(4)
+    assert choose.attention(like, 64) is attend
+    assert choose.attention(like, 24) is None
+    assert choose.attention(like.astype("bfloat16"), 64) is None
+    with products("plain"):
+        assert choose.attention(like, 64) is None
 
 
 @pytest.mark.parametrize("format", [MXFP8_E4M3, GGUF["Q4_K"].scale.__class__(8, 16)], ids=str)

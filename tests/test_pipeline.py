@@ -305,7 +305,7 @@ def test_a_quantized_model_is_refused(model):
 
 
 def test_an_unknown_method_names_the_three_nearest(model):
-    with refused("'gtpq'", "the nearest names are gptq, gptq_loss, gptq_tuned."):
+    with refused("'gtpq'", "the nearest names are gptq, gptq_a8, gptq_loss."):
         jquant.quantize(model, "gtpq")
 
 

@@ -27,6 +27,7 @@ from jaxtyping import Float, Int
 from jquant.data import check_tokens, check_whole
 from jquant.errors import InputError
 from jquant.io.language_model import LanguageModel
+from jquant.kernels.choose import attention
 from jquant.learning.objectives import top_k as largest
 from jquant.models.cache import Cache
 from jquant.models.config import DecoderConfig
@@ -172,10 +173,13 @@ def check_sampling(prompts: np.ndarray, config: DecoderConfig, sampling: Samplin
 
 
 def in_steps(decoder: Decoder) -> tuple[Decoder, tuple[Block, ...]]:
-    """The decoder without its layers, and the layers one by one; packed weights as the fastest product reads them."""
+    """The decoder without its layers, and the layers one by one, with the fastest products and attention there are."""
     outside = nnx.merge(*nnx.split(decoder))
     outside.segments = nnx.List([])
-    return prepared((outside, unstack(decoder)))
+    layers, of_one = unstack(decoder), attention(decoder.norm.scale.get_value(), decoder.config.head_dim)
+    for layer in layers:
+        layer.attention.of_one = of_one
+    return prepared((outside, layers))
 
 
 def unstack(decoder: Decoder) -> tuple[Block, ...]:

@@ -1,15 +1,17 @@
 """Which product multiplies a packed weight on the device where it lies."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from jquant.activations import Activation
 from jquant.errors import InputError
+from jquant.kernels.cpu.attention import WIDEST, attend
 from jquant.kernels.cpu.build import target
 from jquant.kernels.cpu.tiled import tiled
 from jquant.kernels.packed import PackedMatrix
@@ -40,7 +42,15 @@ def prepared(w: PackedMatrix, activation: Activation | None, input_scale: Array 
 
     On one CPU that is the C++ product for the formats that it takes.
     """
-    devices = w.codes.devices()
-    if _KIND.get() == "plain" or len(devices) != 1 or next(iter(devices)).platform != "cpu":
-        return None
-    return tiled(w, activation, input_scale)
+    return tiled(w, activation, input_scale) if _on_one_cpu(w.codes) else None
+
+
+def attention(like: Array, head_dim: int) -> Callable[..., Array] | None:
+    """The attention of one query a head where `like` lies, in its dtype; None where XLA's is taken."""
+    fits = like.dtype == jnp.float32 and head_dim % WIDEST == 0
+    return attend if fits and _on_one_cpu(like) and target() else None
+
+
+def _on_one_cpu(array: Array) -> bool:
+    devices = array.devices()
+    return _KIND.get() == "fast" and len(devices) == 1 and next(iter(devices)).platform == "cpu"

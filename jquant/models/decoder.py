@@ -67,6 +67,7 @@ class Attention(nnx.Module):
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         self.config = config
         self.cached: CacheFormat | None = None
+        self.of_one: Any = None  # attends with one query a head (`kernels.choose.attention`); set by generation
         width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
         self.q = Linear(config.hidden, width, rngs)
         self.k = Linear(config.hidden, kv_width, rngs)
@@ -104,7 +105,10 @@ class Attention(nnx.Module):
             keys, values = keys[:, :, :slots], values[:, :, :slots]
             if late:
                 keys = rotate(keys, rotary_table(self.config, jnp.arange(slots)))
-            out, mass = attend(q, keys, values, start), None
+            if self.of_one is not None and x.shape[1] == 1:
+                out, mass = self.of_one(q, keys, values, length), None
+            else:
+                out, mass = attend(q, keys, values, start), None
         merged = out.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1)
         taps = {"attention_input": x, "attention_output": merged}
         return self.o(merged), taps if mass is None else taps | {"attention_mass": mass}, cache

@@ -19,8 +19,8 @@ from jquant.errors import InputError
 
 log = logging.getLogger(__name__)
 
-SOURCES = ("product.h", "ffi.cc")
-HANDLER = "JquantProduct"
+SOURCES = ("product.h", "attention.h", "ffi.cc")
+PRODUCT, ATTEND = "JquantProduct", "JquantAttend"
 # The instructions that a library is compiled for, best first: what the CPU must have, and the compiler's options.
 INSTRUCTIONS = {
     "avx512": (
@@ -36,16 +36,20 @@ SECONDS = 300  # that a compiler may take
 
 @cache
 def target() -> str | None:
-    """The name under which XLA knows the product; None if it can't be had here, which one logged line explains."""
+    """The ending of the names under which XLA knows PRODUCT and ATTEND; None if they can't be had.
+
+    One logged line then says why.
+    """
     try:
         library = build(instructions(), cache_dir() / "kernels")
-        handler = getattr(ctypes.CDLL(str(library)), HANDLER)
+        loaded = ctypes.CDLL(str(library))
+        handlers = {name: getattr(loaded, name) for name in (PRODUCT, ATTEND)}
     except (InputError, OSError, AttributeError) as why:
-        log.warning("Products with packed weights run without C++ code, at a quarter of its speed or less: %s", why)
+        log.warning("Packed weights are multiplied without C++ code, at a quarter of its speed or less: %s", why)
         return None
-    name = f"jquant_product_{library.stem}"
-    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
-    return name
+    for name, handler in handlers.items():
+        jax.ffi.register_ffi_target(f"{name}-{library.stem}", jax.ffi.pycapsule(handler), platform="cpu")
+    return library.stem
 
 
 def instructions() -> str:

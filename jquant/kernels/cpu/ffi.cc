@@ -3,6 +3,7 @@
 #include <functional>
 #include <memory>
 
+#include "attention.h"
 #include "product.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -58,7 +59,29 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ff
   return ffi::Error::Success();
 }
 
+ffi::Error Attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> k, ffi::Buffer<ffi::F32> v,
+                  ffi::Buffer<ffi::S32> length, ffi::ResultBuffer<ffi::F32> y) {
+  const auto shape = k.dimensions();
+  const int64_t texts = shape[0], heads = shape[1], slots = shape[2], d = shape[3];
+  const int64_t group = q.dimensions()[1] / heads, filled = std::min<int64_t>(*length.typed_data(), slots);
+  const int64_t helpers = std::min({pool.num_threads() - 1, texts * heads - 1, texts * heads * filled * d * 8 / GRAIN});
+  run(pool, texts * heads, std::max<int64_t>(helpers, 0), [&](int64_t n) {
+    jquant::attend(q.typed_data() + n * group * d, k.typed_data() + n * slots * d, v.typed_data() + n * slots * d, filled,
+                   group, d, y->typed_data() + n * group * d);
+  });
+  return ffi::Error::Success();
+}
+
 }  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JquantAttend, Attend,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()    // q [texts, heads · group, 1, d]
+                                  .Arg<ffi::Buffer<ffi::F32>>()    // k [texts, heads, slots, d]
+                                  .Arg<ffi::Buffer<ffi::F32>>()    // v likewise
+                                  .Arg<ffi::Buffer<ffi::S32>>()    // length []
+                                  .Ret<ffi::Buffer<ffi::F32>>());  // like q
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JquantProduct, Product,
                               ffi::Ffi::Bind()

@@ -14,7 +14,7 @@ from jquant.activations import Activation, quantize_inputs
 from jquant.formats import Codebook, Format, Int, block_shape, expand, unpack
 from jquant.formats import Float as SmallFloat
 from jquant.formats.base import as_stored
-from jquant.kernels.cpu.build import target
+from jquant.kernels.cpu.build import PRODUCT, target
 from jquant.kernels.matmul import add_outliers
 from jquant.kernels.packed import PackedMatrix
 
@@ -68,13 +68,11 @@ class Tiled:
         return y.reshape(*x.shape[:-1], -1).astype(x.dtype)
 
     def _product(self, x: Float[Array, "tokens in"], block: int = 0) -> Float[Array, "tokens out"]:
-        name, like = target(), jax.ShapeDtypeStruct((len(x), self.layout.columns), jnp.float32)
-        assert name is not None  # or there would be no tiles
-        of = self.layout
+        of, like = self.layout, jax.ShapeDtypeStruct((len(x), self.layout.columns), jnp.float32)
         numbers = {"width": of.width, "group": of.group, "scale": KINDS[of.scale], "offset": KINDS[of.offset]}
         numbers |= {"centre": of.centre, "block": block}
         attributes = {key: np.int64(value) for key, value in numbers.items()}
-        return jax.ffi.ffi_call(name, like)(
+        return jax.ffi.ffi_call(f"{PRODUCT}-{target()}", like)(
             x.astype(jnp.float32), self.data, levels=np.asarray(of.levels, np.float32), **attributes
         )
 
