@@ -81,9 +81,14 @@ def _known(name: str, chosen: tuple[str, ...]) -> tuple[list[str], dict[str, lis
 
 
 def _configs(script: str) -> list[str]:
-    """Names of an experiment's configs: its own, and those that have it as a default."""
+    """Names of an experiment's configs: its own, and those that have it, or one of these, as a default."""
     configs: dict[str, Any] = {path.stem: OmegaConf.load(path) for path in sorted(CONFIGS.glob("*.yaml"))}
-    return [name for name, config in configs.items() if name == script or script in (config.get("defaults") or [])]
+
+    def derives(name: str) -> bool:
+        above = [entry for entry in configs[name].get("defaults") or [] if isinstance(entry, str)]
+        return name == script or any(entry in configs and derives(entry) for entry in above)
+
+    return [name for name in configs if derives(name)]
 
 
 def _names(config: Any, above: str = "") -> Iterator[str]:

@@ -169,7 +169,8 @@ def training_windows(
         parts.append(cut_windows(ids, text["context"]))
         seen.append(run_hashes(ids))
     if text["sampled"]:
-        parts.append(sample_text(model, text["sampled"], text["context"], seed=settings["seed"]))
+        shape = (text["sampled"], text["context"])
+        parts.append(sample_text(model, *shape, seed=settings["seed"], batch=text["sampled_batch"]))
     if not parts:
         raise InputError("There is no text to learn from: give text.data or text.sampled.")
     return np.concatenate(parts), seen

@@ -192,3 +192,9 @@ def test_bad_input_ends_in_one_sentence(place, tmp_path, name):
     assert len(last) == 1 or "rate" in name, done.stderr
     assert said in " ".join(last), done.stderr
     assert not (tmp_path / "results").exists()
+
+
+def test_a_config_that_has_a_config_of_training_as_its_default_is_one_too():
+    """qat_long has qat_mixed as its default, which has qat."""
+    check_command("qat", ["--config-name", "qat_long", "bits=2"])
+    assert compose("qat_long", [])["tuning"]["rate"] == compose("qat_mixed", [])["tuning"]["rate"]

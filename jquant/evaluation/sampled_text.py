@@ -32,7 +32,6 @@ from jquant.models.decoder import Decoder, identity
 from jquant.progress import Progress, showing
 from jquant.provenance import code_of, packages
 
-BATCH = 32  # windows sampled at once; whole batches are kept
 # How many tokens after a random first one are the most likely ones; LLM-QAT's code has 2, 3 and 4.
 LIKELIEST = 3
 
@@ -44,6 +43,7 @@ def sample_text(
     *,
     temperature: float = 1.0,
     seed: int = 0,
+    batch: int = 32,
     progress: Progress | bool = True,
 ) -> Int[np.ndarray, "count context"]:
     """Windows of token ids that the model samples; see the module. They are read from the cache if it has them.
@@ -57,6 +57,7 @@ def sample_text(
       context: tokens per window.
       temperature: logits are divided by it; 1 samples the model's own distribution.
       seed: of the sampling.
+      batch: windows sampled at once; whole batches are kept. A GPU takes some hundreds.
       progress: whether to show progress; or a function, called with ("generate", tokens done, tokens in all).
 
     Raises:
@@ -66,9 +67,10 @@ def sample_text(
     check_whole(1, count=count)
     check_whole(2, context=context)
     check_whole(0, seed=seed)
+    check_whole(1, batch=batch)
     if temperature == 0:
         raise InputError("Text sampled at temperature=0 would be the same in every window; 1 is the model's own.")
-    first = np.full((BATCH, 1), 0 if bos is None else bos, np.int32)
+    first = np.full((batch, 1), 0 if bos is None else bos, np.int32)
     check_sampling(first, decoder.config, Sampling(context - 1, temperature, None))
     recipe = {
         "model": identity(decoder),
@@ -76,17 +78,17 @@ def sample_text(
         "context": int(context),
         "temperature": float(temperature),
         "seed": int(seed),
-        "batch": BATCH,
+        "batch": int(batch),
         "code": code_of(None, [__name__]),
         "packages": packages(),
         "device": jax.devices()[0].device_kind,
     }
-    kept, batches, size = Kept.of("sampled", recipe), [], BATCH * context
-    total = -(-count // BATCH)
+    kept, batches, size = Kept.of("sampled", recipe), [], batch * context
+    total = -(-count // batch)
     with showing(progress) as tell:
         for number in range(total):
             make = lambda number=number: {"tokens": _sample(decoder, recipe, number)}  # noqa: E731
-            batches.append(kept.arrays(number, {"tokens": (BATCH, context)}, make)["tokens"])
+            batches.append(kept.arrays(number, {"tokens": (batch, context)}, make)["tokens"])
             tell("generate", (number + 1) * size, total * size)
     return np.concatenate(batches)[:count]
 

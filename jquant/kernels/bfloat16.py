@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.lax import platform_dependent
 from jaxtyping import Float
 
 
@@ -38,7 +39,7 @@ def _backward(saved: tuple[Array, ...], slope: Array) -> tuple[Array, Array]:
         at_w = jnp.matmul(_transposed(flat(x)), flat(slope), preferred_element_type=jnp.float32)
     else:  # the smaller factor is moved; moving x would compute what makes it across rows, which does not vectorise
         at_w = jnp.matmul(_transposed(flat(slope)), flat(x), preferred_element_type=jnp.float32)
-        at_w = with_layout_constraint(at_w, Layout((0, 1))).T
+        at_w = _in_rows(at_w).T
     return at_x.astype(like_x.dtype), at_w.astype(like_w.dtype)
 
 
@@ -47,4 +48,9 @@ bfloat16_matmul.defvjp(_forward, _backward)
 
 def _transposed(a: Array) -> Array:
     """aᵀ, moved in memory: XLA's CPU backend multiplies bfloat16 at full rate only where rows lie along memory."""
-    return with_layout_constraint(a.T, Layout((0, 1)))
+    return _in_rows(a.T)
+
+
+def _in_rows(a: Array) -> Array:
+    """a with its rows along memory, on CPUs; other backends choose themselves."""
+    return platform_dependent(a, cpu=lambda a: with_layout_constraint(a, Layout((0, 1))), default=lambda a: a)
