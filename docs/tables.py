@@ -33,7 +33,7 @@ Row = dict[str, Any]
 
 ROOT = Path(__file__).parents[1]
 TABLE = re.compile(r"(<!-- table: (.*?)-->\n)(.*?)(<!-- end -->)", re.DOTALL)
-BASELINE = "gptq"  # `{change}` compares a row with this method at the row's width and on its text
+BASELINE = "gptq"  # `{change}` compares a row with this method, at the row's width and on its text
 
 
 def main(check: bool) -> int:
@@ -130,9 +130,13 @@ def inside(line: Row, place: str) -> list[Row]:
 
 
 def change(row: Row, rows: list[Row]) -> str:
-    """The change of the perplexity against the baseline, percent, with its 95 % interval, paired by window."""
-    shared = ("width", "text")
-    base = [other for other in rows if other["name"] == BASELINE and all(other[key] == row[key] for key in shared)]
+    """The change of the perplexity against the baseline, percent, with its 95 % interval, paired by window.
+
+    The baseline is the one that the row's settings name, else a method.
+    """
+    named = row["config"].get("baseline")
+    key, value = ("settings", named) if named else ("name", BASELINE)
+    base = [r for r in rows if r.get(key) == value and (r["width"], r["text"]) == (row["width"], row["text"])]
     if not base or base[0] is row or not row.get("window_nll") or row["composition"] == "None":
         return ""
     percent, low, high = paired_change(row["window_nll"], base[0]["window_nll"])

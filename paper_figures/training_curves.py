@@ -4,6 +4,7 @@ python -m paper_figures.training_curves results/qat
 """
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,8 @@ def figure(rows: Sequence[Row], folder: Path) -> Figure:
         perplexity.set_ylabel("perplexity")
         base = chosen[0]["perplexity"] / (1 + chosen[0]["perplexity_change_percent"] / 100)
         style.float_line(perplexity, base, f"{style.float_name(chosen[0])}\n{base:.2f}")
+        for axes, value in ((kl, "kl"), (perplexity, "perplexity")):
+            _label_ends([(curve[-1]["tokens"] / 1e6, curve[-1][value]) for _, curve in of_text], axes, value)
         kl.set_title(style.text(chosen[0]), loc="left")
     plot.suptitle(style.model(drawn[0][0]))
     lines = {line.get_label(): line for kl, _ in grid for line in kl.get_lines()}
@@ -72,8 +75,6 @@ def _lines(axes: Axes, drawn: Sequence[tuple[Row, Curve]], figure: str, names: l
             "linestyle": "-" if number < 10 else "--",
         }
         axes.plot(at, values, label=_name(row), **look)
-        end = f"{values[-1]:.3f}" if figure == "kl" else style.number(values[-1])
-        axes.annotate(end, (at[-1], values[-1]), (0, 5), textcoords="offset points", ha="center", fontsize=7)
     axes.set_xscale("log")
     every = [point["tokens"] / 1e6 for _, curve in drawn for point in curve]
     style.set_ticks(axes.xaxis, style.log_ticks(0.9 * min(every), 1.1 * max(every)))
@@ -81,6 +82,17 @@ def _lines(axes: Axes, drawn: Sequence[tuple[Row, Curve]], figure: str, names: l
     axes.set_xlabel("tokens learned, millions")
     axes.grid(axis="y")
     axes.margins(y=0.12)
+
+
+def _label_ends(ends: list[tuple[float, float]], axes: Axes, figure: str) -> None:
+    """Writes the curves' last values, from the lowest up, those left out that would cover the one below."""
+    low, high = axes.get_ylim()
+    below: dict[float, float] = {}
+    for at, value in sorted(ends, key=lambda end: end[1]):
+        if value - below.get(at, -math.inf) > 0.07 * (high - low):
+            text = f"{value:.3f}" if figure == "kl" else style.number(value)
+            axes.annotate(text, (at, value), (0, 5), textcoords="offset points", ha="center", fontsize=7)
+            below[at] = value
 
 
 def _name(row: Row) -> str:
