@@ -222,7 +222,7 @@ def prepared(tree: Any) -> Any:
             return replace(leaf, kernel=fastest(leaf.weight))
         if not isinstance(leaf, QTensor):
             return leaf
-        return choose.prepared(packed_matrix(leaf), leaf.activation, leaf.input_scale) or leaf
+        return choose.kernel(packed_matrix(leaf), leaf.activation, leaf.input_scale) or leaf
 
     return jax.tree.map(fastest, tree, is_leaf=lambda leaf: isinstance(leaf, QTensor | Transposed))
 

@@ -11,6 +11,7 @@ from jax import Array
 
 from jquant.activations import Activation
 from jquant.errors import InputError
+from jquant.kernels.blocked import blocked
 from jquant.kernels.cpu.attention import WIDEST, attend
 from jquant.kernels.cpu.build import target
 from jquant.kernels.cpu.tiled import tiled
@@ -33,24 +34,29 @@ def products(kind: str) -> Iterator[None]:
 
 def in_use() -> str:
     """What multiplies packed weights where there is a kernel: a name with a digest of its code, or "plain"."""
-    on_cpu = jax.devices()[0].platform == "cpu"
-    return (target() if on_cpu and _KIND.get() == "fast" else None) or "plain"
+    if _KIND.get() != "fast":
+        return "plain"
+    return {"cpu": target(), "tpu": "pallas"}.get(jax.devices()[0].platform) or "plain"
 
 
-def prepared(w: PackedMatrix, activation: Activation | None, input_scale: Array | None) -> Any | None:
+def kernel(w: PackedMatrix, activation: Activation | None, input_scale: Array | None) -> Any | None:
     """The weight as its device's kernel reads it; None where XLA multiplies the packed bytes.
 
-    On one CPU that is the C++ product for the formats that it takes.
+    On one CPU that is the C++ product, on one TPU the Pallas product, each for the formats that it takes.
     """
-    return tiled(w, activation, input_scale) if _on_one_cpu(w.codes) else None
+    platform = _alone_on(w.codes)
+    if platform == "cpu":
+        return tiled(w, activation, input_scale)
+    return blocked(w, activation, input_scale, platform) if platform == "tpu" else None
 
 
 def attention(like: Array, head_dim: int) -> Callable[..., Array] | None:
     """The attention of one query a head where `like` lies, in its dtype; None where XLA's is taken."""
     fits = like.dtype == jnp.float32 and head_dim % WIDEST == 0
-    return attend if fits and _on_one_cpu(like) and target() else None
+    return attend if fits and _alone_on(like) == "cpu" and target() else None
 
 
-def _on_one_cpu(array: Array) -> bool:
+def _alone_on(array: Array) -> str | None:
+    """The platform of the only device that holds an array; None if there are several, or products are plain."""
     devices = array.devices()
-    return _KIND.get() == "fast" and len(devices) == 1 and next(iter(devices)).platform == "cpu"
+    return next(iter(devices)).platform if _KIND.get() == "fast" and len(devices) == 1 else None
