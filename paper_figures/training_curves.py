@@ -97,7 +97,11 @@ def _label_ends(ends: list[tuple[float, float]], axes: Axes, figure: str) -> Non
 
 def _name(row: Row) -> str:
     bits = row["config"].get("bits")
-    return f"{bits} bits: {row['settings']}" if row.get("settings") else f"{bits} bits"
+    return (
+        f"{bits} bits: {row['settings']}"
+        if row.get("settings")
+        else f"{bits} bits, {row['training_tokens'] / 1e6:.2f} M"
+    )
 
 
 if __name__ == "__main__":
