@@ -12,7 +12,7 @@ from jquant.calibration.options import Options
 from jquant.data import load_text
 from jquant.errors import InputError
 from jquant.evaluation.compare import Comparison, compare
-from jquant.evaluation.generation import generate
+from jquant.evaluation.generation import generate, generate_many
 from jquant.evaluation.outliers import outliers
 from jquant.evaluation.perplexity import Perplexity, perplexity
 from jquant.formats import (
@@ -110,6 +110,7 @@ __all__ = [
     "dequantize",
     "double_quantized",
     "generate",
+    "generate_many",
     "load_adapters",
     "load_model",
     "load_text",

@@ -15,8 +15,9 @@ from flax import nnx
 from jquant.errors import InputError
 from jquant.io.load import load_model
 from jquant.models.config import DecoderConfig, llama3_divisors
-from jquant.models.decoder import Decoder, attend, blocks, causal_attention, rotary_table, rotate, with_blocks
+from jquant.models.decoder import Decoder, attend, blocks, causal_attention, with_blocks
 from jquant.models.families import FAMILIES, family_of
+from jquant.models.rotary import rotary_table, rotate
 
 forward = jax.jit(lambda decoder, tokens: decoder(tokens))
 

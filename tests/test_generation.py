@@ -12,6 +12,7 @@ import torch
 from checkpoints import refused, relative
 
 import jquant
+from jquant import CacheFormat, Int, Stored, with_cache
 from jquant.evaluation.generation import _among, generate_batch, generate_ids, step, unstack
 from jquant.io.load import LanguageModel, load_model
 from jquant.models.cache import Cache
@@ -223,11 +224,39 @@ def test_the_most_likely_tokens_are_those_of_a_sort(vocab):
         np.testing.assert_array_equal(_among(logits, k), np.where(logits < least, -np.inf, logits))
 
 
-def test_prompts_of_several_lengths_are_refused(tiny):
-    with refused("3", "11", "one length"):
-        generate_batch(tiny.decoder, [PROMPTS[0], PROMPTS[1, :3]], KEYS[:2], tokens=3)
-    same = generate_batch(tiny.decoder, [PROMPTS[0], PROMPTS[1]], KEYS[:2], tokens=3)
-    np.testing.assert_array_equal(same, generate_batch(tiny.decoder, PROMPTS[:2], KEYS[:2], tokens=3))
+RAGGED = [PROMPTS[0], PROMPTS[1, :3], PROMPTS[2, :7], PROMPTS[3, :3], PROMPTS[4, :10]]
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.5}, {"temperature": 1.5, "top_k": 5}], ids=str)
+@pytest.mark.parametrize("cached", [False, True])
+def test_prompts_of_several_lengths_go_on_as_alone(tiny, options, cached):
+    """Also with a packed cache, whose tokens are rounded by their positions."""
+    packed = Stored(Int(8, 4, symmetric=True), "channel")
+    decoder = with_cache(tiny.decoder, CacheFormat(packed, packed, recent=2, first=1) if cached else None)
+    together = generate_batch(decoder, RAGGED, KEYS, tokens=9, **options)
+    for row, (prompt, ids) in enumerate(zip(RAGGED, together, strict=True)):
+        [alone] = generate_batch(decoder, [prompt], KEYS[np.array([row])], tokens=9, **options)
+        np.testing.assert_array_equal(ids, alone)
+
+
+def test_texts_arrive_together_and_end_each_by_itself(tiny):
+    prompts = ["abcd efgh", "ab", "abc abc abc abc"]
+    alone = [list(generate_ids(tiny.decoder, tiny.tokenizer.encode(prompt), tokens=20)) for prompt in prompts]
+    stop = next(i for i, token in enumerate(alone[0]) if i > 1 and token not in {*alone[0][:i], *alone[1], *alone[2]})
+    stopping = replace(tiny, tokenizer=replace(tiny.tokenizer, eos_ids=(alone[0][stop],)))
+    pieces = list(jquant.generate_many(stopping, prompts, tokens=20))
+    texts = ["".join(piece for row, piece in pieces if row == number) for number in range(3)]
+    assert texts == [tiny.tokenizer.decode(ids) for ids in (alone[0][:stop], alone[1], alone[2])]
+    order = [row for row, _ in pieces]
+    assert order[-1] != 0
+    assert order != sorted(order)  # piece by piece, not text by text
+
+
+def test_the_longest_prompt_decides_whether_the_context_is_exceeded(tiny):
+    long = np.tile(PROMPT, 27)[:290]
+    with refused("290", "11", "300"):
+        generate_batch(tiny.decoder, [PROMPT, long], KEYS[:2], tokens=11)
+    assert generate_batch(tiny.decoder, [PROMPT, long], KEYS[:2], tokens=10).shape == (2, 10)
 
 
 @pytest.mark.parametrize(

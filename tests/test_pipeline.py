@@ -24,7 +24,8 @@ from jquant.evaluation.perplexity import score
 from jquant.formats import Format
 from jquant.io.load import LanguageModel, load_model
 from jquant.methods import METHODS, Method, completed, method
-from jquant.models.decoder import Decoder, blocks, rotary_table
+from jquant.models.decoder import Decoder, blocks
+from jquant.models.rotary import rotary_table
 from jquant.pipeline.in_memory import quantize_decoder
 from jquant.qtensor import QTensor, dequantize
 from jquant.ranges import Search

@@ -15,8 +15,9 @@ import jquant
 from jquant.evaluation.generation import generate_ids
 from jquant.io.load import load_model
 from jquant.methods import Method, Tuning
-from jquant.models.decoder import Decoder, blocks, rotary_table, with_blocks
+from jquant.models.decoder import Decoder, blocks, with_blocks
 from jquant.models.folding import permute_mlp, rotate
+from jquant.models.rotary import rotary_table
 from jquant.pipeline.in_memory import quantize_decoder, quantize_decoders
 from jquant.transforms import Hadamard, Rotation, row_magnitude, sort_channels
 from jquant.transforms.hadamard import apply

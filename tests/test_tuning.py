@@ -18,7 +18,8 @@ from jquant.io.load import load_model
 from jquant.kernels.bfloat16 import bfloat16_matmul
 from jquant.learning.tuning import begun, split, tune, tune_block
 from jquant.methods import Method, Tuning, method
-from jquant.models.decoder import Decoder, blocks, rotary_table
+from jquant.models.decoder import Decoder, blocks
+from jquant.models.rotary import rotary_table
 from jquant.pipeline.in_memory import quantize_decoder
 from jquant.qtensor import QTensor, bits_per_weight, dequantize
 

@@ -14,8 +14,9 @@ from jaxtyping import Float, Int
 
 from jquant.composition import Method
 from jquant.learning.objectives import next_token_loss
-from jquant.models.decoder import Decoder, Taps, rotary_table
+from jquant.models.decoder import Decoder, Taps
 from jquant.models.families import Site
+from jquant.models.rotary import rotary_table
 
 
 def weighting(site: Site, path: str, chosen: Method) -> str:

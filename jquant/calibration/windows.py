@@ -19,8 +19,9 @@ from jquant.composition import Choices, Method, needs_of
 from jquant.errors import InputError
 from jquant.learning.objectives import all_finite
 from jquant.models.config import DecoderConfig
-from jquant.models.decoder import Block, Decoder, rotary_table
+from jquant.models.decoder import Block, Decoder
 from jquant.models.families import Site, family_of
+from jquant.models.rotary import rotary_table
 from jquant.parallel.mesh import BOTH, Devices, exchange, gather_pieces, scatter
 from jquant.stats import BUILT_IN, Gram
 

@@ -27,11 +27,14 @@ from jaxtyping import Float, Int
 from jquant.data import check_tokens, check_whole
 from jquant.errors import InputError
 from jquant.io.language_model import LanguageModel
+from jquant.io.tokenizer import GrowingText
 from jquant.kernels.choose import attention
 from jquant.learning.objectives import top_k as largest
 from jquant.models.cache import Cache
 from jquant.models.config import DecoderConfig
-from jquant.models.decoder import Block, Decoder, rotary_table
+from jquant.models.decoder import Block, Decoder, outside_of
+from jquant.models.rotary import rotary_table
+from jquant.parallel.mesh import spread_over
 from jquant.qtensor import prepared
 
 # Tokens that `_draw` takes together. A vocabulary of 49,152 has 384 such blocks.
@@ -61,11 +64,45 @@ def generate(
       InputError: an empty prompt, or one with ids that the model does not have; prompt and tokens exceed the model's
         context; an option out of range.
     """
-    ids = model.tokenizer.encode(prompt)
+    together = generate_many(model, [prompt], tokens=tokens, temperature=temperature, top_k=top_k, seed=seed)
+    return (piece for _, piece in together)
+
+
+def generate_many(
+    model: LanguageModel,
+    prompts: Sequence[str],
+    *,
+    tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    seed: int = 0,
+) -> Iterator[tuple[int, str]]:
+    """Yields the continuations of several prompts as they come: the prompt's number, and a piece of its text.
+
+    All go on together, one program a token. Prompts of any length: see `generate_batch`. A text ends by itself at its
+    own end-of-sequence token. Arguments and errors are those of `generate`.
+    """
+    ids = [model.tokenizer.encode(prompt) for prompt in prompts]
     if model.tokenizer.add_bos and model.tokenizer.bos_id is not None:
-        ids = np.concatenate([[model.tokenizer.bos_id], ids]).astype(np.int32)
-    sampled = generate_ids(model.decoder, ids, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed)
-    yield from model.tokenizer.stream(_until(sampled, model.tokenizer.eos_ids))
+        ids = [np.concatenate([[model.tokenizer.bos_id], each]).astype(np.int32) for each in ids]
+    check_whole(0, seed=seed)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(len(ids)))
+    steps = _in_lockstep(model.decoder, ids, keys, Sampling(tokens, temperature, top_k))
+    texts = {row: GrowingText(model.tokenizer) for row in range(len(ids))}
+    for new in steps:
+        for row, token in new.items():
+            if row not in texts:  # it has ended
+                continue
+            ended = token in model.tokenizer.eos_ids
+            if piece := texts[row].end() if ended else texts[row].add(token):
+                yield row, piece
+            if ended:
+                del texts[row]
+        if not texts:
+            return
+    for row, text in texts.items():
+        if piece := text.end():
+            yield row, piece
 
 
 def generate_ids(
@@ -79,21 +116,9 @@ def generate_ids(
 ) -> Iterator[int]:
     """Yields `tokens` ids that continue a prompt of ids; see `generate`."""
     check_whole(0, seed=seed)
-    check_sampling(np.asarray(prompt)[None], decoder.config, Sampling(tokens, temperature, top_k))
-    slots, config = len(prompt) + tokens, decoder.config
-    # Slots in steps of 256, so that prompts of similar length share one compilation.
-    slots = min(-(-slots // 256) * 256, config.context_length)
-    leaves, structure = jax.tree.flatten(in_steps(decoder))
-    cache = Cache.init(config, 1, slots, decoder.dtype, decoder.cached)
-    key, token = jax.random.key(seed), jnp.asarray(prompt)[None]
-    if tokens:
-        token, cache = _advance(structure, leaves, token, cache, (key, 0), (temperature, top_k))
-    for index in range(tokens):
-        ready = token
-        if index + 1 < tokens:
-            # Dispatched before the token is read, so that Python's share overlaps with the next step.
-            token, cache = _advance(structure, leaves, token, cache, (key, index + 1), (temperature, top_k))
-        yield int(np.asarray(ready)[0, 0])
+    keys = jax.random.fold_in(jax.random.key(seed), 0)[None]
+    for new in _in_lockstep(decoder, [np.asarray(prompt)], keys, Sampling(tokens, temperature, top_k)):
+        yield new[0]
 
 
 class Sampling(NamedTuple):
@@ -115,42 +140,94 @@ def generate_batch(
 ) -> Int[np.ndarray, "b tokens"]:
     """The `tokens` ids that continue each of several prompts, all generated at once.
 
-    The prompts have one length: then nothing is padded or masked, and every text has its tokens at the same positions
-    as alone. A text depends on its own prompt and key only. Alone it has the same logits up to rounding (products of
-    another shape may add in another order), so a sampled text may take another way there. The loop over the tokens
-    runs on the device; no token is read before the last one is there.
+    Nothing is padded or masked: all texts are at the same position in every step, and every text has its tokens where
+    it has them alone. The prompts are read together as far as the shortest goes. From there on a step takes one token
+    a text, that of the prompt while there is one; so texts of similar lengths go together best.
+
+    A text depends on its own prompt and key only. Alone it has the same logits up to rounding (products of another
+    shape may add in another order), so a sampled text may take another way there. The loop over the tokens runs on the
+    device; no token is read before the last one is there.
 
     Args:
       decoder: float or quantized.
-      prompts: ids, `[b, n]` or `b` arrays of `n`.
+      prompts: ids, `[b, n]` or `b` arrays of any lengths.
       keys: typed keys `[b]`, one a prompt; unused at temperature 0.
       tokens: how many for each; an end-of-sequence token ends nothing.
       temperature: as of `generate`.
       top_k: as of `generate`.
 
     Raises:
-      InputError: prompts of several lengths, or not one key a prompt; otherwise as of `generate`.
+      InputError: not one key a prompt; otherwise as of `generate`.
     """
-    lengths = {np.size(prompt) for prompt in prompts}
-    if len(lengths) > 1:
-        raise InputError(
-            f"Prompts that are continued together have one length; these have from {min(lengths)} to {max(lengths)} "
-            f"tokens: give those of each length to a call of their own."
-        )
-    sampling, start = Sampling(tokens, temperature, top_k), np.asarray(prompts)
-    check_sampling(start, decoder.config, sampling)
-    if keys.shape != start.shape[:1] or not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
-        raise InputError(
-            f"{len(start)} prompts take as many typed keys, not {keys.dtype} {list(keys.shape)}: "
-            f"jax.random.split(jax.random.key(seed), {len(start)}) makes them."
-        )
+    sampling = Sampling(tokens, temperature, top_k)
+    texts = check_prompts(prompts, keys, decoder.config, sampling)
     if tokens == 0:
-        return np.empty((len(start), 0), np.int32)
+        return np.empty((len(texts), 0), np.int32)
+    start, given, index = _aligned(texts, tokens)
     leaves, structure = jax.tree.flatten(in_steps(decoder))
-    slots = start.shape[1] + tokens - 1  # the last token is not read
-    cache = Cache.init(decoder.config, len(start), slots, decoder.dtype, decoder.cached)
-    logits, cache = step(structure, leaves, jnp.asarray(start, jnp.int32), cache)
-    return np.asarray(_continue(structure, leaves, logits, cache, keys, sampling)[0])
+    cache = empty_cache(decoder, len(texts), start.shape[1] + len(given) - 1)  # the last token is not read
+    logits, cache = step(structure, leaves, jnp.asarray(start), cache)
+    ids = np.asarray(_continue(structure, leaves, logits, cache, (keys, given, index), sampling)[0])
+    return np.stack([row[skipped : skipped + tokens] for row, skipped in zip(ids, -index[0], strict=True)])
+
+
+def _in_lockstep(
+    decoder: Decoder, prompts: Sequence[np.ndarray], keys: Array, sampling: Sampling
+) -> Iterator[dict[int, int]]:
+    """Yields for one position after another the new ids of the texts that have one there, by the texts' numbers."""
+    texts = check_prompts(prompts, keys, decoder.config, sampling)
+    if sampling.tokens == 0:
+        return
+    start, given, index = _aligned(texts, sampling.tokens)
+    # Slots in steps of 256, so that prompts of similar length share one compilation.
+    slots = min(-(-(start.shape[1] + len(given)) // 256) * 256, decoder.config.context_length)
+    leaves, structure = jax.tree.flatten(in_steps(decoder))
+    cache, how = empty_cache(decoder, len(texts), slots), sampling._replace(tokens=0)
+    advance = lambda place, token, cache: _advance(  # noqa: E731
+        structure, leaves, token, cache, (keys, given[place], index[place]), how
+    )
+    token, cache = advance(0, jnp.asarray(start), cache)
+    for place in range(len(given)):
+        ready = token
+        if place + 1 < len(given):
+            # Dispatched before the token is read, so that Python's share overlaps with the next step.
+            token, cache = advance(place + 1, token, cache)
+        ids = np.asarray(ready)[:, 0]
+        yield {row: int(ids[row]) for row, new in enumerate(index[place]) if 0 <= new < sampling.tokens}
+
+
+def _aligned(
+    texts: Sequence[np.ndarray], tokens: int
+) -> tuple[Int[np.ndarray, "b n"], Int[np.ndarray, "steps b"], Int[np.ndarray, "steps b"]]:
+    """What all texts begin with, `n` tokens as the shortest has; then for every step and text the prompt's own token.
+
+    Where a prompt has none left that is −1. The last array numbers each text's new tokens; below 0 it is its prompt's.
+    """
+    lengths = np.array([len(text) for text in texts])
+    shortest = lengths.min()
+    steps = int(lengths.max() - shortest) + tokens
+    given = np.full((steps, len(texts)), -1, np.int32)
+    for row, text in enumerate(texts):
+        given[: len(text) - shortest, row] = text[shortest:]
+    index = np.arange(steps)[:, None] - (lengths - shortest)
+    return np.stack([text[:shortest] for text in texts]).astype(np.int32), given, index.astype(np.int32)
+
+
+def check_prompts(prompts: Any, keys: Array, config: DecoderConfig, sampling: Sampling) -> list[np.ndarray]:
+    """The prompts one by one.
+
+    Raises:
+      InputError: prompts that can't be continued so; not one key a prompt.
+    """
+    texts = [np.asarray(prompt) for prompt in prompts]
+    for text in texts or [np.empty(0, np.int32)]:
+        check_sampling(np.atleast_1d(text)[None], config, sampling)
+    if keys.shape != (len(texts),) or not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
+        raise InputError(
+            f"{len(texts)} prompts take as many typed keys, not {keys.dtype} {list(keys.shape)}: "
+            f"jax.random.split(jax.random.key(seed), {len(texts)}) makes them."
+        )
+    return texts
 
 
 def check_sampling(prompts: np.ndarray, config: DecoderConfig, sampling: Sampling) -> None:
@@ -174,12 +251,17 @@ def check_sampling(prompts: np.ndarray, config: DecoderConfig, sampling: Samplin
 
 def in_steps(decoder: Decoder) -> tuple[Decoder, tuple[Block, ...]]:
     """The decoder without its layers, and the layers one by one, with the fastest products and attention there are."""
-    outside = nnx.merge(*nnx.split(decoder))
-    outside.segments = nnx.List([])
+    outside = outside_of(decoder)
     layers, of_one = unstack(decoder), attention(decoder.norm.scale.get_value(), decoder.config.head_dim)
     for layer in layers:
         layer.attention.of_one = of_one
     return prepared((outside, layers))
+
+
+def empty_cache(decoder: Decoder, texts: int, slots: int) -> Cache:
+    """The cache of a decoder's generation; where the decoder is cut over devices, its heads are."""
+    cache, devices = Cache.init(decoder.config, texts, slots, decoder.dtype, decoder.cached), spread_over(decoder)
+    return cache if devices is None else devices.place_heads(cache)
 
 
 def unstack(decoder: Decoder) -> tuple[Block, ...]:
@@ -221,29 +303,33 @@ def step(
 
 @partial(jax.jit, static_argnames=("structure", "sampling"), donate_argnames="cache")
 def _continue(
-    structure: Any, leaves: list[Array], logits: Float[Array, "b vocab"], cache: Cache, keys: Array, sampling: Sampling
-) -> tuple[Int[Array, "b tokens"], Cache]:
-    """The ids of all texts from the logits after their prompts; and the cache, so that its buffers are donated."""
+    structure: Any, leaves: list[Array], logits: Float[Array, "b vocab"], cache: Cache, draw: Any, sampling: Sampling
+) -> tuple[Int[Array, "b steps"], Cache]:
+    """The ids of all texts from the logits after what they begin with; and the cache, so that its buffers are donated.
 
-    def following(so_far: tuple[Array, Cache], index: Array) -> tuple[tuple[Array, Cache], Array]:
+    `draw` holds the texts' keys, and the arrays of `_aligned`.
+    """
+    keys, given, index = draw
+
+    def following(so_far: tuple[Array, Cache], at: tuple[Array, Array]) -> tuple[tuple[Array, Cache], Array]:
         logits, cache = so_far
-        token = _pick_each(logits, keys, index, sampling)
+        token = _pick_each(logits, (keys, *at), sampling)
         return step(structure, leaves, token[:, None], cache), token
 
-    (logits, cache), ids = jax.lax.scan(following, (logits, cache), jnp.arange(sampling.tokens - 1))
-    last = _pick_each(logits, keys, sampling.tokens - 1, sampling)
+    (logits, cache), ids = jax.lax.scan(following, (logits, cache), (given[:-1], index[:-1]))
+    last = _pick_each(logits, (keys, given[-1], index[-1]), sampling)
     return jnp.concatenate([ids, last[None]]).T, cache
 
 
-def _pick_each(
-    logits: Float[Array, "b vocab"], keys: Array, index: int | Array, sampling: Sampling
-) -> Int[Array, " b"]:
-    _, temperature, top_k = sampling
+def _pick_each(logits: Float[Array, "b vocab"], draw: tuple[Array, Any, Any], sampling: Sampling) -> Int[Array, " b"]:
+    """The texts' next ids: the given ones, where they are not −1; else by each text's key and the number of its id."""
+    (keys, given, index), (_, temperature, top_k) = draw, sampling
     if temperature == 0:
-        return jnp.argmax(logits, -1)
-    logits = logits if top_k is None else _among(logits, top_k)
-    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
-    return jax.vmap(_draw)(keys, logits / temperature)
+        chosen = jnp.argmax(logits, -1)
+    else:
+        logits = logits if top_k is None else _among(logits, top_k)
+        chosen = jax.vmap(_draw)(jax.vmap(jax.random.fold_in)(keys, index), logits / temperature)
+    return jnp.where(given < 0, chosen, given)
 
 
 def _draw(key: Array, logits: Float[Array, " vocab"]) -> Int[Array, ""]:
@@ -269,31 +355,10 @@ def _among(logits: Float[Array, "b vocab"], top_k: int) -> Float[Array, "b vocab
     return jnp.where(logits < largest(logits, top_k)[0][:, -1:], -jnp.inf, logits)
 
 
-@partial(jax.jit, static_argnames=("structure", "how"), donate_argnames="cache")
+@partial(jax.jit, static_argnames=("structure", "sampling"), donate_argnames="cache")
 def _advance(
-    structure: Any, leaves: list[Array], tokens: Int[Array, "b t"], cache: Cache, draw: tuple[Array, Any], how: Any
+    structure: Any, leaves: list[Array], tokens: Int[Array, "b t"], cache: Cache, draw: Any, sampling: Sampling
 ) -> tuple[Int[Array, "b 1"], Cache]:
-    """One program a token: `step`, and the next token by the temperature and top_k of `how`.
-
-    Args:
-      structure: see `step`.
-      leaves: see `step`.
-      tokens: the newest ones.
-      cache: of those before them.
-      draw: a key, and the number of the next token among the new ones.
-      how: temperature and top_k.
-    """
+    """One program a token: `step`, and the next token of each text, by `draw` as in `_pick_each`."""
     logits, cache = step(structure, leaves, tokens, cache)
-    (key, index), (temperature, top_k) = draw, how
-    if temperature == 0:
-        return jnp.argmax(logits, -1)[:, None], cache
-    if top_k is not None:
-        logits = _among(logits, top_k)
-    return jax.random.categorical(jax.random.fold_in(key, index), logits / temperature)[:, None], cache
-
-
-def _until(ids: Iterator[int], stop: tuple[int, ...]) -> Iterator[int]:
-    for token in ids:
-        if token in stop:
-            return
-        yield token
+    return _pick_each(logits, draw, sampling)[:, None], cache

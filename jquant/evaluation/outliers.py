@@ -32,8 +32,9 @@ from jquant.evaluation.perplexity import evaluation_windows
 from jquant.io.language_model import LanguageModel
 from jquant.models.adapters import values_of
 from jquant.models.config import DecoderConfig
-from jquant.models.decoder import TAPS, Block, Decoder, blocks, rotary_table
+from jquant.models.decoder import TAPS, Block, Decoder, blocks
 from jquant.models.families import family_of
+from jquant.models.rotary import rotary_table
 from jquant.progress import Progress, showing
 
 # The inputs observed in each block: the residual stream that enters it, and the distinct inputs of its projections.

@@ -21,8 +21,9 @@ from jquant.io.language_model import LanguageModel
 from jquant.io.load import ModelFile, QuantizedFile
 from jquant.learning.objectives import map_rows
 from jquant.models.config import DecoderConfig
-from jquant.models.decoder import Decoder, rotary_table
-from jquant.parallel.mesh import Devices
+from jquant.models.decoder import Decoder, outside_of
+from jquant.models.rotary import rotary_table
+from jquant.parallel.mesh import Devices, spread_over
 from jquant.parallel.processes import gather
 from jquant.pipeline.driver import Source
 from jquant.progress import Progress, showing
@@ -181,23 +182,33 @@ def score(
     batch: int = 4,
     progress: Progress | None = None,
 ) -> Scores:
-    """Scores every prediction inside each window, `batch` windows at a time.
+    """Scores every prediction inside each window, `batch` windows at a time, and on each device.
+
+    A decoder that is cut over devices (`Devices.spread`) is evaluated there: windows are split over the devices, each
+    joins one layer's weights at a time, and the vocabulary stays cut.
 
     Raises:
       InputError: windows that the model can't read (`data.check_tokens`), or of less than 2 tokens; no whole batch;
         likelihoods that are not finite.
     """
     check_windows(tokens, decoder.config, batch)
+    devices = spread_over(decoder)
+    count = devices.count if devices else 1
+    step, filled = batch * count, _filled(tokens, count)
+    place = devices.windows if devices else _same
     decoder = prepared(decoder)
+    if devices and reference:
+        reference = Reference(devices.spread(outside_of(reference.decoder)), _filled(reference.hidden, count))
     results = []
-    for begin in range(0, len(tokens), batch):
-        chosen = slice(begin, begin + batch)
-        hidden = _hidden(decoder, tokens[chosen])
-        other = None if reference is None else jnp.asarray(reference.hidden[chosen])
-        results.append((*_figures(decoder, hidden, tokens[chosen], reference, other), hidden))
+    for begin in range(0, len(filled), step):
+        windows = place(filled[begin : begin + step])
+        hidden = _hidden(decoder, windows, devices)
+        other = None if reference is None else place(jnp.asarray(reference.hidden[begin : begin + step]))
+        figures = (*_figures(decoder, hidden, windows, reference, other, devices), hidden)
+        results.append(gather(figures) if devices else figures)
         check_finite(begin, *results[-1][:2])
         if progress:
-            progress("evaluate", min(begin + batch, len(tokens)), len(tokens))
+            progress("evaluate", min(begin + step, len(tokens)), len(tokens))
     return _joined(results, len(tokens))
 
 
@@ -259,12 +270,20 @@ def _filled(windows: np.ndarray, count: int) -> np.ndarray:
 
 
 def _figures(
-    decoder: Decoder, hidden: Array, tokens: Any, reference: Reference | None, other_hidden: Array | None
+    decoder: Decoder,
+    hidden: Array,
+    tokens: Any,
+    reference: Reference | None,
+    other_hidden: Array | None,
+    cut: Devices | None = None,
 ) -> tuple[Array, Array | None, Array | None]:
-    """For each scored token the negative log likelihood and, with a reference, KL and whether the top tokens agree."""
+    """For each scored token the negative log likelihood and, with a reference, KL and whether the top tokens agree.
+
+    `cut` are the devices over which the decoder's vocabulary is cut: each computes its part for all windows.
+    """
     if reference is None:
-        return _nll(decoder, hidden, tokens), None, None
-    return _compare(decoder, hidden, reference.decoder, other_hidden, tokens)
+        return _nll(decoder, hidden, tokens, cut), None, None
+    return _compare(decoder, hidden, reference.decoder, other_hidden, tokens, cut)
 
 
 def _joined(results: Sequence[tuple[Any, Any, Any, Any]], count: int) -> Scores:
@@ -302,13 +321,20 @@ def _same(value: Any) -> Any:
     return value
 
 
-@jax.jit
-def _hidden(decoder: Decoder, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-    return decoder.hidden(tokens)
+@partial(jax.jit, static_argnames="cut")
+def _hidden(decoder: Decoder, tokens: Int[Array, "b t"], cut: Devices | None = None) -> Float[Array, "b t d"]:
+    if cut is None:
+        return decoder.hidden(tokens)
+    x = cut.apart(decoder.embed(tokens))
+    return decoder.norm(decoder.through_layers(x, whole=cut.whole))
 
 
-@jax.jit
-def _nll(decoder: Decoder, hidden: Float[Array, "b t d"], tokens: Int[Array, "b t"]) -> Float[Array, "b scored"]:
+@partial(jax.jit, static_argnames="cut")
+def _nll(
+    decoder: Decoder, hidden: Float[Array, "b t d"], tokens: Int[Array, "b t"], cut: Devices | None
+) -> Float[Array, "b scored"]:
+    hidden, tokens = cut.whole((hidden, tokens)) if cut else (hidden, tokens)
+
     def rows(states: Array, targets: Array) -> Array:
         logits = decoder.logits(states).astype(jnp.float32)
         return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
@@ -316,10 +342,12 @@ def _nll(decoder: Decoder, hidden: Float[Array, "b t d"], tokens: Int[Array, "b 
     return map_rows(rows, hidden[:, :-1], tokens[:, 1:])
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="cut")
 def _compare(
-    decoder: Decoder, hidden: Array, other: Decoder, other_hidden: Array, tokens: Int[Array, "b t"]
+    decoder: Decoder, hidden: Array, other: Decoder, other_hidden: Array, tokens: Int[Array, "b t"], cut: Devices | None
 ) -> tuple[Array, Array, Array]:
+    hidden, other_hidden, tokens = cut.whole((hidden, other_hidden, tokens)) if cut else (hidden, other_hidden, tokens)
+
     def rows(states: Array, other_states: Array, targets: Array) -> tuple[Array, Array, Array]:
         logits = decoder.logits(states).astype(jnp.float32)
         expected = other.logits(other_states).astype(jnp.float32)

@@ -27,6 +27,7 @@ from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Block, Decoder, with_blocks
 from jquant.models.families import family_of
 from jquant.models.params import flat_params, with_params
+from jquant.parallel.mesh import Devices
 from jquant.progress import Progress, showing
 from jquant.provenance import digest
 from jquant.qtensor import QTensor, Transposed
@@ -138,8 +139,10 @@ class ModelFile:
         """A parameter's name in the file, and whether it is stored transposed."""
         return self._names[param.replace(BLOCKS, "layers.")].format(layer), param.endswith("kernel")
 
-    def load(self, progress: Progress | bool = True) -> LanguageModel:
+    def load(self, progress: Progress | bool = True, devices: Devices | None = None) -> LanguageModel:
         """The model in memory; a function as `progress` is called with ("load", tensors done, tensors in all).
+
+        With `devices` it is cut over them (`Devices.spread`).
 
         Raises:
           InputError: a tensor holds NaN or infinite values, or values beyond the dtype's range.
@@ -155,7 +158,7 @@ class ModelFile:
                     done += 1
                     tell("load", done, total)
                 # The host copy is never written again, so the CPU backend may alias it.
-                params[param] = jax.device_put(values)
+                params[param] = devices.cut(param, values) if devices else jax.device_put(values)
         decoder = with_params(nnx.eval_shape(lambda: Decoder(self.config, nnx.Rngs(0))), params)
         return LanguageModel(decoder, self.tokenizer, self.name, self.checkpoint.description)
 
@@ -329,17 +332,19 @@ class QuantizedFile:
             for name, leaf in params.items()
         }
 
-    def load(self, progress: Progress | bool = True) -> LanguageModel:
+    def load(self, progress: Progress | bool = True, devices: Devices | None = None) -> LanguageModel:
         """The model in memory; a function as `progress` is called with ("load", blocks done, blocks in all).
 
-        Errors as of `outside`.
+        With `devices` it is cut over them (`Devices.spread`), block by block; stacking these takes its bytes twice for
+        a moment. Errors as of `outside`.
         """
         layers = []
         with showing(progress) as tell:
             for block in self.blocks():
-                layers.append(block)
+                layers.append(devices.spread(block) if devices else block)
                 tell("load", len(layers), self.config.layers)
         decoder = with_blocks(self.outside(), layers)
+        decoder = devices.spread(decoder) if devices else decoder
         model = LanguageModel(decoder, self.tokenizer, self.name, self.manifest["stored_as"], self.report())
         return replace(model, calibrated_on=self.calibrated_on)
 
@@ -410,13 +415,17 @@ def _abstract_outside(config: DecoderConfig) -> Decoder:
     return decoder
 
 
-def load_model(model: str | Path, *, dtype: str | None = None, progress: Progress | bool = True) -> LanguageModel:
+def load_model(
+    model: str | Path, *, dtype: str | None = None, devices: Devices | None = None, progress: Progress | bool = True
+) -> LanguageModel:
     """Loads a named model (configs/model/), a Hugging Face folder, a .gguf file, or a folder that jquant wrote.
 
     Args:
       model: `"smollm2_135m"`, `"path/to/folder"` or `"path/to/file.gguf"`.
       dtype: of activations and of weights that are not quantized; by default that of the named config or of the saved
         model, else float32.
+      devices: to cut the model over, so that each holds a part of every weight; `perplexity`, `compare` and `generate`
+        then work there.
       progress: whether to show progress; or a function, called with ("load", tensors done, tensors in
         all).
 
@@ -424,7 +433,7 @@ def load_model(model: str | Path, *, dtype: str | None = None, progress: Progres
       InputError: no such name or path; a file that is missing, broken or of another architecture; a tensor with the
         wrong shape, or with NaN or infinite values.
     """
-    return open_model(model, dtype=dtype).load(progress)
+    return open_model(model, dtype=dtype).load(progress, devices)
 
 
 def load_from_config(

@@ -34,7 +34,7 @@ from jquant.io.files import check_new, sync, write_bytes
 from jquant.io.tokenizer import Tokenizer
 from jquant.models.adapters import first_adapted
 from jquant.models.config import DecoderConfig
-from jquant.models.decoder import Block, Decoder, blocks
+from jquant.models.decoder import Block, Decoder, blocks, outside_of
 from jquant.models.params import Params, flat_params, with_params
 from jquant.parallel.processes import gather, on_first
 from jquant.rounding import SolveInfo
@@ -133,8 +133,7 @@ def _items(decoder: Decoder, report: Mapping) -> Iterator[tuple[Path, Params, Fa
     Raises:
       InputError: a part that a checkpoint can't hold.
     """
-    outside = nnx.merge(*nnx.split(decoder))
-    outside.segments = nnx.List([])
+    outside = outside_of(decoder)
     rebuilt = nnx.eval_shape(lambda: Decoder(decoder.config, nnx.Rngs(0)))
     rebuilt.segments, rebuilt.norm.rotation = nnx.List([]), decoder.norm.rotation
     _check_described(outside, rebuilt, "The decoder")

@@ -75,15 +75,30 @@ class Tokenizer:
 
     def stream(self, ids: Iterable[SupportsIndex]) -> Iterator[str]:
         """Yields the text of `ids` as they arrive, in whole characters; the pieces join to `decode(ids)`."""
-        decoder, seen, printed = decoders.DecodeStream(skip_special_tokens=False), [], 0
-        for token in ids:
-            seen.append(int(token))
-            if piece := decoder.step(self.backend, seen[-1]):
-                printed += len(piece)
-                yield piece
-        # DecodeStream never returns an unfinished character at the end.
-        if rest := self.decode(seen)[printed:]:
+        text = GrowingText(self)
+        yield from filter(None, map(text.add, ids))
+        if rest := text.end():
             yield rest
+
+
+class GrowingText:
+    """A text whose ids arrive one by one; its pieces join to what `Tokenizer.decode` gives."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer, self.decoder = tokenizer, decoders.DecodeStream(skip_special_tokens=False)
+        self.seen: list[int] = []
+        self.printed = 0  # characters
+
+    def add(self, token: SupportsIndex) -> str:
+        """What one more id makes certain, in whole characters."""
+        self.seen.append(int(token))
+        piece = self.decoder.step(self.tokenizer.backend, self.seen[-1]) or ""
+        self.printed += len(piece)
+        return piece
+
+    def end(self) -> str:
+        """An unfinished character at the end, which DecodeStream never returns."""
+        return self.tokenizer.decode(self.seen)[self.printed :]
 
 
 # ---- GGUF -----------------------------------------------------------------------------------------------------------

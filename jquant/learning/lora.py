@@ -27,11 +27,11 @@ from jquant.io.language_model import LanguageModel
 from jquant.learning.journal import Journal, opened
 from jquant.learning.loop import Learned, Task, fit, optimizer
 from jquant.learning.losses import Product, computing, model_loss
-from jquant.learning.teacher import batches_of, check_top_k, outside
+from jquant.learning.teacher import batches_of, check_top_k
 from jquant.learning.tuning import check_devices, check_teacher, check_windows, run_of
 from jquant.methods import decide
 from jquant.models.adapters import Adapted, LoRA, first_adapted, values_of
-from jquant.models.decoder import Block, Decoder, blocks, with_blocks
+from jquant.models.decoder import Block, Decoder, blocks, outside_of, with_blocks
 from jquant.models.families import family_of
 from jquant.models.params import flat_params, weight_name, with_params
 from jquant.parallel.mesh import Devices
@@ -120,7 +120,7 @@ def train_adapters(
     start = partial(jax.tree.map, jnp.array, learned)  # copies, because a step donates its state
     (count, context), packed = tokens.shape, partial(_with_learned, model.decoder)
     with showing(progress) as tell, opened(journal, partial(_run, model, teacher, tokens, tuning, devices)) as writer:
-        exact, batch_of = batches_of(teacher.decoder if teacher else outside(model.decoder), tokens, tuning, tell)
+        exact, batch_of = batches_of(teacher.decoder if teacher else outside_of(model.decoder), tokens, tuning, tell)
 
         def batch(number: int, which: Int[np.ndarray, " windows"]) -> tuple[Any, ...]:
             step_key = jax.random.fold_in(jax.random.key(tuning.seed), number)

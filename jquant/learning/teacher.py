@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
@@ -23,7 +22,7 @@ from jquant.kernels.bfloat16 import matmul_in
 from jquant.learning.losses import computing_in, head_of
 from jquant.learning.objectives import map_rows, top_k
 from jquant.models.config import DecoderConfig
-from jquant.models.decoder import Decoder, identity
+from jquant.models.decoder import Decoder, identity, outside_of
 from jquant.progress import Progress
 from jquant.provenance import array_digest, code_of, packages
 
@@ -58,7 +57,7 @@ def batches_of(
     if tuning.top_k is None or tuning.text == 1:
         return teacher, lambda which: tokens[which]
     log_p, ids = predictions(teacher, tokens, tuning.top_k, tuning.compute, tell)
-    return outside(teacher), lambda which: (tokens[which], log_p[which], ids[which])
+    return outside_of(teacher), lambda which: (tokens[which], log_p[which], ids[which])
 
 
 def predictions(
@@ -104,10 +103,3 @@ def _top(teacher: Decoder, tokens: Int[Array, "b t"], k: int, compute: str) -> t
         return values - jax.nn.logsumexp(logits, -1, keepdims=True), ids.astype(jnp.int32)
 
     return map_rows(rows, computing_in(compute, teacher).hidden(tokens)[:, :-1])
-
-
-def outside(decoder: Decoder) -> Decoder:
-    """The decoder without its blocks."""
-    rest = nnx.merge(*nnx.split(decoder))
-    rest.segments = nnx.List([])
-    return rest

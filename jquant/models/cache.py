@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from jquant.errors import InputError
 from jquant.formats import Format, block_shape, grouped
 from jquant.models.config import DecoderConfig
+from jquant.models.rotary import rotary_table, rotate
 from jquant.qtensor import QTensor, dequantize, quantize
 from jquant.transforms.hadamard import Rotation, apply, apply_transpose
 
@@ -235,18 +236,61 @@ class Cache:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.layers))
 
 
-def extend(kept: Any, x: Heads, start: Any, cached: CacheFormat | None, stored: Stored | None) -> Any:
-    """One layer's keys or values with those of new tokens from position `start` on.
+def extended(
+    cache: tuple[Any, Any], new: tuple[Heads, Heads], rotary: Float[Array, "t half 2"], start: Any, cached: Any
+) -> tuple[Any, Any]:
+    """One layer's keys and values with those of new tokens from position `start` on.
 
     Packed ones take a text's first tokens together, and every further token by itself.
+
+    Args:
+      cache: of this layer, as in `Cache.layers`.
+      new: keys before their rotary embedding, and values.
+      rotary: the new tokens' embedding.
+      start: position of the first of them.
+      cached: a `CacheFormat`, or None.
     """
-    if stored is None or cached is None:
-        return jax.lax.dynamic_update_slice_in_dim(kept, x.astype(kept.dtype), start, 2)
-    if x.shape[2] > 1:
-        return kept.filled(x.astype(kept.recent.dtype), cached, stored)
-    return kept.appended(x.astype(kept.recent.dtype), jnp.asarray(start), cached, stored)
+    keys, values = _as_cached(new[0], rotary, cached), new[1]
+    if cached is None:
+        return _written(cache[0], keys, start), _written(cache[1], values, start)
+
+    def extend(kept: Any, x: Heads, stored: Stored | None) -> Any:
+        if stored is None:
+            return _written(kept, x, start)
+        x = x.astype(kept.recent.dtype)
+        if x.shape[2] > 1:
+            return kept.filled(x, cached, stored)
+        return kept.appended(x, jnp.asarray(start), cached, stored)
+
+    return extend(cache[0], keys, cached.keys), extend(cache[1], values, cached.values)
 
 
-def read(kept: Any, length: Any, cached: CacheFormat | None, stored: Stored | None) -> Heads:
-    """One layer's keys or values of all slots."""
-    return kept if stored is None or cached is None else kept.read(length, cached, stored)
+def read(cache: tuple[Any, Any], length: Any, config: DecoderConfig, cached: Any) -> tuple[Heads, Heads]:
+    """One layer's keys, with their rotary embedding, and values, of all slots."""
+    if cached is None:
+        return cache
+    kinds = zip(cache, (cached.keys, cached.values), strict=True)
+    keys, values = (kept if stored is None else kept.read(length, cached, stored) for kept, stored in kinds)
+    slots = min(keys.shape[2], values.shape[2])  # whole blocks, of either size, reach beyond the last slot
+    keys, values = keys[:, :, :slots], values[:, :, :slots]
+    return rotate(keys, rotary_table(config, jnp.arange(slots))) if cached.before_rotary else keys, values
+
+
+def rounded_past(
+    k: Heads, v: Heads, rotary: Float[Array, "t half 2"], cached: Any
+) -> tuple["Past | None", "Past | None"]:
+    """Keys and values of a whole text as past tokens, each None if they stay as they are; `k` as for `extended`."""
+    if cached is None:
+        return None, None
+    keys = cached.in_text(_as_cached(k, rotary, cached), cached.keys)
+    if keys is not None and cached.before_rotary:
+        keys = Past(rotate(keys.rounded, rotary), keys.reads)
+    return keys, cached.in_text(v, cached.values)
+
+
+def _as_cached(k: Heads, rotary: Array, cached: Any) -> Heads:
+    return k if cached is not None and cached.before_rotary else rotate(k, rotary)
+
+
+def _written(kept: Array, x: Heads, start: Any) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(kept, x.astype(kept.dtype), start, 2)

@@ -6,7 +6,7 @@ projections read, for calibration. Under jit, unused taps cost nothing.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
@@ -19,9 +19,10 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jquant.errors import InputError
-from jquant.models.cache import CacheFormat, Past, extend, read
+from jquant.models.cache import CacheFormat, Past, extended, read, rounded_past
 from jquant.models.config import DecoderConfig
 from jquant.models.params import flat_params
+from jquant.models.rotary import rotary_table, rotate
 from jquant.provenance import describe, digest
 from jquant.transforms import hadamard
 
@@ -88,23 +89,13 @@ class Attention(nnx.Module):
         """
         heads = lambda y: y.reshape(*y.shape[:2], -1, self.config.head_dim).transpose(0, 2, 1, 3)  # noqa: E731
         q, k, v = rotate(heads(self.q(x)), rotary), heads(self.k(x)), heads(self.v(x))
-        cached, late = self.cached, self.cached is not None and self.cached.before_rotary
-        k, turned = (k, rotate(k, rotary)) if late else (rotate(k, rotary), None)
-        stored = (None, None) if cached is None else (cached.keys, cached.values)
         if cache is not None:
-            cache = (extend(cache[0], k, start, cached, stored[0]), extend(cache[1], v, start, cached, stored[1]))
-        if cache is None or (cached is not None and x.shape[1] > 1):
-            past = (None, None) if cached is None else (cached.in_text(k, stored[0]), cached.in_text(v, stored[1]))
-            if late and past[0] is not None:
-                past = (Past(rotate(past[0].rounded, rotary), past[0].reads), past[1])
-            out, mass = causal_attention(q, k if turned is None else turned, v, *past)
+            cache = extended(cache, (k, v), rotary, start, self.cached)
+        if cache is None or (self.cached is not None and x.shape[1] > 1):
+            out, mass = causal_attention(q, rotate(k, rotary), v, *rounded_past(k, v, rotary, self.cached))
         else:
             length = start + x.shape[1]
-            keys, values = (read(kept, length, cached, how) for kept, how in zip(cache, stored, strict=True))
-            slots = min(keys.shape[2], values.shape[2])  # whole blocks, of either size, reach beyond the last slot
-            keys, values = keys[:, :, :slots], values[:, :, :slots]
-            if late:
-                keys = rotate(keys, rotary_table(self.config, jnp.arange(slots)))
+            keys, values = read(cache, length, self.config, self.cached)
             if self.of_one is not None and x.shape[1] == 1:
                 out, mass = self.of_one(q, keys, values, length), None
             else:
@@ -194,22 +185,34 @@ class Decoder(nnx.Module):
         With `remat`, gradients keep the projections' outputs of every layer and compute the rest again, attention's
         squares above all.
         """
-        rotary = rotary_table(self.config, jnp.arange(tokens.shape[1]))
-        x = self.embed(tokens)
+        return self.norm(self.through_layers(self.embed(tokens), remat))
+
+    def through_layers(
+        self, x: Float[Array, "b t d"], remat: bool = False, whole: Callable[[Any], Any] | None = None
+    ) -> Float[Array, "b t d"]:
+        """The residual stream after the last layer; `whole` joins a layer's parameters that are cut over devices."""
+        rotary = rotary_table(self.config, jnp.arange(x.shape[1]))
         for segment in self.segments:
             graph, layers = nnx.split(segment)
 
             def layer(x: Array, params: Any, graph: Any = graph) -> tuple[Array, None]:
-                return nnx.merge(graph, params)(x, rotary)[0], None
+                return nnx.merge(graph, whole(params) if whole else params)(x, rotary)[0], None
 
             if remat:
                 layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
             x, _ = jax.lax.scan(layer, x, layers)
-        return self.norm(x)
+        return x
 
     def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b vocab"]:
         """Projects final states onto the vocabulary."""
         return hidden @ self.embedding.get_value().T if self.head is None else self.head(hidden)
+
+
+def outside_of(decoder: Decoder) -> Decoder:
+    """The decoder without its layers: embedding, last norm and head."""
+    outside = nnx.merge(*nnx.split(decoder))
+    outside.segments = nnx.List([])
+    return outside
 
 
 def blocks(decoder: Decoder) -> Iterator[Block]:
@@ -260,24 +263,6 @@ def with_blocks(decoder: Decoder, layers: Sequence[Block]) -> Decoder:
     rebuilt = nnx.merge(*nnx.split(decoder))
     rebuilt.segments = nnx.List(segments)
     return rebuilt
-
-
-def rotary_table(config: DecoderConfig, positions: Int[Array, " t"]) -> Float[Array, "t half 2"]:
-    """Cosine and sine of each position and frequency pair (RoPE, arXiv 2104.09864), float32, times the magnitude."""
-    half = config.head_dim // 2
-    frequency = config.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    if config.rope_divisors is not None:
-        frequency = frequency / jnp.asarray(config.rope_divisors, jnp.float32)
-    angle = positions[:, None].astype(jnp.float32) * frequency
-    turned = jnp.stack([jnp.cos(angle), jnp.sin(angle)], -1)
-    return turned if config.rope_magnitude == 1 else turned * config.rope_magnitude
-
-
-def rotate(x: Float[Array, "b h t d"], rotary: Float[Array, "t half 2"]) -> Float[Array, "b h t d"]:
-    """Rotates the pairs (i, i + d/2), Hugging Face's order, in float32."""
-    cos, sin = rotary[..., 0], rotary[..., 1]
-    a, b = jnp.split(x.astype(jnp.float32), 2, -1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 
 
 def causal_attention(

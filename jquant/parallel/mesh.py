@@ -12,7 +12,7 @@ each Gram matrix once; an all-reduce would move it twice. No device holds a whol
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
@@ -26,6 +26,8 @@ from jax.sharding import PartitionSpec as P
 from jquant.composition import Method
 from jquant.errors import InputError
 from jquant.formats import Format, block_shape
+from jquant.models.params import Module, flat_params, with_params
+from jquant.qtensor import Transposed
 
 DATA, MODEL = "data", "model"
 BOTH = (DATA, MODEL)
@@ -40,6 +42,7 @@ class Devices:
       data: calibration windows are split into data · model parts.
       model: how many parts a weight's output columns are split into.
       uneven: for weights whose columns do not divide: an error, or every device rounds all columns.
+      of: the devices that there are; by default all of all hosts.
 
     Raises:
       InputError: there are too few devices, or several processes have more.
@@ -48,18 +51,20 @@ class Devices:
     data: int = 1
     model: int = 1
     uneven: Literal["error", "replicate"] = "error"
+    of: tuple[Any, ...] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.data < 1 or self.model < 1:
             raise InputError(f"A mesh has data and model from 1, not data={self.data}, model={self.model}.")
         if self.uneven not in ("error", "replicate"):
             raise InputError(f"A mesh takes uneven=error or replicate, not {self.uneven!r}.")
-        if self.data * self.model > jax.device_count():
+        there = jax.device_count() if self.of is None else len(self.of)
+        if self.data * self.model > there:
             raise InputError(
                 f"A mesh of data={self.data} × model={self.model} takes {self.data * self.model} devices; there are "
-                f"{jax.device_count()}."
+                f"{there}."
             )
-        if jax.process_count() > 1 and self.data * self.model < jax.device_count():
+        if self.of is None and jax.process_count() > 1 and self.data * self.model < jax.device_count():
             raise InputError(
                 f"A mesh of data={self.data} × model={self.model} leaves some of the {jax.device_count()} devices of "
                 f"{jax.process_count()} processes without work: use them all."
@@ -68,7 +73,7 @@ class Devices:
     @cached_property
     def mesh(self) -> Mesh:
         """JAX's mesh; on one device it is 1 × 1."""
-        devices = jax.devices()[: self.data * self.model]
+        devices = (self.of or jax.devices())[: self.data * self.model]
         return jax.make_mesh((self.data, self.model), (DATA, MODEL), devices=devices, axis_types=(AxisType.Auto,) * 2)
 
     @property
@@ -105,14 +110,59 @@ class Devices:
 
         Axes that don't divide are not cut.
         """
-        return jax.tree.map(lambda leaf: self.place(leaf, *self._parts_of(leaf)), tree)
+        return jax.tree.map(lambda leaf: self.place(leaf, *self.parameter_axes(leaf)), tree)
+
+    def spread(self, module: Module) -> Module:
+        """A decoder or block, each of its weights cut over all devices (`cut`), so that each holds 1/count of them."""
+        return with_params(module, {name: self.cut(name, leaf) for name, leaf in flat_params(module).items()})
+
+    def cut(self, name: str, leaf: Any) -> Any:
+        """A parameter by its name, cut over all devices: a weight's columns, or an embedding's rows.
+
+        An array whose columns don't divide is cut by rows, and otherwise every device holds it. Norms are not cut.
+        """
+        axes = self.cut_axes(name, isinstance(leaf, Transposed))
+        return jax.tree.map(lambda array: self.place(array, *axes(array)), leaf)
+
+    def cut_axes(self, name: str, transposed: bool = False) -> Callable[[Any], tuple[Any, ...]]:
+        """Along which mesh axes `cut` cuts each axis of a parameter's arrays."""
+        order = (-2, -1) if name.endswith("embedding") and not transposed else (-1, -2)
+
+        def axes(array: Any) -> tuple[Any, ...]:
+            if array.ndim < 2 or not name.endswith(("embedding", "kernel")):
+                return ()
+            cut = [axis for axis in order if array.shape[axis] % self.count == 0][:1]
+            return tuple(BOTH if place - array.ndim in cut else None for place in range(array.ndim))
+
+        return axes
+
+    def place_heads(self, tree: Tree) -> Tree:
+        """A cache's arrays `[b, heads, …]`, cut by heads over all devices where these divide."""
+
+        def put(leaf: Any) -> Array:
+            divides = leaf.ndim > 1 and leaf.shape[1] % self.count == 0
+            return self.place(leaf, *((None, BOTH) if divides else ()))
+
+        return jax.tree.map(put, tree)
+
+    def whole(self, tree: Tree) -> Tree:
+        """Within a jitted function: arrays joined on every device."""
+        return jax.tree.map(lambda leaf: self._held(leaf), tree)
+
+    def apart(self, windows: Array) -> Array:
+        """Within a jitted function: windows `[n, …]` split over all devices."""
+        return self._held(windows, BOTH)
+
+    def _held(self, leaf: Array, *axes: Any) -> Array:
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(self.mesh, P(*axes)))
 
     def constrain(self, tree: Tree) -> Tree:
         """Within a jitted function: arrays cut as `parameters` cuts them."""
-        sharding = lambda leaf: NamedSharding(self.mesh, P(*self._parts_of(leaf)))  # noqa: E731
+        sharding = lambda leaf: NamedSharding(self.mesh, P(*self.parameter_axes(leaf)))  # noqa: E731
         return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, sharding(leaf)), tree)
 
-    def _parts_of(self, leaf: Any) -> tuple[str | None, ...]:
+    def parameter_axes(self, leaf: Any) -> tuple[str | None, ...]:
+        """Along which mesh axis `parameters` cuts each axis of an array."""
         if leaf.ndim < 2:
             return ()
         sizes = zip(leaf.shape[-2:], (self.data, self.model), (DATA, MODEL), strict=True)
@@ -150,6 +200,18 @@ class Devices:
                 f"of {unit}; uneven=replicate rounds such weights whole on every device."
             )
         return False
+
+
+def spread_over(decoder: Any) -> Devices | None:
+    """The devices over which a decoder is cut (`Devices.spread`); None where its embedding lies on one, or on each."""
+    leaf = jax.tree.leaves(decoder.embedding.get_value())[0]
+    sharding = getattr(leaf, "sharding", None)  # traced and abstract arrays may have none
+    if not isinstance(sharding, NamedSharding) or sharding.is_fully_replicated or DATA not in sharding.mesh.shape:
+        return None
+    assert isinstance(sharding.mesh, Mesh)
+    of = tuple(sharding.mesh.devices.flat)
+    first = tuple(jax.devices()[: len(of)])
+    return Devices(sharding.mesh.shape[DATA], sharding.mesh.shape[MODEL], of=None if of == first else of)
 
 
 def scatter(tree: Tree, count: int) -> Tree:

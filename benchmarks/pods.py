@@ -1,0 +1,245 @@
+"""What a user can start on a pod, compiled for it by the TPU compiler: memory a chip, collectives, operations.
+
+    python -m benchmarks.pods                    # needs jax[tpu] (`make pods`), no TPU
+    python -m benchmarks.pods v5e:2x4 8B         # one pod and model
+
+Llama-3's shapes, 4 bits in groups of 64. Programs: observing a batch of calibration windows with a block, rounding a
+block's widest weight by GPTQ, evaluating windows with the model cut over all chips, generating a token with a packed
+cache of 8,192 tokens, and a step of quantization-aware training at 2 bits. Nothing runs. Rows are added to
+benchmarks/results/pods.jsonl as they come, and are not compiled again.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.experimental import topologies
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.scaling import COLLECTIVE, SHAPES, collectives
+from experiments.provenance import versions
+from jquant import CacheFormat, Int, Stored, Tuning, method
+from jquant.calibration.windows import Batch, averaged, no_stats, observe_batch
+from jquant.evaluation import generation, perplexity
+from jquant.learning import loop
+from jquant.learning.losses import model_loss
+from jquant.learning.tuning import initial, split
+from jquant.models.cache import Cache
+from jquant.models.config import DecoderConfig
+from jquant.models.decoder import Block, Decoder, outside_of, with_cache
+from jquant.models.families import family_of
+from jquant.models.params import flat_params, with_params
+from jquant.parallel.mesh import BOTH, DATA, MODEL, Devices, scatter
+from jquant.pipeline.blocks import round_weight, seen_by
+from jquant.qtensor import QTensor, quantize
+from jquant.ranges import MinMax
+
+ROWS = Path(__file__).parent / "results/pods.jsonl"
+# Topology -> GiB a chip, the mesh, the models.
+PODS: dict[str, tuple[int, tuple[int, int], tuple[str, ...]]] = {
+    "v5e:2x4": (16, (4, 2), ("8B",)),
+    "v6e:2x4": (32, (4, 2), ("8B", "70B")),
+    "tpu7x:2x2x2": (96, (8, 2), ("70B",)),
+    "v5p:4x4x4": (95, (16, 4), ("70B", "405B")),
+    "v6e:16x16": (32, (32, 8), ("405B",)),
+}
+CONTEXT, BATCH, CACHED = 2048, 4, 8192
+PACKED = Stored(Int(4, 64))
+
+
+def main(chosen: list[str]) -> None:
+    """Compiles every program for every pod, adds the rows, and prints all."""
+    done = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+    known = {(row["topology"], row["model"], row["program"], row["sources"]) for row in done}
+    origin = versions()
+    for topology, (memory, mesh, models) in PODS.items():
+        if chosen and topology != chosen[0]:
+            continue
+        of = tuple(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+        devices = Devices(*mesh, uneven="replicate", of=of)
+        for model in models if len(chosen) < 2 else chosen[1:]:
+            config = llama3(model)
+            for program, lower in PROGRAMS.items():
+                key = {"topology": topology, "model": model, "program": program, "sources": origin["code_version"]}
+                if tuple(key.values()) in known:
+                    continue
+                row = key | {"chips": len(of), "mesh": mesh, "memory_gib": memory} | compiled(lower, config, devices)
+                with ROWS.open("a") as file:
+                    file.write(json.dumps(row | origin) + "\n")
+                done.append(row)
+                print(json.dumps(row), flush=True)
+    show(done)
+
+
+def llama3(model: str) -> DecoderConfig:
+    """A shape of `SHAPES`."""
+    hidden, ffn, layers, heads, kv_heads = SHAPES[model]
+    return DecoderConfig(
+        128256, hidden, ffn, layers, heads, kv_heads, hidden // heads, 1e-5, 5e5, None, False, CACHED
+    )  # fmt: skip
+
+
+def compiled(lower: Callable[[DecoderConfig, Devices], Any], config: DecoderConfig, devices: Devices) -> dict[str, Any]:
+    """A program's figures a chip, or why it does not compile."""
+    begin = time.perf_counter()
+    try:
+        program = lower(config, devices).compile()
+    except Exception as error:  # the compiler's own, of many classes: the row says what it said
+        return {"fails": str(error).strip().splitlines()[0][:300], "compile_s": time.perf_counter() - begin}
+    memory, cost = program.memory_analysis(), program.cost_analysis()
+    text, moved = program.as_text() or "", {}
+    for line, size in collectives(text).items():
+        kind = COLLECTIVE.search(line)[2]  # pyright: ignore[reportOptionalSubscript]
+        count, total = moved.get(kind, (0, 0))
+        moved[kind] = (count + 1, total + size)
+    return {
+        "argument_bytes": memory.argument_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "collectives": moved,
+        "flops": cost.get("flops"),
+        "compile_s": time.perf_counter() - begin,
+    }
+
+
+# ---- programs -------------------------------------------------------------------------------------------------------
+
+
+def array(devices: Devices, leaf: Any, *axes: Any, dtype: Any = None) -> jax.ShapeDtypeStruct:
+    """An array that is only described, split along these mesh axes."""
+    return jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=NamedSharding(devices.mesh, P(*axes)))
+
+
+def observing(config: DecoderConfig, devices: Devices) -> Any:
+    """`observe_batch` of a bfloat16 block, for GPTQ; BATCH windows a chip."""
+    choices = choices_of(config)
+    block = nnx.eval_shape(lambda: Block(config, nnx.Rngs(0)))
+    block = jax.tree.map(lambda leaf: array(devices, leaf, dtype=jnp.bfloat16), block)
+    like = jax.ShapeDtypeStruct((BATCH * devices.count, CONTEXT, config.hidden), jnp.bfloat16)
+    rotary = jax.ShapeDtypeStruct((CONTEXT, config.head_dim // 2, 2), jnp.float32)
+    pieces = jax.eval_shape(lambda: scatter(no_stats(choices, config, False), devices.count))
+    pieces = jax.tree.map(lambda leaf: array(devices, leaf, BOTH), pieces)
+    batch = Batch(array(devices, like, BOTH), array(devices, rotary), {}, None)
+    return observe_batch.lower(block, batch, pieces, devices)
+
+
+def rounding(config: DecoderConfig, devices: Devices) -> Any:
+    """`round_weight` of the down-projection, which has the most rows."""
+    choices, path = choices_of(config), "mlp.down.kernel"
+    means = jax.eval_shape(lambda: averaged(no_stats(choices, config, False)))
+    seen = seen_by(path, dict(choices)[path], jax.tree.map(partial(array, devices), means), config)
+    weight = jax.ShapeDtypeStruct((config.ffn, config.hidden), jnp.float32)
+    return round_weight.lower(array(devices, weight, None, MODEL), seen, chosen=dict(choices)[path])
+
+
+def evaluating(config: DecoderConfig, devices: Devices) -> Any:
+    """`perplexity._hidden` of a 4-bit model that is cut over all chips; a window a chip."""
+    tokens = jax.ShapeDtypeStruct((devices.count, CONTEXT), jnp.int32)
+    decoder = spread(quantized(config, Int(4, 64)), devices)
+    return perplexity._hidden.lower(decoder, array(devices, tokens, BOTH), devices)
+
+
+def generating(config: DecoderConfig, devices: Devices) -> Any:
+    """`generation.step` of a token, from a 4-bit cache of CACHED tokens whose last 64 are in 16 bits."""
+    decoder = with_cache(quantized(config, Int(4, 64)), CacheFormat(PACKED, PACKED, recent=64))
+
+    def unstacked(decoder: Decoder) -> Any:
+        return outside_of(decoder), generation.unstack(decoder)
+
+    outside, layers = jax.eval_shape(unstacked, decoder)
+    cut = spread(outside, devices), tuple(spread(layer, devices) for layer in layers)
+    leaves, structure = jax.tree.flatten(cut)
+    cache = jax.eval_shape(lambda: Cache.init(config, 1, CACHED, jnp.bfloat16, decoder.cached))
+    heads = (None, MODEL) if config.kv_heads % devices.model == 0 else ()
+    cache = jax.tree.map(lambda leaf: array(devices, leaf, *(heads if leaf.ndim > 1 else ())), cache)
+    token = array(devices, jax.ShapeDtypeStruct((1, 1), jnp.int32))
+    return generation.step.lower(structure, leaves, token, cache)
+
+
+def training(config: DecoderConfig, devices: Devices) -> Any:
+    """`loop.step` at 2 bits: weights, scales and norms learned with Adam, a window a chip of the mesh's `data`."""
+    stage = Tuning(1, devices.data, rate=1e-3, weight_rate=1e-3, norm_rate=1e-3, compute="bfloat16")
+    student = jax.eval_shape(split, quantized(config, Int(2, 64)))
+    learned = jax.eval_shape(lambda student: initial(student, stage, {}), student)
+    state = loop.State(learned, jax.eval_shape(loop.optimizer(stage).init, learned))
+    teacher = float_decoder(config)
+    cut = lambda tree: jax.tree.map(lambda leaf: array(devices, leaf, *devices.parameter_axes(leaf)), tree)  # noqa: E731
+    tokens = array(devices, jax.ShapeDtypeStruct((devices.data, CONTEXT), jnp.int32), DATA)
+    program = loop.Program.of(model_loss, stage, devices)
+    return loop.step.lower(cut(state), cut((student, teacher)), tokens, loop.rates_of(stage, 0), program)
+
+
+PROGRAMS: dict[str, Callable[[DecoderConfig, Devices], Any]] = {
+    "observe": observing,
+    "round": rounding,
+    "evaluate": evaluating,
+    "generate": generating,
+    "train": training,
+}
+
+
+def choices_of(config: DecoderConfig) -> tuple[tuple[str, Any], ...]:
+    """GPTQ for every weight of a block."""
+    return tuple((path, method("gptq")) for path in family_of(config).weights)
+
+
+def float_decoder(config: DecoderConfig) -> Decoder:
+    """In bfloat16, described only."""
+    decoder = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0)))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), decoder)
+
+
+def quantized(config: DecoderConfig, format: Int) -> Decoder:
+    """Every projection in a format, the rest in bfloat16, described only."""
+
+    def packed(leaf: Any) -> QTensor:
+        w = jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
+        return jax.eval_shape(jax.vmap(lambda w: quantize(w, *MinMax()(w, format), format)), w)
+
+    decoder = float_decoder(config)
+    params = flat_params(decoder)
+    kernels = {name: packed(leaf) for name, leaf in params.items() if ".kernel" in name and name != "head.kernel"}
+    return with_params(decoder, kernels)
+
+
+def spread(module: Any, devices: Devices) -> Any:
+    """`Devices.spread` of what is only described."""
+    params = {}
+    for name, leaf in flat_params(module).items():
+        axes = devices.cut_axes(name)
+        params[name] = jax.tree.map(lambda part, axes=axes: array(devices, part, *axes(part)), leaf)
+    return with_params(module, params)
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Prints the table."""
+    columns = ("pod", "model", "program", "weights etc. GB", "temporary GB", "of GiB", "collectives", "TFLOP", "s")
+    table = Table(*columns, title="a chip")
+    for row in rows:
+        head = (row["topology"], row["model"], row["program"])
+        if "fails" in row:
+            table.add_row(*head, row["fails"], "", "", "", "", f"{row['compile_s']:.0f}")
+            continue
+        moved = ", ".join(f"{count} {kind} {size / 1e9:.2f} GB" for kind, (count, size) in row["collectives"].items())
+        sizes = [row["argument_bytes"] + row["output_bytes"], row["temporary_bytes"]]
+        figures = (*(f"{size / 1e9:.2f}" for size in sizes), str(row["memory_gib"]), moved)
+        table.add_row(*head, *figures, f"{(row['flops'] or 0) / 1e12:.2f}", f"{row['compile_s']:.0f}")
+    Console(width=160).print(table)
+
+
+if __name__ == "__main__":
+    # The compiler asks no server for what a TPU's machine would know.
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+    main(sys.argv[1:])
