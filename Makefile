@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: table test docs setup lint slow fuzz mutants clean
+.PHONY: table test docs setup lint slow fuzz mutants pods clean
 
 table: setup
 	$(BIN)/python -m experiments.perplexity_table $(ARGS)
@@ -23,6 +23,18 @@ fuzz: .venv/test
 # How strong the tests are: changes of the core, and whether a test fails (docs/mutants.md).
 mutants: .venv/test .venv/mutants
 	$(BIN)/python tests/mutants.py $(ARGS)
+
+# What TPUs run, compiled by their compiler, which needs no TPU. An environment of its own: libtpu would look for a TPU in
+# every other command.
+PODS := TPU_SKIP_MDS_QUERY=1 TPU_WORKER_HOSTNAMES=localhost TPU_ACCELERATOR_TYPE=v5litepod-8 JAX_PLATFORMS=cpu .venv-tpu/bin/python
+pods: .venv-tpu/tpu
+	$(PODS) -m pytest -n 0 tests/test_blocked.py -k compiles
+	$(PODS) -m benchmarks.pods $(ARGS)
+
+.venv-tpu/tpu: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-tpu
+	.venv-tpu/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt --editable '.[experiments,tpu,pods]'
+	touch $@
 
 # Writes the tables of README.md and docs/ from result files.
 docs: setup

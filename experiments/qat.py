@@ -170,7 +170,7 @@ def training_windows(
         seen.append(run_hashes(ids))
     if text["sampled"]:
         shape = (text["sampled"], text["context"])
-        parts.append(sample_text(model, *shape, seed=settings["seed"], batch=text["sampled_batch"]))
+        parts.append(sample_text(model, *shape, seed=settings["seed"]))
     if not parts:
         raise InputError("There is no text to learn from: give text.data or text.sampled.")
     return np.concatenate(parts), seen

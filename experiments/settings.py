@@ -93,7 +93,6 @@ KINDS: dict[str, Kind] = {
     "blocks": _or_null(SECTION),
     "text.data": _or_null(TEXTS),
     "text.sampled": _whole(0),
-    "text.sampled_batch": _whole(1),
     "text.context": _whole(2),
     "journal.every": _whole(1),
     "journal.evaluate_every": _whole(1),

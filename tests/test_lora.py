@@ -174,7 +174,7 @@ def test_masks_differ_by_layer_weight_and_window_but_not_by_how_windows_are_spli
         len({tuple(key) for draw in drawn for key in np.asarray(jax.random.key_data(draw)).reshape(-1, 2)}) == 7 * 2 * 4
     )
     loss = jax.jit(lora.adapter_loss, static_argnums=3)
-    frozen_parts, data = (student, lora.outside(base.decoder)), jax.random.key_data(keys)
+    frozen_parts, data = (student, lora.outside_of(base.decoder)), jax.random.key_data(keys)
     value = lambda which: loss(learned, frozen_parts, (tokens[which], data[which]), STAGE)  # noqa: E731
     whole, halves = value(slice(0, 4)), [value(slice(0, 2)), value(slice(2, 4))]
     assert abs(whole - np.mean(halves)) < 1e-5
@@ -307,7 +307,7 @@ def test_peft_reads_a_saved_adapter_and_gives_the_same_logits_and_gradients(
 
     student, learned = lora.split(trained.decoder)
     keys = jax.random.key_data(jax.random.split(jax.random.key(0), 4))
-    batch, outside = (jnp.asarray(tokens[:4]), keys), lora.outside(trained.decoder)
+    batch, outside = (jnp.asarray(tokens[:4]), keys), lora.outside_of(trained.decoder)
     short = jax.jit(jax.grad(lora.adapter_loss), static_argnums=3)(learned, (student, outside), batch, STAGE)
     full = jax.jit(jax.grad(exact))({name: {"a": kernel.a, "b": kernel.b} for name, kernel in kernels.items()})
     compared = 0

@@ -197,4 +197,5 @@ def test_bad_input_ends_in_one_sentence(place, tmp_path, name):
 def test_a_config_that_has_a_config_of_training_as_its_default_is_one_too():
     """qat_long has qat_mixed as its default, which has qat."""
     check_command("qat", ["--config-name", "qat_long", "bits=2"])
-    assert compose("qat_long", [])["tuning"]["rate"] == compose("qat_mixed", [])["tuning"]["rate"]
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        assert compose("qat_long", [])["tuning"]["rate"] == compose("qat_mixed", [])["tuning"]["rate"]

@@ -29,12 +29,13 @@ def model(tmp_path_factory) -> LanguageModel:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setitem(sampled_text.BATCHES, "cpu", BATCH)
     monkeypatch.setenv("JQUANT_CACHE", str(tmp_path))
     return tmp_path / "sampled"
 
 
 def sampled(model, count: int = 5, **options) -> np.ndarray:
-    return sample_text(model, count, CONTEXT, **({"progress": False, "batch": BATCH} | options))
+    return sample_text(model, count, CONTEXT, **({"progress": False} | options))
 
 
 @pytest.fixture
@@ -184,7 +185,6 @@ def test_a_damaged_file_is_named_and_sampled_again(model, cache, calls, caplog, 
         (2, 1, {}, ["context", "1"]),
         (2, 41, {}, ["40", "context"]),
         (2, 12, {"seed": -1}, ["seed", "-1"]),
-        (2, 12, {"batch": 0}, ["batch", "0"]),
         (2, 12, {"temperature": 0.0}, ["temperature=0"]),
         (2, 12, {"temperature": float("inf")}, ["temperature", "inf"]),
     ],

@@ -53,11 +53,10 @@ def weights(decoder: Decoder) -> list:
     return [leaf for name, leaf in flat_params(decoder).items() if name.endswith(("kernel", "embedding"))]
 
 
-@pytest.mark.parametrize("mesh", [(8, 1), (2, 4)])
-def test_a_model_that_is_cut_has_the_figures_of_one_device(model, folder, mesh):
+def test_a_model_that_is_cut_has_the_figures_of_one_device(model, folder):
     float_model = load_model(folder)
     reference = Reference(float_model.decoder, score(float_model.decoder, TOKENS).hidden)
-    devices = Devices(*mesh)
+    devices = Devices(2, 4)
     decoder = devices.spread(model.decoder)
     assert spread_over(model.decoder) is None
     assert spread_over(decoder) == devices

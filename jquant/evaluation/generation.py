@@ -221,7 +221,7 @@ def check_prompts(prompts: Any, keys: Array, config: DecoderConfig, sampling: Sa
     """
     texts = [np.asarray(prompt) for prompt in prompts]
     for text in texts or [np.empty(0, np.int32)]:
-        check_sampling(np.atleast_1d(text)[None], config, sampling)
+        check_sampling(text[None] if text.ndim == 1 else np.asarray(prompts), config, sampling)
     if keys.shape != (len(texts),) or not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
         raise InputError(
             f"{len(texts)} prompts take as many typed keys, not {keys.dtype} {list(keys.shape)}: "

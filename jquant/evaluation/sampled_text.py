@@ -32,6 +32,7 @@ from jquant.models.decoder import Decoder, identity
 from jquant.progress import Progress, showing
 from jquant.provenance import code_of, packages
 
+BATCHES = {"cpu": 32, "gpu": 256, "tpu": 256}  # windows sampled at once, by the backend; whole batches are kept
 # How many tokens after a random first one are the most likely ones; LLM-QAT's code has 2, 3 and 4.
 LIKELIEST = 3
 
@@ -43,7 +44,6 @@ def sample_text(
     *,
     temperature: float = 1.0,
     seed: int = 0,
-    batch: int = 32,
     progress: Progress | bool = True,
 ) -> Int[np.ndarray, "count context"]:
     """Windows of token ids that the model samples; see the module. They are read from the cache if it has them.
@@ -57,7 +57,6 @@ def sample_text(
       context: tokens per window.
       temperature: logits are divided by it; 1 samples the model's own distribution.
       seed: of the sampling.
-      batch: windows sampled at once; whole batches are kept. A GPU takes some hundreds.
       progress: whether to show progress; or a function, called with ("generate", tokens done, tokens in all).
 
     Raises:
@@ -67,9 +66,9 @@ def sample_text(
     check_whole(1, count=count)
     check_whole(2, context=context)
     check_whole(0, seed=seed)
-    check_whole(1, batch=batch)
     if temperature == 0:
         raise InputError("Text sampled at temperature=0 would be the same in every window; 1 is the model's own.")
+    batch = BATCHES[jax.default_backend()]
     first = np.full((batch, 1), 0 if bos is None else bos, np.int32)
     check_sampling(first, decoder.config, Sampling(context - 1, temperature, None))
     recipe = {
@@ -78,7 +77,7 @@ def sample_text(
         "context": int(context),
         "temperature": float(temperature),
         "seed": int(seed),
-        "batch": int(batch),
+        "batch": batch,
         "code": code_of(None, [__name__]),
         "packages": packages(),
         "device": jax.devices()[0].device_kind,
