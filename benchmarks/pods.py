@@ -217,7 +217,7 @@ def spread(module: Any, devices: Devices) -> Any:
     """`Devices.spread` of what is only described."""
     params = {}
     for name, leaf in flat_params(module).items():
-        axes = devices.cut_axes(name)
+        axes = devices.cut_axes(name, isinstance(leaf, QTensor))
         params[name] = jax.tree.map(lambda part, axes=axes: array(devices, part, *axes(part)), leaf)
     return with_params(module, params)
 

@@ -68,7 +68,7 @@ def main() -> None:
 def random_decoder(devices: Devices) -> Decoder:
     """With every weight drawn where it lies."""
     graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(CONFIG, nnx.Rngs(0))))
-    axes = {name: devices.cut_axes(name)(leaf) for name, leaf in flat_params(state).items()}
+    axes = {name: devices.cut_axes(name, packed=False)(leaf) for name, leaf in flat_params(state).items()}
 
     def make() -> Any:
         return nnx.state(Decoder(CONFIG, nnx.Rngs(0)))

@@ -326,7 +326,7 @@ def _hidden(decoder: Decoder, tokens: Int[Array, "b t"], cut: Devices | None = N
     if cut is None:
         return decoder.hidden(tokens)
     x = cut.apart(decoder.embed(tokens))
-    return decoder.norm(decoder.through_layers(x, whole=cut.whole))
+    return decoder.norm(decoder.through_layers(x, joined=cut.joined))
 
 
 @partial(jax.jit, static_argnames="cut")

@@ -188,15 +188,15 @@ class Decoder(nnx.Module):
         return self.norm(self.through_layers(self.embed(tokens), remat))
 
     def through_layers(
-        self, x: Float[Array, "b t d"], remat: bool = False, whole: Callable[[Any], Any] | None = None
+        self, x: Float[Array, "b t d"], remat: bool = False, joined: Callable[[Any], Any] | None = None
     ) -> Float[Array, "b t d"]:
-        """The residual stream after the last layer; `whole` joins a layer's parameters that are cut over devices."""
+        """The residual stream after the last layer; `joined` joins a layer's parameters that are cut over devices."""
         rotary = rotary_table(self.config, jnp.arange(x.shape[1]))
         for segment in self.segments:
             graph, layers = nnx.split(segment)
 
             def layer(x: Array, params: Any, graph: Any = graph) -> tuple[Array, None]:
-                return nnx.merge(graph, whole(params) if whole else params)(x, rotary)[0], None
+                return nnx.merge(graph, joined(params) if joined else params)(x, rotary)[0], None
 
             if remat:
                 layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)

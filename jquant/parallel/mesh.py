@@ -26,8 +26,8 @@ from jax.sharding import PartitionSpec as P
 from jquant.composition import Method
 from jquant.errors import InputError
 from jquant.formats import Format, block_shape
-from jquant.models.params import Module, flat_params, with_params
-from jquant.qtensor import Transposed
+from jquant.models.params import Module, flat_params, to_state, with_params
+from jquant.qtensor import QTensor, Transposed
 
 DATA, MODEL = "data", "model"
 BOTH = (DATA, MODEL)
@@ -117,16 +117,18 @@ class Devices:
         return with_params(module, {name: self.cut(name, leaf) for name, leaf in flat_params(module).items()})
 
     def cut(self, name: str, leaf: Any) -> Any:
-        """A parameter by its name, cut over all devices: a weight's columns, or an embedding's rows.
+        """A parameter by its name, cut over all devices: by rows, which are joined again without being moved.
 
-        An array whose columns don't divide is cut by rows, and otherwise every device holds it. Norms are not cut.
+        A packed weight is cut by columns, whose codes, scales and zeros belong together; so is the head, whose logits
+        stay cut. Arrays that don't divide so are cut along the other axis, and otherwise every device holds them. Norms
+        are not cut.
         """
-        axes = self.cut_axes(name, isinstance(leaf, Transposed))
+        axes = self.cut_axes(name, isinstance(leaf, QTensor | Transposed))
         return jax.tree.map(lambda array: self.place(array, *axes(array)), leaf)
 
-    def cut_axes(self, name: str, transposed: bool = False) -> Callable[[Any], tuple[Any, ...]]:
+    def cut_axes(self, name: str, packed: bool) -> Callable[[Any], tuple[Any, ...]]:
         """Along which mesh axes `cut` cuts each axis of a parameter's arrays."""
-        order = (-2, -1) if name.endswith("embedding") and not transposed else (-1, -2)
+        order = (-1, -2) if packed or name.startswith("head") else (-2, -1)
 
         def axes(array: Any) -> tuple[Any, ...]:
             if array.ndim < 2 or not name.endswith(("embedding", "kernel")):
@@ -144,6 +146,16 @@ class Devices:
             return self.place(leaf, *((None, BOTH) if divides else ()))
 
         return jax.tree.map(put, tree)
+
+    def joined(self, params: Any) -> Any:
+        """Within a jitted function: a block's parameters, which `spread` cut, joined on every device."""
+
+        def join(name: str, leaf: Any) -> Any:
+            axes = self.cut_axes(name, isinstance(leaf, QTensor))
+            # Held as they lie first: else XLA joins a layer before it is taken out of the stack, and copies the stack.
+            return jax.tree.map(lambda array: self._held(self._held(array, *axes(array))), leaf)
+
+        return to_state({name: join(name, leaf) for name, leaf in flat_params(params).items()})
 
     def whole(self, tree: Tree) -> Tree:
         """Within a jitted function: arrays joined on every device."""
