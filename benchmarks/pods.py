@@ -63,6 +63,7 @@ def main(chosen: list[str]) -> None:
     done = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
     known = {(row["topology"], row["model"], row["program"], row["sources"]) for row in done}
     origin = versions()
+    sources = origin["code_version"].rpartition(" ")[2]  # not the commit: other files change with it
     for topology, (memory, mesh, models) in PODS.items():
         if chosen and topology != chosen[0]:
             continue
@@ -71,7 +72,7 @@ def main(chosen: list[str]) -> None:
         for model in models if len(chosen) < 2 else chosen[1:]:
             config = llama3(model)
             for program, lower in PROGRAMS.items():
-                key = {"topology": topology, "model": model, "program": program, "sources": origin["code_version"]}
+                key = {"topology": topology, "model": model, "program": program, "sources": sources}
                 if tuple(key.values()) in known:
                     continue
                 row = key | {"chips": len(of), "mesh": mesh, "memory_gib": memory} | compiled(lower, config, devices)
@@ -159,9 +160,11 @@ def generating(config: DecoderConfig, devices: Devices) -> Any:
 
     outside, layers = jax.eval_shape(unstacked, decoder)
     cut = spread(outside, devices), tuple(spread(layer, devices) for layer in layers)
+    for layer in cut[1]:
+        layer.attention.of_one = generation.ByHeads(devices)
     leaves, structure = jax.tree.flatten(cut)
     cache = jax.eval_shape(lambda: Cache.init(config, 1, CACHED, jnp.bfloat16, decoder.cached))
-    heads = (None, MODEL) if config.kv_heads % devices.model == 0 else ()
+    heads = devices.head_axes(config.kv_heads)
     cache = jax.tree.map(lambda leaf: array(devices, leaf, *(heads if leaf.ndim > 1 else ())), cache)
     token = array(devices, jax.ShapeDtypeStruct((1, 1), jnp.int32))
     return generation.step.lower(structure, leaves, token, cache)

@@ -13,6 +13,7 @@ the keys' last axis, grow faster than the number of texts: 64 texts give no more
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -32,9 +33,9 @@ from jquant.kernels.choose import attention
 from jquant.learning.objectives import top_k as largest
 from jquant.models.cache import Cache
 from jquant.models.config import DecoderConfig
-from jquant.models.decoder import Block, Decoder, outside_of
+from jquant.models.decoder import Block, Decoder, attend, outside_of
 from jquant.models.rotary import rotary_table
-from jquant.parallel.mesh import spread_over
+from jquant.parallel.mesh import Devices, spread_over
 from jquant.qtensor import prepared
 
 # Tokens that `_draw` takes together. A vocabulary of 49,152 has 384 such blocks.
@@ -251,11 +252,23 @@ def check_sampling(prompts: np.ndarray, config: DecoderConfig, sampling: Samplin
 
 def in_steps(decoder: Decoder) -> tuple[Decoder, tuple[Block, ...]]:
     """The decoder without its layers, and the layers one by one, with the fastest products and attention there are."""
-    outside = outside_of(decoder)
-    layers, of_one = unstack(decoder), attention(decoder.norm.scale.get_value(), decoder.config.head_dim)
+    outside, devices = outside_of(decoder), spread_over(decoder)
+    of_one = ByHeads(devices) if devices else attention(decoder.norm.scale.get_value(), decoder.config.head_dim)
+    layers = unstack(decoder)
     for layer in layers:
         layer.attention.of_one = of_one
     return prepared((outside, layers))
+
+
+@dataclass(frozen=True)
+class ByHeads:
+    """The attention of one query a head on a mesh: the query moves to where the cache's heads lie, not the cache."""
+
+    devices: Devices
+
+    def __call__(self, q: Array, keys: Array, values: Array, length: Array) -> Float[Array, "b h 1 d"]:
+        """See `decoder.attend`; `length` counts the query's own token."""
+        return attend(*self.devices.by_heads(q, keys, values, heads=keys.shape[1]), length - 1)
 
 
 def empty_cache(decoder: Decoder, texts: int, slots: int) -> Cache:

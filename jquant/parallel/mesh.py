@@ -139,13 +139,15 @@ class Devices:
         return axes
 
     def place_heads(self, tree: Tree) -> Tree:
-        """A cache's arrays `[b, heads, …]`, cut by heads over all devices where these divide."""
-
-        def put(leaf: Any) -> Array:
-            divides = leaf.ndim > 1 and leaf.shape[1] % self.count == 0
-            return self.place(leaf, *((None, BOTH) if divides else ()))
-
+        """A cache's arrays `[b, heads, …]`, cut by heads (`head_axes`)."""
+        put = lambda leaf: self.place(leaf, *(self.head_axes(leaf.shape[1]) if leaf.ndim > 1 else ()))  # noqa: E731
         return jax.tree.map(put, tree)
+
+    def head_axes(self, heads: int) -> tuple[Any, ...]:
+        """Along which mesh axes arrays `[b, heads, …]` are cut: as many devices as divide so many key/value heads."""
+        sizes = {BOTH: self.count, MODEL: self.model, DATA: self.data}
+        fitting = [axes for axes, size in sizes.items() if heads % size == 0 and size > 1]
+        return (None, max(fitting, key=sizes.__getitem__)) if fitting else ()
 
     def joined(self, params: Any) -> Any:
         """Within a jitted function: a block's parameters, which `spread` cut, joined on every device."""
@@ -160,6 +162,10 @@ class Devices:
     def whole(self, tree: Tree) -> Tree:
         """Within a jitted function: arrays joined on every device."""
         return jax.tree.map(lambda leaf: self._held(leaf), tree)
+
+    def by_heads(self, *arrays: Array, heads: int) -> list[Array]:
+        """Within a jitted function: arrays `[b, …]` of so many key/value heads, or a multiple, cut by `head_axes`."""
+        return [self._held(array, *self.head_axes(heads)) for array in arrays]
 
     def apart(self, windows: Array) -> Array:
         """Within a jitted function: windows `[n, …]` split over all devices."""
