@@ -268,7 +268,8 @@ class ByHeads:
 
     def __call__(self, q: Array, keys: Array, values: Array, length: Array) -> Float[Array, "b h 1 d"]:
         """See `decoder.attend`; `length` counts the query's own token."""
-        return attend(*self.devices.by_heads(q, keys, values, heads=keys.shape[1]), length - 1)
+        q, keys, values = self.devices.by_heads(q, keys, values, heads=keys.shape[1])
+        return attend(q, keys, values, length - 1)
 
 
 def empty_cache(decoder: Decoder, texts: int, slots: int) -> Cache:
