@@ -16,13 +16,13 @@ import numpy as np
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Float, Int8, Shaped
+from jaxtyping import Float, Int8
 
 from jquant.activations import Activation, quantize_inputs
 from jquant.formats import Codebook, Format, Int, block_shape, expand, unpack
 from jquant.formats import Float as SmallFloat
 from jquant.kernels.matmul import add_outliers
-from jquant.kernels.packed import PackedMatrix
+from jquant.kernels.packed import PackedMatrix, fill
 
 # Outputs side by side, and the most rows of inputs that a block of weights is unpacked for.
 COLUMNS, MOST = {"tpu": 256, "gpu": 64}, {"tpu": 256, "gpu": 64}
@@ -155,7 +155,7 @@ def _parts(codes: Array, scale: Array, zero: Array | None, format: Format, layou
     scale = scale.astype(jnp.float32)
 
     def in_blocks(a: Array, per_block: int) -> Array:
-        filled = _fill(_fill(a, -2, per_block), -1, COLUMNS[layout.platform])
+        filled = fill(fill(a, -2, per_block), -1, COLUMNS[layout.platform])
         return filled.reshape(*a.shape[:-2], -1, per_block, filled.shape[-1])
 
     codes = in_blocks(codes, layout.depth)
@@ -177,9 +177,9 @@ def _parts(codes: Array, scale: Array, zero: Array | None, format: Format, layou
 def multiply(x: Float[Array, "tokens in"], w: Blocked) -> Float[Array, "tokens out"]:
     """x @ w, float32. 16-bit inputs multiply in 16 bits, others in float32."""
     of, tokens = w.layout, len(x)
-    x = _fill(_fill(x, -1, of.depth), -2, FEWEST)
+    x = fill(fill(x, -1, of.depth), -2, FEWEST)
     most = MOST[of.platform]
-    x = _fill(x, -2, most) if len(x) > most else x
+    x = fill(x, -2, most) if len(x) > most else x
     product = _on_tpu if of.platform == "tpu" else _on_gpu
     return product(x, w, min(most, len(x)))[:tokens, : of.columns]
 
@@ -274,10 +274,3 @@ def _look_up(codes: Array, levels: tuple[float, ...]) -> Array:
         odd = (codes >> bit) & 1 == 1
         found = [jnp.where(odd, b, a) for a, b in zip(found[::2], found[1::2], strict=True)]
     return found[0]
-
-
-def _fill(a: Shaped[Array, "..."], axis: int, unit: int) -> Shaped[Array, "..."]:
-    """With zeros at an axis' end until `unit` divides it."""
-    filled = [(0, 0)] * a.ndim
-    filled[axis] = (0, -a.shape[axis] % unit)
-    return jnp.pad(a, filled)

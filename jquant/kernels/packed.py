@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 from jquant.formats import Format, block_shape, expand, unpack
 
@@ -38,3 +39,10 @@ class PackedMatrix:
         block = block_shape(self.format, self.shape)
         scale, zero = jax.tree.map(lambda v: expand(v, block, self.shape), (self.scale, self.zero))
         return self.format.decode(unpack(self.codes, self.format.bits, self.in_features), scale, zero).astype(dtype)
+
+
+def fill(a: Shaped[Array, "..."], axis: int, unit: int) -> Shaped[Array, "..."]:
+    """With zeros at an axis' end until `unit` divides it."""
+    filled = [(0, 0)] * a.ndim
+    filled[axis] = (0, -a.shape[axis] % unit)
+    return jnp.pad(a, filled)

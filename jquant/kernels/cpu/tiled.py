@@ -16,7 +16,7 @@ from jquant.formats import Float as SmallFloat
 from jquant.formats.base import as_stored
 from jquant.kernels.cpu.build import PRODUCT, target
 from jquant.kernels.matmul import add_outliers
-from jquant.kernels.packed import PackedMatrix
+from jquant.kernels.packed import PackedMatrix, fill
 
 TILE = 64  # outputs side by side, as in product.h
 KINDS = {"": 0, "float32": 1, "float16": 2, "int8": 3}  # Kind in product.h
@@ -180,7 +180,7 @@ def _data(codes: Array, scale: Array, zero: Array | None, format: Format, layout
 
 def _in_words(grid: Shaped[Array, "*l groups out"]) -> UInt32[Array, "*l tiles groups words"]:
     """Scales or offsets of TILE outputs side by side, as bytes in words."""
-    grid = _fill(grid, -1, TILE)
+    grid = fill(grid, -1, TILE)
     grid = jnp.moveaxis(grid.reshape(*grid.shape[:-1], -1, TILE), -2, -3)
     together = 4 // grid.dtype.itemsize
     grid = grid if together == 1 else grid.reshape(*grid.shape[:-1], -1, together)
@@ -189,9 +189,9 @@ def _in_words(grid: Shaped[Array, "*l groups out"]) -> UInt32[Array, "*l tiles g
 
 def _words(codes: UInt8[Array, "*l in out"], layout: Layout) -> UInt32[Array, "*l tiles groups units words tile"]:
     per_unit, width = UNITS[layout.width][0], layout.width
-    codes = _fill(codes, -2, layout.group)
+    codes = fill(codes, -2, layout.group)
     codes = codes.reshape(*codes.shape[:-2], -1, layout.group, codes.shape[-1])
-    codes = _fill(_fill(codes, -2, per_unit), -1, TILE)
+    codes = fill(fill(codes, -2, per_unit), -1, TILE)
     codes = codes.reshape(*codes.shape[:-2], -1, per_unit, codes.shape[-1] // TILE, TILE).astype(jnp.uint32)
     i = np.arange(per_unit)
 
@@ -208,10 +208,3 @@ def _words(codes: UInt8[Array, "*l in out"], layout: Layout) -> UInt32[Array, "*
     else:
         parts = [word(codes, 8 * (i % 4) + width * (i // 4))]
     return jnp.moveaxis(jnp.stack(parts, -3), -2, -5)  # tiles before groups
-
-
-def _fill(a: Array, axis: int, unit: int) -> Array:
-    """With zeros at an axis' end until `unit` divides it."""
-    filled = [(0, 0)] * a.ndim
-    filled[axis] = (0, -a.shape[axis] % unit)
-    return jnp.pad(a, filled)
