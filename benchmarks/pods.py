@@ -11,6 +11,7 @@ benchmarks/results/pods.jsonl as they come, and are not compiled again.
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from experiments.provenance import versions
 from jquant import CacheFormat, Int, Stored, Tuning, method
 from jquant.calibration.windows import Batch, averaged, no_stats, observe_batch
 from jquant.evaluation import generation, perplexity
+from jquant.kernels import choose
 from jquant.learning import loop
 from jquant.learning.losses import model_loss
 from jquant.learning.tuning import initial, split
@@ -42,7 +44,7 @@ from jquant.models.families import family_of
 from jquant.models.params import flat_params, with_params
 from jquant.parallel.mesh import BOTH, DATA, MODEL, Devices, scatter
 from jquant.pipeline.blocks import round_weight, seen_by
-from jquant.qtensor import QTensor, quantize
+from jquant.qtensor import QTensor, packed_matrix, quantize
 from jquant.ranges import MinMax
 
 ROWS = Path(__file__).parent / "results/pods.jsonl"
@@ -54,6 +56,10 @@ PODS: dict[str, tuple[int, tuple[int, int], tuple[str, ...]]] = {
     "v5p:4x4x4": (95, (16, 4), ("70B", "405B")),
     "v6e:16x16": (32, (32, 8), ("405B",)),
 }
+# Of a program's text: where a computation begins, what it calls, what a loop repeats.
+COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+CALLED = re.compile(r"(?:body|condition|calls|to_apply|branch_computations)=\{?%?([\w.\-]+)")
+BODY = re.compile(r"body=%?([\w.\-]+)")
 CONTEXT, BATCH, CACHED = 2048, 4, 8192
 PACKED = Stored(Int(4, 64))
 
@@ -99,19 +105,43 @@ def compiled(lower: Callable[[DecoderConfig, Devices], Any], config: DecoderConf
     except Exception as error:  # the compiler's own, of many classes: the row says what it said
         return {"fails": str(error).strip().splitlines()[0][:300], "compile_s": time.perf_counter() - begin}
     memory, cost = program.memory_analysis(), program.cost_analysis()
-    text, moved = program.as_text() or "", {}
-    for line, size in collectives(text).items():
-        kind = COLLECTIVE.search(line)[2]  # pyright: ignore[reportOptionalSubscript]
-        count, total = moved.get(kind, (0, 0))
-        moved[kind] = (count + 1, total + size)
+    once, looped = apart(program.as_text() or "")
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    needs = held + memory.temp_size_in_bytes
     return {
-        "argument_bytes": memory.argument_size_in_bytes,
-        "output_bytes": memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        "temporary_bytes": memory.temp_size_in_bytes,
-        "collectives": moved,
-        "flops": cost.get("flops"),
+        "held_gb": held / 1e9,
+        "temporary_gb": memory.temp_size_in_bytes / 1e9,
+        "needs_gb": needs / 1e9,
+        "collectives": moved(once),
+        "collectives_in_loops": moved(looped),
+        "tflop": cost.get("flops", 0) / 1e12,
         "compile_s": time.perf_counter() - begin,
     }
+
+
+def apart(text: str) -> tuple[str, str]:
+    """A compiled program's lines outside of loops, and those within, which run once a turn."""
+    lines: dict[str, list[str]] = {}
+    name = ""
+    for line in text.splitlines():
+        if begin := COMPUTATION.match(line):
+            name = begin[1]
+        lines.setdefault(name, []).append(line)
+    calls = {name: set(CALLED.findall("\n".join(own))) for name, own in lines.items()}
+    looped, found = set(), set(BODY.findall(text))
+    while found:
+        looped |= found
+        found = set().union(*(calls.get(name, ()) for name in found)) - looped
+    join = lambda inside: "\n".join(line for name, own in lines.items() if (name in looped) == inside for line in own)  # noqa: E731
+    return join(False), join(True)
+
+
+def moved(text: str) -> str:
+    """A program's collectives, in words: how many of each kind, and the bytes that come out of them."""
+    kinds: dict[str, list[int]] = {}
+    for line, size in collectives(text).items():
+        kinds.setdefault(COLLECTIVE.search(line)[2], []).append(size)  # pyright: ignore[reportOptionalSubscript]
+    return ", ".join(f"{len(sizes)} {kind} {sum(sizes) / 1e9:.2f} GB" for kind, sizes in kinds.items())
 
 
 # ---- programs -------------------------------------------------------------------------------------------------------
@@ -162,6 +192,14 @@ def generating(config: DecoderConfig, devices: Devices) -> Any:
     cut = spread(outside, devices), tuple(spread(layer, devices) for layer in layers)
     for layer in cut[1]:
         layer.attention.of_one = generation.ByHeads(devices)
+
+    def fastest(leaf: Any) -> Any:
+        if not isinstance(leaf, QTensor):
+            return leaf
+        blocks = jax.eval_shape(lambda q: choose.kernel(packed_matrix(q), None, None, devices.mesh), leaf)
+        return jax.tree.map(lambda part: array(devices, part, None, None, BOTH), blocks) or leaf
+
+    cut = jax.tree.map(fastest, cut, is_leaf=lambda leaf: isinstance(leaf, QTensor))
     leaves, structure = jax.tree.flatten(cut)
     cache = jax.eval_shape(lambda: Cache.init(config, 1, CACHED, jnp.bfloat16, decoder.cached))
     heads = devices.head_axes(config.kv_heads)
@@ -227,17 +265,16 @@ def spread(module: Any, devices: Devices) -> Any:
 
 def show(rows: list[dict[str, Any]]) -> None:
     """Prints the table."""
-    columns = ("pod", "model", "program", "weights etc. GB", "temporary GB", "of GiB", "collectives", "TFLOP", "s")
+    columns = ("pod", "model", "program", "held GB", "temporary GB", "of GiB", "collectives", "a turn", "TFLOP", "s")
     table = Table(*columns, title="a chip")
     for row in rows:
         head = (row["topology"], row["model"], row["program"])
         if "fails" in row:
-            table.add_row(*head, row["fails"], "", "", "", "", f"{row['compile_s']:.0f}")
+            table.add_row(*head, row["fails"], *[""] * 5, f"{row['compile_s']:.0f}")
             continue
-        moved = ", ".join(f"{count} {kind} {size / 1e9:.2f} GB" for kind, (count, size) in row["collectives"].items())
-        sizes = [row["argument_bytes"] + row["output_bytes"], row["temporary_bytes"]]
-        figures = (*(f"{size / 1e9:.2f}" for size in sizes), str(row["memory_gib"]), moved)
-        table.add_row(*head, *figures, f"{(row['flops'] or 0) / 1e12:.2f}", f"{row['compile_s']:.0f}")
+        sizes = f"{row['held_gb']:.2f}", f"{row['temporary_gb']:.2f}", str(row["memory_gib"])
+        collected = row["collectives"], row["collectives_in_loops"]
+        table.add_row(*head, *sizes, *collected, f"{row['tflop']:.2f}", f"{row['compile_s']:.0f}")
     Console(width=160).print(table)
 
 

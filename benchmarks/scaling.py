@@ -43,7 +43,7 @@ WINDOWS, CONTEXT, BATCH = 256, 2048, 4
 # Assumed rates of one device: bfloat16 and float32 products a second, and bytes a second through its links.
 BF16, FLOAT32, LINK = 400e12, 40e12, 50e9
 COLLECTIVE = re.compile(
-    r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast)(?:-start)?\("
+    r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast)(-start)?\("
 )
 ARRAY = re.compile(r"\b(f32|bf16|s32|u32|pred|u8|f16)\[([\d,]*)\]")
 BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "u8": 1}
@@ -144,6 +144,9 @@ def collectives(text: str) -> dict[str, int]:
     for line in text.splitlines():
         if match := COLLECTIVE.search(line):
             arrays = ARRAY.findall(match[1])
+            if match[3] and match[2] != "all-reduce":  # its inputs, then its outputs, then numbers without a shape
+                arrays = [array for array in arrays if array[1]]
+                arrays = arrays[len(arrays) // 2 :]
             sizes[line.strip()] = sum(
                 BYTES[dtype] * math.prod(int(n) for n in shape.split(",") if n) for dtype, shape in arrays
             )

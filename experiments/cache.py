@@ -143,14 +143,9 @@ def table(rows: list[Row]) -> Table:
 
 def markdown(rows: list[Row]) -> str:
     """The table and its protocol."""
-    shown = table(rows)
-    heading = [str(column.header) for column in shown.columns]
-    lines = zip(*(column.cells for column in shown.columns), strict=True)
-    cells = [heading, ["---:"] * len(heading), *lines]
     group = next((row["config"]["cache"]["group"] for row in rows if "bits" in row), None)
-    text = "".join(f"| {' | '.join(map(str, line))} |\n" for line in cells)
     return (
-        f"{text}\n{tables.protocol(rows[0])}. Asymmetric integers, {group} channels of a token or tokens of a channel "
+        f"{tables.as_markdown(table(rows))}\n{tables.protocol(rows[0])}. Asymmetric integers, {group} channels of a token or tokens of a channel "
         f"under one scale; values are rounded by token. Change of perplexity with its 95 % interval "
         f"(Student's t) paired by window; KL and top-1 agreement are to the float cache. MB: of one text's cache, with "
         f"what is not rounded in 16 bits. {rows[0]['device']}.\n"

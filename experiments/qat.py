@@ -63,11 +63,11 @@ def train(settings: dict[str, Any]) -> Row:
       InputError: a wrong setting or text; what `quantize_to_folder` and `tune` find.
     """
     check(settings)
+    devices = devices_of(settings)  # joins the other processes before anything is computed
     method = method_of(settings)
     stage = None if settings["tuning"] is None else tuning_of("tuning", settings["tuning"])
     if stage is None and not method.tuning:
         raise InputError("tuning=null needs a stage of blocks: give blocks='{…}'.")
-    devices = devices_of(settings)
     source = open_from_config(settings["model"])
     refuse_quantized(source)
     with progress_bars(settings["model"]["name"]) as report:
@@ -106,20 +106,23 @@ def train(settings: dict[str, Any]) -> Row:
     # Each block learns from as many tokens as its stage reads.
     read = sum(each.steps * each.windows for each in method.tuning) * settings["calibration"]["context"]
     row |= {"quantize_seconds": round(started + seconds_in(metrics), 1), "training_tokens": read + tokens_in(metrics)}
-    decisive = {key: value for key, value in settings.items() if key not in ("about", "output", "start")}
+    decisive = {key: value for key, value in settings.items() if key not in ("about", "output", "start", "hosts")}
     row |= describe("qat", method, model, (evaluation, calibration), decisive, "experiments.qat")
     row |= {"settings": str(settings["about"])} if settings["about"] else {}
-    tables.add_rows(results, [row])
-    rows = tables.read_rows(results)
-    tables.write_table(results, rows, settings["baseline"])
-    written = [results / "table.md"]
-    if metrics:
-        written.append(results / f"{row['fingerprint']}.{METRICS}")
-        write_text(written[-1], metrics)
-        written += training_curves.draw(rows, results)
+    on_first(partial(keep, results, row, metrics, settings["baseline"]))
     console.print(tables.one_line(row), highlight=False, soft_wrap=True)
-    console.print(", ".join(map(str, [folder / "model", *written])), soft_wrap=True)
+    console.print(f"The model is in {folder / 'model'}; the row, its metrics and curves in {results}.", soft_wrap=True)
     return row
+
+
+def keep(folder: Path, row: Row, metrics: str, baseline: str | None) -> None:
+    """Adds a row and its metrics to a results folder, and draws them."""
+    tables.add_rows(folder, [row])
+    rows = tables.read_rows(folder)
+    tables.write_table(folder, rows, baseline)
+    if metrics:
+        write_text(folder / f"{row['fingerprint']}.{METRICS}", metrics)
+        training_curves.draw(rows, folder)
 
 
 def method_of(settings: dict[str, Any]) -> Method:

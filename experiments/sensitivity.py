@@ -194,10 +194,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     """Both tables and their protocol."""
     text = ""
     for table in (projection_table(rows), layer_table(rows)):
-        heading = [str(column.header) for column in table.columns]
-        lines = zip(*(column.cells for column in table.columns), strict=True)
-        cells = [heading, ["---:"] * len(heading), *lines]
-        text += f"{table.title}\n\n" + "".join(f"| {' | '.join(map(str, line))} |\n" for line in cells) + "\n"
+        text += f"{table.title}\n\n{tables.as_markdown(table)}\n"
     return text + tables.caption(rows) + " Every weight is fitted to the float model's inputs.\n"
 
 

@@ -315,6 +315,13 @@ def _markdown(rows: Sequence[Row], baseline: str | None) -> str:
     return f"{table}\n{caption(rows, baseline)}\n"
 
 
+def as_markdown(table: Table) -> str:
+    """A table for the terminal, whose cells are texts, in Markdown."""
+    rows = [[str(column.header) for column in table.columns]]
+    rows += [["---:"] * len(table.columns), *zip(*(column.cells for column in table.columns), strict=True)]
+    return "".join(f"| {' | '.join(map(str, row))} |\n" for row in rows)
+
+
 def terminal_table(rows: Sequence[Row], baseline: str | None = None) -> Table:
     """The table for rich to print; with a baseline it leaves out speed and memory."""
     heading, cells = _cells(rows, baseline, leave_out=("tok/s", "quant\ns", "peak\nMB") if baseline else ())

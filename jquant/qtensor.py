@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 from jaxtyping import Float, Int, UInt8
 
 from jquant.activations import Activation
@@ -211,10 +212,11 @@ def packed_matrix(q: QTensor) -> PackedMatrix:
     return PackedMatrix(q.codes, *stored_grid(q), q.format, q.in_features)
 
 
-def prepared(tree: Any) -> Any:
+def prepared(tree: Any, mesh: Mesh | None = None) -> Any:
     """A pytree with its QTensors as the fastest kernel of their device reads them, for evaluation and generation.
 
-    They are copies in another order, with scales in float32. QTensors that no kernel takes stay.
+    They are copies in another order, with scales in float32. QTensors that no kernel takes stay. `mesh`: the devices
+    over which the QTensors are cut by columns.
     """
 
     def fastest(leaf: Any) -> Any:
@@ -222,7 +224,7 @@ def prepared(tree: Any) -> Any:
             return replace(leaf, kernel=fastest(leaf.weight))
         if not isinstance(leaf, QTensor):
             return leaf
-        return choose.kernel(packed_matrix(leaf), leaf.activation, leaf.input_scale) or leaf
+        return choose.kernel(packed_matrix(leaf), leaf.activation, leaf.input_scale, mesh) or leaf
 
     return jax.tree.map(fastest, tree, is_leaf=lambda leaf: isinstance(leaf, QTensor | Transposed))
 

@@ -7,7 +7,8 @@ import pytest
 
 from jquant import FP4, MXFP4, NF3, NF4, NVFP4, Activation, Int, QTensor, double_quantized
 from jquant.formats import Format
-from jquant.kernels.blocked import Blocked, blocked
+from jquant.kernels.blocked import Blocked, blocked, by_columns
+from jquant.parallel.mesh import Devices
 from jquant.qtensor import dequantize, packed_matrix, quantize
 
 FORMATS: dict[str, Format] = {
@@ -110,6 +111,19 @@ def test_inputs_are_rounded_as_the_activation_says():
 @pytest.mark.parametrize("format", [Int(4, 48), Int(4, 576), Int(5, 24)], ids=str)
 def test_what_no_kernel_takes_is_left_to_xla(format):
     assert kernel(weight(format, (1152, 70)), "gpu") is None
+
+
+@pytest.mark.parametrize("name", ["4 bits, zeros", "8 bits, one scale", "nf4, double"])
+def test_each_device_multiplies_its_columns(name):
+    devices, q = Devices(2, 4), weight(FORMATS[name], (128, 80))
+    cut = by_columns(packed_matrix(devices.cut("kernel", q)), None, None, devices.mesh, interpret=True)
+    assert cut.shape == (128, 80)
+    assert cut.own.codes.sharding.spec == jax.P(None, None, ("data", "model"))
+    x = jax.random.normal(jax.random.key(1), (2, 3, 128), jnp.bfloat16)
+    y = jax.jit(lambda x, w: x @ w)(x, cut)
+    assert y.sharding.spec == jax.P(None, None, ("data", "model"))
+    np.testing.assert_array_equal(y, x @ kernel(q, "tpu"))
+    assert by_columns(packed_matrix(weight(FORMATS[name], (128, 70))), None, None, devices.mesh, interpret=True) is None
 
 
 @pytest.mark.parametrize("topology", ["v5e:2x4", "v6e:2x4"])

@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import checkpoints
@@ -36,6 +37,8 @@ def folder(tmp_path_factory) -> Path:
 def commands(folder: Path, output: str, *settings: str, script: str = "quantize") -> list[str]:
     if script == "quantize":
         settings = ("model.path=float", f"output={output}", "calibration.data=text.txt", *SAMPLING, *settings)
+    elif script == "qat":
+        settings = (output, *settings)
     else:
         wanted = ("evaluation.data=text.txt", "evaluation.windows=8", "evaluation.context=32")
         settings = (f"model.path={output}", *wanted, *settings)
@@ -61,10 +64,14 @@ def ended(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
 
 def two(folder: Path, *arguments: str, script: str = "quantize") -> list[tuple[int, str, str]]:
     """A command in two processes that find each other by flags."""
+    return ended(started(folder, *arguments, script=script))
+
+
+def started(folder: Path, *arguments: str, script: str) -> list[subprocess.Popen]:
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
     flags = [f"hosts={{coordinator:'localhost:{port}',count:2,index:{index}}}" for index in range(2)]
-    return ended([run(folder, commands(folder, *arguments, flag, script=script)) for flag in flags])
+    return [run(folder, commands(folder, *arguments, flag, script=script)) for flag in flags]
 
 
 def two_by_slurm(folder: Path, *arguments: str) -> list[tuple[int, str, str]]:
@@ -108,6 +115,45 @@ def test_two_processes_under_slurm_go_on_where_two_stopped_and_score_what_one_sc
     told = [json.loads(result[1].splitlines()[-1]) for result in (one, both[0])]
     assert told[1]["perplexity"] == pytest.approx(told[0]["perplexity"], rel=1e-4)
     assert "perplexity" not in both[1][1]
+
+
+def test_two_processes_train_as_one_with_two_devices_and_go_on(folder):
+    """Losses, evaluations and the model's bytes; after a kill, too."""
+    given = ("model.path=float", "name=trained", "bits=2", "group=32", "text.data=text.txt", "text.context=32")
+    given += ("calibration.data=text.txt", "calibration.samples=8", "calibration.context=24", "tuning.windows=4")
+    given += ("evaluation.data=other.txt", "evaluation.windows=4", "evaluation.context=32", "generation.tokens=0")
+    given += ("tuning.steps=60", "journal.every=3", "journal.evaluate_every=30", "mesh.data=2")
+    (folder / "other.txt").write_text(checkpoints.random_text(800, seed=9))
+
+    def settings(output: str) -> tuple[str, ...]:
+        return (*given, f"output={output}", f"results={output}/results")
+
+    def figures(output: str) -> list[tuple[int, dict[str, float]]]:
+        lines = map(json.loads, (folder / output / "training/metrics.jsonl").read_text().splitlines())
+        return [(line["step"], {key: line[key] for key in ("loss", "kl", "perplexity") if key in line}) for line in lines]
+
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    alone = [sys.executable, "-m", "experiments.qat", "model=local", *settings("one")]
+    [(status, _, error)] = ended([run(folder, alone, flags)])
+    assert status == 0, error
+    results = two(folder, *settings("two"), script="qat")
+    assert [status for status, _, _ in results] == [0, 0], results
+    assert [bool(said) for _, said, _ in results] == [True, False]
+    for (step, theirs), (same, ours) in zip(figures("one"), figures("two"), strict=True):
+        assert step == same and ours == pytest.approx(theirs, rel=1e-4)
+
+    killed = started(folder, *settings("killed"), script="qat")
+    while not any((folder / "killed/training").glob("state/*[0-9]")):
+        assert all(process.poll() is None for process in killed)
+        time.sleep(0.01)
+    for process in killed:
+        process.kill()
+        process.communicate()
+    assert not (folder / "killed/model").exists()
+    results = two(folder, *settings("killed"), script="qat")
+    assert [status for status, _, _ in results] == [0, 0], results
+    assert figures("killed") == figures("two")
+    assert files(folder / "killed/model") == files(folder / "two/model")
 
 
 def test_when_the_first_process_cannot_write_both_end_with_a_sentence(folder):

@@ -1,6 +1,7 @@
 """A model cut over eight devices: the figures and texts of one device, and the bytes that each device holds."""
 
 import math
+from functools import partial
 from pathlib import Path
 
 import checkpoints
@@ -16,6 +17,8 @@ from jquant.evaluation.generation import generate_batch, generate_ids
 from jquant.evaluation.perplexity import Reference, score
 from jquant.io.language_model import LanguageModel
 from jquant.io.load import load_model
+from jquant.kernels import choose
+from jquant.kernels.blocked import ByColumns, by_columns
 from jquant.models.decoder import Decoder
 from jquant.models.params import flat_params
 from jquant.parallel.mesh import Devices, spread_over
@@ -124,6 +127,16 @@ def test_a_step_moves_activations_and_not_weights(folder):
     assert moved
     shapes = [line.split("f32[")[1].split("]")[0].split(",") for line in moved if "f32[" in line]
     assert max(math.prod(int(n) for n in shape if n) for shape in shapes) <= 512  # the widest activation
+
+
+def test_on_tpus_each_device_multiplies_its_own_columns(folder, monkeypatch):
+    """The Pallas product, in JAX's interpreter."""
+    model = quantize(load_model(folder), "rtn-4", progress=False)
+    cut = Devices(8).spread(model.decoder)
+    monkeypatch.setattr(choose, "by_columns", partial(by_columns, interpret=True))
+    layers = generation.in_steps(cut)[1]
+    assert all(isinstance(layer.mlp.down.kernel.get_value(), ByColumns) for layer in layers)
+    assert list(generate_ids(cut, TOKENS[0], tokens=4)) == list(generate_ids(model.decoder, TOKENS[0], tokens=4))
 
 
 def test_a_packed_cache_is_cut_by_heads(folder):

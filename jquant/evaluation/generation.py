@@ -257,7 +257,7 @@ def in_steps(decoder: Decoder) -> tuple[Decoder, tuple[Block, ...]]:
     layers = unstack(decoder)
     for layer in layers:
         layer.attention.of_one = of_one
-    return prepared((outside, layers))
+    return prepared((outside, layers), devices and devices.mesh)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ import numpy as np
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int8
 
 from jquant.activations import Activation, quantize_inputs
@@ -79,6 +81,40 @@ class Blocked:
         return y.reshape(*x.shape[:-1], -1).astype(x.dtype)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ByColumns:
+    """A quantized weight whose columns lie on several devices: x @ w with all of x on each, its result cut as w is.
+
+    Attributes:
+      own: every device's blocks, cut along their last axis; the layout is that of one device.
+      mesh: the devices (static).
+    """
+
+    own: Blocked
+    mesh: Mesh = field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the weight, `[in, out]`."""
+        return self.own.layout.rows, self.own.layout.columns * self.mesh.size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays on all devices."""
+        return self.own.nbytes
+
+    __array_ufunc__ = None
+
+    def __rmatmul__(self, x: Float[Array | np.ndarray, "*b in"]) -> Float[Array, "*b out"]:
+        """x @ self in x's dtype."""
+        x, last = jnp.asarray(x), self.mesh.axis_names
+        cut = jax.tree.map(lambda leaf: P(None, None, last) if leaf.ndim == 3 else P(), self.own)
+        out = P(*(None,) * (x.ndim - 1), last)
+        product = jax.shard_map(lambda x, w: x @ w, mesh=self.mesh, in_specs=(P(), cut), out_specs=out, check_vma=False)
+        return product(x, self.own)
+
+
 @dataclass(frozen=True)
 class Layout:
     """What the codes of a `Blocked` mean.
@@ -108,9 +144,32 @@ def blocked(
     w: PackedMatrix, activation: Activation | None, input_scale: Array | None, platform: str, interpret: bool = False
 ) -> Blocked | None:
     """The weight, perhaps of stacked layers, in blocks; None where there is no kernel for its format or shape."""
-    format, (rows, columns) = w.format, w.shape
-    group = block_shape(format, w.shape)[0]
-    depth = _depth(group, rows, platform)
+    layout = _layout(w.format, w.shape, platform, interpret)
+    if layout is None:
+        return None
+    return Blocked(*_parts(w.codes, w.scale, w.zero, w.format, layout), input_scale, layout, activation)
+
+
+def by_columns(
+    w: PackedMatrix, activation: Activation | None, input_scale: Array | None, mesh: Mesh, interpret: bool = False
+) -> ByColumns | None:
+    """The weight with its columns over all devices of a mesh, in blocks.
+
+    None where there is no kernel for its format or shape, or columns don't divide.
+    """
+    rows, columns = w.shape
+    platform = "tpu" if interpret else mesh.devices.flat[0].platform
+    layout = _layout(w.format, (rows, columns // mesh.size), platform, interpret)
+    if layout is None or platform != "tpu" or columns % mesh.size:
+        return None
+    parts = _parts_on_each((w.codes, w.scale, w.zero), w.format, layout, mesh)
+    return ByColumns(Blocked(*parts, input_scale, layout, activation), mesh)
+
+
+def _layout(format: Format, shape: tuple[int, int], platform: str, interpret: bool) -> Layout | None:
+    """How a weight lies in blocks; None where there is no kernel for its format or shape."""
+    rows, columns = shape
+    depth = _depth(block_shape(format, shape)[0], rows, platform)
     if depth is None or not (
         isinstance(format, Int) or (isinstance(format, Codebook | SmallFloat) and format.bits <= 4)
     ):
@@ -122,9 +181,7 @@ def blocked(
         with jax.ensure_compile_time_eval():
             codes = jnp.arange(16, dtype=jnp.uint8) % 2**format.bits
             levels = tuple(np.asarray(format.decode(codes, jnp.ones((), jnp.float32), None), np.float64).tolist())
-    layout = Layout(rows, columns, depth, 4 if format.bits <= 4 else 8, levels, centre, platform, interpret)
-    codes, scale, offset = _parts(w.codes, w.scale, w.zero, format, layout)
-    return Blocked(codes, scale, offset, input_scale, layout, activation)
+    return Layout(rows, columns, depth, 4 if format.bits <= 4 else 8, levels, centre, platform, interpret)
 
 
 def _depth(group: int, rows: int, platform: str) -> int | None:
@@ -172,6 +229,15 @@ def _parts(codes: Array, scale: Array, zero: Array | None, format: Format, layou
     else:
         grid = [None if v is None else in_blocks(v, layout.depth // block[0]) for v in (scale, offset)]
     return stored, *grid
+
+
+@partial(jax.jit, static_argnames=("format", "layout", "mesh"))
+def _parts_on_each(grid: tuple[Any, ...], format: Format, layout: Layout, mesh: Mesh) -> tuple[Any, ...]:
+    """`_parts` of every device's columns."""
+    cut = jax.tree.map(lambda v: P(None, mesh.axis_names if v.shape[-1] > 1 else None), grid)
+    own = lambda grid: _parts(*grid, format, layout)  # noqa: E731
+    joined = P(None, None, mesh.axis_names)
+    return jax.shard_map(own, mesh=mesh, in_specs=(cut,), out_specs=joined, check_vma=False)(grid)
 
 
 def multiply(x: Float[Array, "tokens in"], w: Blocked) -> Float[Array, "tokens out"]:

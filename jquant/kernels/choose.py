@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
 
 from jquant.activations import Activation
 from jquant.errors import InputError
-from jquant.kernels.blocked import blocked
+from jquant.kernels.blocked import blocked, by_columns
 from jquant.kernels.cpu.attention import WIDEST, attend
 from jquant.kernels.cpu.build import target
 from jquant.kernels.cpu.tiled import tiled
@@ -39,11 +40,16 @@ def in_use() -> str:
     return {"cpu": target(), "tpu": "pallas"}.get(jax.devices()[0].platform) or "plain"
 
 
-def kernel(w: PackedMatrix, activation: Activation | None, input_scale: Array | None) -> Any | None:
+def kernel(
+    w: PackedMatrix, activation: Activation | None, input_scale: Array | None, mesh: Mesh | None = None
+) -> Any | None:
     """The weight as its device's kernel reads it; None where XLA multiplies the packed bytes.
 
-    On one CPU that is the C++ product, on one TPU the Pallas product, each for the formats that it takes.
+    On one CPU that is the C++ product, on one TPU the Pallas product, each for the formats that it takes. `mesh` says
+    over which devices the weight is cut by columns; on TPUs each then multiplies its own.
     """
+    if mesh is not None:
+        return by_columns(w, activation, input_scale, mesh) if _KIND.get() == "fast" else None
     platform = _alone_on(w.codes)
     if platform == "cpu":
         return tiled(w, activation, input_scale)

@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from filelock import FileLock
 
 from jquant import provenance
@@ -109,7 +110,7 @@ class Writer:
         floats = {name: leaf.shape for name, leaf in named.items() if not _is_count(leaf)}
         read: dict[str, Any] = read_item(place, floats, lambda name, _: named[name].sharding)
         counts: dict[str, int] = read_item_json(place).get("counts", {})
-        read |= {name: jnp.full(named[name].shape, count, named[name].dtype) for name, count in counts.items()}
+        read |= {name: np.full(named[name].shape, count, named[name].dtype) for name, count in counts.items()}
         return done, jax.tree.unflatten(structure, [read[name] for name in named])
 
     def wrote(self, step: int, state: Any, last: bool) -> None:

@@ -18,6 +18,7 @@ from jquant.errors import InputError
 from jquant.learning.journal import Writer
 from jquant.learning.objectives import all_finite
 from jquant.parallel.mesh import DATA, Devices
+from jquant.parallel.processes import gather
 from jquant.progress import Progress
 
 Learned = dict[tuple[Any, ...], dict[str, Array]]  # by the parameter's path
@@ -77,6 +78,8 @@ def fit(task: Task, stage: Tuning, writer: Writer | None = None, progress: Progr
     devices = task.devices
     cut = devices.parameters if devices else lambda tree: tree
     on_data = (lambda batch: devices.place(batch, DATA)) if devices else lambda tree: tree
+    # A process alone can't compute with what lies on the devices of others.
+    at_hand = gather if jax.process_count() > 1 else lambda tree: tree
 
     def start() -> State:
         learned = task.start()
@@ -100,11 +103,11 @@ def fit(task: Task, stage: Tuning, writer: Writer | None = None, progress: Progr
         if writer:
             writer.note(done, {"loss": loss, "tokens": done * tokens})
             if writer.due(done, last):
-                writer.note(done, writer.evaluated(task.packed(state.learned)))
+                writer.note(done, writer.evaluated(task.packed(at_hand(state.learned))))
             writer.wrote(done, state, last)
         if progress:
             progress("tune", done, stage.steps, loss=loss, **{"tokens/s": speed})
-    return state.learned
+    return at_hand(state.learned)
 
 
 def windows_of(step: int, count: int, stage: Tuning) -> Int[np.ndarray, " windows"]:
@@ -191,7 +194,7 @@ def rates_of(stage: Tuning, step: int) -> Rates:
     rates = dict.fromkeys(("log_scale", "log_clip", "shift", "a", "b"), stage.rate)
     rates |= {"weight": stage.weight_rate, "norm": stage.norm_rate, "level": stage.level_rate}
     factor = schedule(stage)(step)
-    return {name: jnp.float32(rate * factor) for name, rate in rates.items()}
+    return {name: np.float32(rate * factor) for name, rate in rates.items()}  # of NumPy: on the devices of all processes
 
 
 def schedule(stage: Tuning) -> optax.Schedule:

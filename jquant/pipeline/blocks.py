@@ -22,6 +22,7 @@ from jquant.models.params import Params, flat_params, weight_name, with_params
 from jquant.parts import given, needs_of_parts, shown
 from jquant.qtensor import Grid, QTensor
 from jquant.rounding import SolveInfo, round_to_grid
+from jquant.rounding.cholesky import cholesky, solve
 from jquant.rounding.limits import check_scales
 
 
@@ -187,7 +188,7 @@ def propagate_error(
     """
     damped = gram + 0.01 * jnp.mean(jnp.diagonal(gram)) * jnp.eye(len(gram), dtype=gram.dtype)
     lag = jnp.matmul(cross, w, precision="highest")
-    return w + strength * jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(damped), True), lag)
+    return w + strength * solve(cholesky(damped), lag)
 
 
 def _check_rounded(

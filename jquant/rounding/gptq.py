@@ -25,6 +25,7 @@ from jquant.errors import InputError
 from jquant.formats import Format
 from jquant.qtensor import Grid
 from jquant.rounding.base import Rounded
+from jquant.rounding.cholesky import cholesky, solve
 from jquant.rounding.info import output_energy
 
 
@@ -87,21 +88,21 @@ class GPTQ:
         rows = jax.tree.map(lambda v: jnp.broadcast_to(v, w.shape), (target, *grid.per_weight))
         diagonal = _enliven(jnp.diagonal(gram), dead)
 
-        def solve(damping: Array) -> Rounded:
+        def rounded_with(damping: Array) -> Rounded:
             unit, order, used, fallback, attempts = self._factorize(gram, diagonal, damping)
             ordered = jax.tree.map(lambda v: v[order], rows)
             codes = _sweep(ordered, unit, grid.format, self.block, self.form == "inverse")
             return Rounded(jnp.zeros_like(codes).at[order].set(codes), None, used, attempts, fallback)
 
         def choose(best: tuple[Array, Rounded], damping: Array):
-            rounded = solve(damping)
+            rounded = rounded_with(damping)
             candidate = (output_energy(w - grid.decode(rounded.codes), held_out), rounded)
             better = (candidate[0] < best[0]) | (best[1].attempts == 0)  # attempts 0: nothing was tried yet
             return jax.tree.map(lambda a, b: jnp.where(better, a, b), candidate, best), None
 
         dampings = jnp.array(self._dampings, jnp.float32)
         if len(dampings) == 1:
-            return solve(dampings[0])
+            return rounded_with(dampings[0])
         # A scan holds one candidate and the best: memory does not grow with their number.
         blank = Rounded(jnp.zeros(w.shape, jnp.uint8), None, dampings[0], jnp.int32(0), jnp.int32(0))
         return jax.lax.scan(choose, (jnp.float32(jnp.nan), blank), dampings)[0][1]
@@ -171,12 +172,12 @@ def _factor(gram: Float[Array, "n n"], inverse: bool) -> Float[Array, "n n"]:
 
     LAPACK stores matrices by columns: H is symmetric, and passed transposed it needs no copy.
     """
-    upper = jnp.linalg.cholesky(gram.T, symmetrize_input=False).T
+    lower = cholesky(gram.T)
     if not inverse:
-        return upper
-    inverted = jax.scipy.linalg.cho_solve((upper.T, True), jnp.eye(len(gram), dtype=gram.dtype))
+        return lower.T
+    inverted = solve(lower, jnp.eye(len(gram), dtype=gram.dtype))
     # Numbered from the end, as the paper does, V is upper triangular, the transpose of a lower Cholesky factor.
-    return jnp.linalg.cholesky(inverted[::-1, ::-1])[::-1, ::-1]
+    return cholesky(((inverted + inverted.T) / 2)[::-1, ::-1])[::-1, ::-1]
 
 
 def _divides(upper: Float[Array, "n n"]) -> Array:
