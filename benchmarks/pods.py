@@ -81,7 +81,8 @@ def main(chosen: list[str]) -> None:
                 key = {"topology": topology, "model": model, "program": program, "sources": sources}
                 if tuple(key.values()) in known:
                     continue
-                row = key | {"chips": len(of), "mesh": mesh, "memory_gib": memory} | compiled(lower, config, devices)
+                pod = {"chips": len(of), "mesh": f"{mesh[0]} × {mesh[1]}", "memory_gib": memory}
+                row = key | pod | compiled(lower, config, devices, memory)
                 with ROWS.open("a") as file:
                     file.write(json.dumps(row | origin) + "\n")
                 done.append(row)
@@ -97,26 +98,35 @@ def llama3(model: str) -> DecoderConfig:
     )  # fmt: skip
 
 
-def compiled(lower: Callable[[DecoderConfig, Devices], Any], config: DecoderConfig, devices: Devices) -> dict[str, Any]:
+def compiled(
+    lower: Callable[[DecoderConfig, Devices], Any], config: DecoderConfig, devices: Devices, memory_gib: int
+) -> dict[str, Any]:
     """A program's figures a chip, or why it does not compile."""
     begin = time.perf_counter()
     try:
         program = lower(config, devices).compile()
     except Exception as error:  # the compiler's own, of many classes: the row says what it said
-        return {"fails": str(error).strip().splitlines()[0][:300], "compile_s": time.perf_counter() - begin}
+        names = "held_gb", "temporary_gb", "collectives", "collectives_in_loops", "tflop"
+        return dict.fromkeys(names) | {"fits": f"no: {reason(error)}", "compile_s": time.perf_counter() - begin}
     memory, cost = program.memory_analysis(), program.cost_analysis()
     once, looped = apart(program.as_text() or "")
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    needs = held + memory.temp_size_in_bytes
     return {
         "held_gb": held / 1e9,
         "temporary_gb": memory.temp_size_in_bytes / 1e9,
-        "needs_gb": needs / 1e9,
+        "fits": "yes" if held + memory.temp_size_in_bytes <= memory_gib * 2**30 else "no",
         "collectives": moved(once),
         "collectives_in_loops": moved(looped),
         "tflop": cost.get("flops", 0) / 1e12,
         "compile_s": time.perf_counter() - begin,
     }
+
+
+def reason(error: Exception) -> str:
+    """What the compiler says of memory; else the first line of what it says."""
+    text = str(error).strip()
+    found = re.search(r"Used (\S+) of (\S+) hbm", text)
+    return f"{found[1]} of {found[2]}" if found else text.splitlines()[0][:200]
 
 
 def apart(text: str) -> tuple[str, str]:
@@ -265,16 +275,13 @@ def spread(module: Any, devices: Devices) -> Any:
 
 def show(rows: list[dict[str, Any]]) -> None:
     """Prints the table."""
-    columns = ("pod", "model", "program", "held GB", "temporary GB", "of GiB", "collectives", "a turn", "TFLOP", "s")
+    columns = ("pod", "model", "program", "held GB", "temporary GB", "fits", "collectives", "a turn", "TFLOP", "s")
     table = Table(*columns, title="a chip")
     for row in rows:
-        head = (row["topology"], row["model"], row["program"])
-        if "fails" in row:
-            table.add_row(*head, row["fails"], *[""] * 5, f"{row['compile_s']:.0f}")
-            continue
-        sizes = f"{row['held_gb']:.2f}", f"{row['temporary_gb']:.2f}", str(row["memory_gib"])
-        collected = row["collectives"], row["collectives_in_loops"]
-        table.add_row(*head, *sizes, *collected, f"{row['tflop']:.2f}", f"{row['compile_s']:.0f}")
+        figure = lambda name, row=row: "" if row[name] is None else f"{row[name]:.2f}"  # noqa: E731
+        cells = row["topology"], row["model"], row["program"], figure("held_gb"), figure("temporary_gb"), row["fits"]
+        collected = row["collectives"] or "", row["collectives_in_loops"] or ""
+        table.add_row(*cells, *collected, figure("tflop"), f"{row['compile_s']:.0f}")
     Console(width=160).print(table)
 
 

@@ -145,10 +145,10 @@ def markdown(rows: list[Row]) -> str:
     """The table and its protocol."""
     group = next((row["config"]["cache"]["group"] for row in rows if "bits" in row), None)
     return (
-        f"{tables.as_markdown(table(rows))}\n{tables.protocol(rows[0])}. Asymmetric integers, {group} channels of a token or tokens of a channel "
-        f"under one scale; values are rounded by token. Change of perplexity with its 95 % interval "
-        f"(Student's t) paired by window; KL and top-1 agreement are to the float cache. MB: of one text's cache, with "
-        f"what is not rounded in 16 bits. {rows[0]['device']}.\n"
+        f"{tables.as_markdown(table(rows))}\n{tables.protocol(rows[0])}. Asymmetric integers, {group} channels of a "
+        f"token or tokens of a channel under one scale; values are rounded by token. Change of perplexity with its 95 % "
+        f"interval (Student's t) paired by window; KL and top-1 agreement are to the float cache. MB: of one text's "
+        f"cache, with what is not rounded in 16 bits. {rows[0]['device']}.\n"
     )
 
 

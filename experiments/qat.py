@@ -3,10 +3,10 @@
     python -m experiments.qat
     python -m experiments.qat bits=3 tuning.steps=200 text.data=my.txt evaluation.data=held_out.txt
 
-All settings: configs/qat.yaml. A process may die at any moment: the same command goes on from the last finished block
-or checkpoint. `output` holds training/ (checkpoints, metrics.jsonl) and model/, which `jquant.load_model` and
-experiments.evaluate read; `start` holds the quantized model before training, which trainings can share. Rows and
-metrics also land in results/<name>/, with a figure of the KL divergence by tokens.
+All settings: configs/qat.yaml; several hosts: docs/pods.md. A process may die at any moment: the same command goes on
+from the last finished block or checkpoint. `output` holds training/ (checkpoints, metrics.jsonl) and model/, which
+`jquant.load_model` and experiments.evaluate read; `start` holds the quantized model before training, which trainings
+can share. Rows and metrics also land in results/<name>/, with a figure of the KL divergence by tokens.
 
 What each ingredient brings, compared in pairs: configs/training_ingredients.yaml.
 """

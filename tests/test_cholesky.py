@@ -17,7 +17,7 @@ def definite(n: int) -> jax.Array:
     return jnp.asarray(x.T @ x / n + 0.01 * np.eye(n), jnp.float32)
 
 
-@pytest.mark.parametrize("n, block", [(1, 4), (7, 4), (8, 4), (65, 16), (300, 128)])
+@pytest.mark.parametrize(("n", "block"), [(1, 4), (7, 4), (8, 4), (65, 16), (300, 128)])
 def test_blocks_give_the_factor_and_the_solution(n, block):
     a, b = definite(n), np.random.default_rng(0).standard_normal((n, 5)).astype(np.float32)
     exact = scipy.linalg.cholesky(np.asarray(a, np.float64), lower=True)

@@ -22,7 +22,7 @@ from jquant.parallel.processes import gather
 from jquant.progress import Progress
 
 Learned = dict[tuple[Any, ...], dict[str, Array]]  # by the parameter's path
-Rates = dict[str, Float[Array, ""]]  # by the parameter's name
+Rates = dict[str, Any]  # scalars by the parameter's name
 Loss = Callable[[Learned, Any, Any, Tuning], Float[Array, ""]]
 
 
@@ -194,7 +194,8 @@ def rates_of(stage: Tuning, step: int) -> Rates:
     rates = dict.fromkeys(("log_scale", "log_clip", "shift", "a", "b"), stage.rate)
     rates |= {"weight": stage.weight_rate, "norm": stage.norm_rate, "level": stage.level_rate}
     factor = schedule(stage)(step)
-    return {name: np.float32(rate * factor) for name, rate in rates.items()}  # of NumPy: on the devices of all processes
+    # NumPy's scalars, which go to the devices of all processes.
+    return {name: np.float32(rate * factor) for name, rate in rates.items()}
 
 
 def schedule(stage: Tuning) -> optax.Schedule:
