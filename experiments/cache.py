@@ -146,9 +146,9 @@ def markdown(rows: list[Row]) -> str:
     group = next((row["config"]["cache"]["group"] for row in rows if "bits" in row), None)
     return (
         f"{tables.as_markdown(table(rows))}\n{tables.protocol(rows[0])}. Asymmetric integers, {group} channels of a "
-        f"token or tokens of a channel under one scale; values are rounded by token. Change of perplexity with its 95 % "
-        f"interval (Student's t) paired by window; KL and top-1 agreement are to the float cache. MB: of one text's "
-        f"cache, with what is not rounded in 16 bits. {rows[0]['device']}.\n"
+        f"token or tokens of a channel under one scale; values are rounded by token. Change of perplexity with its "
+        f"95 % interval (Student's t) paired by window; KL and top-1 agreement are to the float cache. MB: of one "
+        f"text's cache, with what is not rounded in 16 bits. {rows[0]['device']}.\n"
     )
 
 
