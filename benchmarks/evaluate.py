@@ -197,6 +197,9 @@ def transformers_runs(
             _ = model(torch.from_numpy(window[None].astype(np.int64))).logits
         return time.perf_counter() - begin
 
+    # No token ends the text. `min_new_tokens` would forbid that token, and then the texts differ.
+    model.generation_config.eos_token_id = None
+
     class Clock(transformers.generation.streamers.BaseStreamer):
         """Records when each token arrives; the first call has the prompt."""
 
@@ -212,7 +215,7 @@ def transformers_runs(
     @torch.inference_mode()
     def greedy() -> tuple[float, list[int]]:
         ids, clock = torch.from_numpy(prompt[None].astype(np.int64)), Clock()
-        options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
+        options = {"do_sample": False, "max_new_tokens": NEW_TOKENS}
         out = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, streamer=clock, **options)
         return clock.times[-1] - clock.times[1], out[0, len(prompt) :].tolist()
 

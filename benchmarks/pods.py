@@ -1,12 +1,12 @@
-"""What a user can start on a pod, compiled for it by the TPU compiler: memory a chip, collectives, operations.
+"""What a user can start on a pod, compiled for it by the TPU compiler: memory a device, collectives, operations.
 
     python -m benchmarks.pods                    # needs jax[tpu] (`make pods`), no TPU
     python -m benchmarks.pods v5e:2x4 8B         # one pod and model
 
 Llama-3's shapes, 4 bits in groups of 64. Programs: observing a batch of calibration windows with a block, rounding a
-block's widest weight by GPTQ, evaluating windows with the model cut over all chips, generating a token with a packed
-cache of 8,192 tokens, and a step of quantization-aware training at 2 bits. Nothing runs. Rows are added to
-benchmarks/results/pods.jsonl as they come, and are not compiled again.
+block's weight of the most inputs by GPTQ, evaluating windows with the model cut over all devices, generating a token
+with a packed cache of 8,192 tokens, and a step of quantization-aware training at 2 bits. Nothing runs. Rows go to
+benchmarks/results/pods.jsonl as they come, and are not compiled again while the code stays the same.
 """
 
 import json
@@ -28,11 +28,13 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import scaling
 from benchmarks.scaling import COLLECTIVE, SHAPES, collectives
 from experiments.provenance import versions
-from jquant import CacheFormat, Int, Stored, Tuning, method
+from jquant import CacheFormat, Int, Stored, Tuning, method, provenance
 from jquant.calibration.windows import Batch, averaged, no_stats, observe_batch
 from jquant.evaluation import generation, perplexity
+from jquant.io.files import write_text
 from jquant.kernels import choose
 from jquant.learning import loop
 from jquant.learning.losses import model_loss
@@ -42,13 +44,13 @@ from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Block, Decoder, outside_of, with_cache
 from jquant.models.families import family_of
 from jquant.models.params import flat_params, with_params
-from jquant.parallel.mesh import BOTH, DATA, MODEL, Devices, scatter
+from jquant.parallel.mesh import BOTH, DATA, MODEL, Devices, in_mesh, scatter
 from jquant.pipeline.blocks import round_weight, seen_by
 from jquant.qtensor import QTensor, packed_matrix, quantize
 from jquant.ranges import MinMax
 
-ROWS = Path(__file__).parent / "results/pods.jsonl"
-# Topology -> GiB a chip, the mesh, the models.
+ROWS, NAMES = Path(__file__).parent / "results/pods.jsonl", ("topology", "model", "program")
+# Topology -> GiB a device, the mesh, the models. A chip is a device, but on tpu7x two.
 PODS: dict[str, tuple[int, tuple[int, int], tuple[str, ...]]] = {
     "v5e:2x4": (16, (4, 2), ("8B",)),
     "v6e:2x4": (32, (4, 2), ("8B", "70B")),
@@ -58,7 +60,7 @@ PODS: dict[str, tuple[int, tuple[int, int], tuple[str, ...]]] = {
 }
 # Of a program's text: where a computation begins, what it calls, what a loop repeats.
 COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
-CALLED = re.compile(r"(?:body|condition|calls|to_apply|branch_computations)=\{?%?([\w.\-]+)")
+CALLED = re.compile(r"(?:body|condition|calls|to_apply|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)")
 BODY = re.compile(r"body=%?([\w.\-]+)")
 CONTEXT, BATCH, CACHED = 2048, 4, 8192
 PACKED = Stored(Int(4, 64))
@@ -66,28 +68,27 @@ PACKED = Stored(Int(4, 64))
 
 def main(chosen: list[str]) -> None:
     """Compiles every program for every pod, adds the rows, and prints all."""
-    done = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
-    known = {(row["topology"], row["model"], row["program"], row["sources"]) for row in done}
+    lines = ROWS.read_text().splitlines() if ROWS.exists() else []
+    done = {tuple(row[name] for name in NAMES): row for row in map(json.loads, lines)}
     origin = versions()
-    sources = origin["code_version"].rpartition(" ")[2]  # not the commit: other files change with it
+    here = provenance.digest(*(Path(file).read_bytes() for file in (__file__, scaling.__file__)))
+    sources = f"{origin['code_version'].rpartition(' ')[2]} {here}"  # not the commit: other files change with it
     for topology, (memory, mesh, models) in PODS.items():
         if chosen and topology != chosen[0]:
             continue
-        of = tuple(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
-        devices = Devices(*mesh, uneven="replicate", of=of)
+        of = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        devices = Devices(*mesh, uneven="replicate", of=tuple(in_mesh(of, mesh).flat))
         for model in models if len(chosen) < 2 else chosen[1:]:
             config = llama3(model)
             for program, lower in PROGRAMS.items():
-                key = {"topology": topology, "model": model, "program": program, "sources": sources}
-                if tuple(key.values()) in known:
+                key = topology, model, program
+                if done.get(key, {}).get("sources") == sources:
                     continue
-                pod = {"chips": len(of), "mesh": f"{mesh[0]} × {mesh[1]}", "memory_gib": memory}
-                row = key | pod | compiled(lower, config, devices, memory)
-                with ROWS.open("a") as file:
-                    file.write(json.dumps(row | origin) + "\n")
-                done.append(row)
-                print(json.dumps(row), flush=True)
-    show(done)
+                pod = {"mesh": f"{mesh[0]} × {mesh[1]}", "memory_gib": memory, "sources": sources}
+                done[key] = dict(zip(NAMES, key, strict=True)) | pod | compiled(lower, config, devices) | origin
+                write_text(ROWS, "".join(json.dumps(row) + "\n" for row in done.values()))
+                print(json.dumps(done[key]), flush=True)
+    show(list(done.values()))
 
 
 def llama3(model: str) -> DecoderConfig:
@@ -98,10 +99,8 @@ def llama3(model: str) -> DecoderConfig:
     )  # fmt: skip
 
 
-def compiled(
-    lower: Callable[[DecoderConfig, Devices], Any], config: DecoderConfig, devices: Devices, memory_gib: int
-) -> dict[str, Any]:
-    """A program's figures a chip, or why it does not compile."""
+def compiled(lower: Callable[[DecoderConfig, Devices], Any], config: DecoderConfig, devices: Devices) -> dict[str, Any]:
+    """A program's figures a device, or why it does not compile; the compiler refuses what does not fit."""
     begin = time.perf_counter()
     try:
         program = lower(config, devices).compile()
@@ -114,7 +113,7 @@ def compiled(
     return {
         "held_gb": held / 1e9,
         "temporary_gb": memory.temp_size_in_bytes / 1e9,
-        "fits": "yes" if held + memory.temp_size_in_bytes <= memory_gib * 2**30 else "no",
+        "fits": "yes",
         "collectives": moved(once),
         "collectives_in_loops": moved(looped),
         "tflop": cost.get("flops", 0) / 1e12,
@@ -125,8 +124,8 @@ def compiled(
 def reason(error: Exception) -> str:
     """What the compiler says of memory; else the first line of what it says."""
     text = str(error).strip()
-    found = re.search(r"Used (\S+) of (\S+) hbm", text)
-    return f"{found[1]} of {found[2]}" if found else text.splitlines()[0][:200]
+    found = re.search(r"Used (\S+) of (\S+) hbm|\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", text)
+    return " of ".join(filter(None, found.groups())) if found else text.splitlines()[0][:200]
 
 
 def apart(text: str) -> tuple[str, str]:
@@ -137,7 +136,8 @@ def apart(text: str) -> tuple[str, str]:
         if begin := COMPUTATION.match(line):
             name = begin[1]
         lines.setdefault(name, []).append(line)
-    calls = {name: set(CALLED.findall("\n".join(own))) for name, own in lines.items()}
+    names = lambda own: re.findall(r"[\w.\-]+", " ".join(CALLED.findall("\n".join(own))))  # noqa: E731
+    calls = {name: set(names(own)) for name, own in lines.items()}
     looped, found = set(), set(BODY.findall(text))
     while found:
         looped |= found
@@ -163,7 +163,7 @@ def array(devices: Devices, leaf: Any, *axes: Any, dtype: Any = None) -> jax.Sha
 
 
 def observing(config: DecoderConfig, devices: Devices) -> Any:
-    """`observe_batch` of a bfloat16 block, for GPTQ; BATCH windows a chip."""
+    """`observe_batch` of a bfloat16 block, for GPTQ; BATCH windows a device."""
     choices = choices_of(config)
     block = nnx.eval_shape(lambda: Block(config, nnx.Rngs(0)))
     block = jax.tree.map(lambda leaf: array(devices, leaf, dtype=jnp.bfloat16), block)
@@ -185,7 +185,7 @@ def rounding(config: DecoderConfig, devices: Devices) -> Any:
 
 
 def evaluating(config: DecoderConfig, devices: Devices) -> Any:
-    """`perplexity._hidden` of a 4-bit model that is cut over all chips; a window a chip."""
+    """`perplexity._hidden` of a 4-bit model that is cut over all devices; a window each."""
     tokens = jax.ShapeDtypeStruct((devices.count, CONTEXT), jnp.int32)
     decoder = spread(quantized(config, Int(4, 64)), devices)
     return perplexity._hidden.lower(decoder, array(devices, tokens, BOTH), devices)
@@ -276,7 +276,7 @@ def spread(module: Any, devices: Devices) -> Any:
 def show(rows: list[dict[str, Any]]) -> None:
     """Prints the table."""
     columns = ("pod", "model", "program", "held GB", "temporary GB", "fits", "collectives", "a turn", "TFLOP", "s")
-    table = Table(*columns, title="a chip")
+    table = Table(*columns, title="a device")
     for row in rows:
         figure = lambda name, row=row: "" if row[name] is None else f"{row[name]:.2f}"  # noqa: E731
         cells = row["topology"], row["model"], row["program"], figure("held_gb"), figure("temporary_gb"), row["fits"]

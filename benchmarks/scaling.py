@@ -45,8 +45,8 @@ BF16, FLOAT32, LINK = 400e12, 40e12, 50e9
 COLLECTIVE = re.compile(
     r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast)(-start)?\("
 )
-ARRAY = re.compile(r"\b(f32|bf16|s32|u32|pred|u8|f16)\[([\d,]*)\]")
-BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "u8": 1}
+ARRAY = re.compile(r"\b(pred|bf16|[fsu]\d+\w*)\[([\d,]*)\]")
+BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "u8": 1, "s8": 1, "s64": 8, "u64": 8, "f64": 8}
 
 
 def main() -> None:

@@ -40,9 +40,9 @@ from jquant.evaluation.sampled_text import sample_text
 from jquant.io.files import read_json, write_json, write_text
 from jquant.io.load import open_from_config
 from jquant.learning.journal import METRICS
-from jquant.learning.tuning import tune
+from jquant.learning.tuning import check_devices, tune
 from jquant.models.decoder import Decoder
-from jquant.parallel.processes import on_first
+from jquant.parallel.processes import as_first, on_first
 from jquant.pipeline.to_disk import quantize_to_folder
 from paper_figures import training_curves
 
@@ -66,7 +66,9 @@ def train(settings: dict[str, Any]) -> Row:
     devices = devices_of(settings)  # joins the other processes before anything is computed
     method = method_of(settings)
     stage = None if settings["tuning"] is None else tuning_of("tuning", settings["tuning"])
-    if stage is None and not method.tuning:
+    if stage:
+        check_devices(stage, devices)
+    elif not method.tuning:
         raise InputError("tuning=null needs a stage of blocks: give blocks='{…}'.")
     source = open_from_config(settings["model"])
     refuse_quantized(source)
@@ -85,7 +87,7 @@ def train(settings: dict[str, Any]) -> Row:
 
     with progress_bars(str(settings["method"])) as report:
         begin, spent = time.perf_counter(), Path(f"{settings['start']}.seconds.json")
-        options, found = Options(devices=devices, progress=report), spent.is_file()
+        options, found = Options(devices=devices, progress=report), as_first(spent.is_file())
         start = quantize_to_folder(source, Path(settings["start"]), method, calibration, options).load(report)
         if not found:  # trainings that share the start say what it took
             on_first(partial(write_json, spent, {"seconds": time.perf_counter() - begin}))

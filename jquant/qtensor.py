@@ -1,6 +1,7 @@
 """QTensor: packed codes, scales and zeros as one pytree that maps, shards, checkpoints and scans like an array."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -227,6 +228,24 @@ def prepared(tree: Any, mesh: Mesh | None = None) -> Any:
         return choose.kernel(packed_matrix(leaf), leaf.activation, leaf.input_scale, mesh) or leaf
 
     return jax.tree.map(fastest, tree, is_leaf=lambda leaf: isinstance(leaf, QTensor | Transposed))
+
+
+def side_by_side(kernels: Sequence[Any]) -> Any | None:
+    """Kernels of one input as the fastest kernel of their device reads them together, `[in, out of all]`.
+
+    None where they are not all QTensors of one format and rounding of inputs, with a scale for each column of their
+    own, or where no kernel takes them.
+    """
+    first, *others = kernels
+    same = lambda q: isinstance(q, QTensor) and (q.format, q.activation) == (first.format, first.activation)  # noqa: E731
+    if not isinstance(first, QTensor) or not all(map(same, others)) or first.input_scale is not None:
+        return None
+    matrices = [packed_matrix(kernel) for kernel in kernels]
+    if any(matrix.scale.shape[-1] != matrix.codes.shape[-1] for matrix in matrices):
+        return None
+    parts = [(matrix.codes, matrix.scale, matrix.zero) for matrix in matrices]
+    joined = jax.tree.map(lambda *columns: jnp.concatenate(columns, -1), *parts)
+    return choose.kernel(PackedMatrix(*joined, first.format, first.in_features), first.activation, None)
 
 
 def bits_per_weight(tree: Any) -> float:

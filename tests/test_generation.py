@@ -13,9 +13,11 @@ from checkpoints import refused, relative
 
 import jquant
 from jquant import CacheFormat, Int, Stored, with_cache
-from jquant.evaluation.generation import _among, generate_batch, generate_ids, step, unstack
+from jquant.evaluation.generation import _among, generate_batch, generate_ids, in_steps, step, unstack
 from jquant.io.load import LanguageModel, load_model
+from jquant.kernels.cpu import build
 from jquant.models.cache import Cache
+from jquant.qtensor import prepared
 
 forward = jax.jit(lambda decoder, tokens: decoder(tokens))
 
@@ -29,6 +31,13 @@ def tiny(tmp_path_factory) -> LanguageModel:
     model = load_model(folder)
     assert model.tokenizer.eos_ids == (1,)
     return replace(model, tokenizer=replace(model.tokenizer, eos_ids=()))
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory) -> LanguageModel:
+    """Whose rows are whole groups of every format."""
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "initializer_range": 0.1}
+    return load_model(checkpoints.save(tmp_path_factory.mktemp("wide"), checkpoints.llama(**shape)))
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +58,27 @@ def test_cached_decoding_follows_the_full_forward_pass(which, request):
     assert len(ids) == 20
     assert ids == teacher_forced(model, PROMPT, ids).argmax(-1).tolist()
     assert len(set(ids)) > 3  # not one token for ever, which a stuck cache would also give
+
+
+@pytest.mark.skipif(build.target() is None, reason="there is no C++ compiler")
+@pytest.mark.parametrize("method", ["rtn-4", "rtn-2", "int8", "nf4_double", "q4_k", "fp8_e4m3"])
+def test_weights_of_one_input_are_multiplied_at_once(wide, method):
+    """Those of a kernel: q, k and v; gate and up. Logits are those of one product each."""
+    decoder = jquant.quantize(wide, method, progress=False).decoder
+    leaves, structure = jax.tree.flatten(in_steps(decoder))
+    layers = jax.tree.unflatten(structure, leaves)[1]
+    taken = method != "fp8_e4m3"
+    assert {layer.attention.q is None for layer in layers} == {taken}
+    assert {layer.mlp.together is not None for layer in layers} == {taken}
+    tokens, cache = jnp.arange(7)[None], Cache.init(decoder.config, 1, 8, jnp.float32)
+    logits, _ = step(structure, leaves, tokens, cache)
+    np.testing.assert_allclose(logits, prepared(decoder)(tokens)[:, -1], rtol=1e-4, atol=1e-5)
+
+
+def test_weights_of_several_formats_are_multiplied_one_by_one(wide):
+    rules = [(r"attention\.k", "int8"), (r"mlp\.up", None), ("", "rtn-4")]
+    layers = in_steps(jquant.quantize(wide, rules, progress=False).decoder)[1]
+    assert all(layer.attention.together is None and layer.mlp.together is None for layer in layers)
 
 
 def test_a_quantized_model_generates_its_own_text(tiny, quantized):

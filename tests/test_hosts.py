@@ -146,12 +146,15 @@ def test_two_processes_train_as_one_with_two_devices_and_go_on(folder):
         assert ours == pytest.approx(theirs, rel=1e-4)
 
     killed = started(folder, *settings("killed"), script="qat")
-    while not any((folder / "killed/training").glob("state/*[0-9]")):
-        assert all(process.poll() is None for process in killed)
-        time.sleep(0.01)
-    for process in killed:
-        process.kill()
-        process.communicate()
+    try:
+        while not any((folder / "killed/training/state").glob("[0-9]*")):
+            assert [process.poll() for process in killed] == [None, None]
+            time.sleep(0.01)
+    finally:
+        for process in killed:
+            process.kill()
+            process.communicate()
+    assert any((folder / "killed/training/state").glob("[0-9]*"))
     assert not (folder / "killed/model").exists()
     results = two(folder, *settings("killed"), script="qat")
     assert [status for status, _, _ in results] == [0, 0], results

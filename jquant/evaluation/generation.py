@@ -33,10 +33,10 @@ from jquant.kernels.choose import attention
 from jquant.learning.objectives import top_k as largest
 from jquant.models.cache import Cache
 from jquant.models.config import DecoderConfig
-from jquant.models.decoder import Block, Decoder, attend, outside_of
+from jquant.models.decoder import Block, Decoder, SideBySide, attend, outside_of
 from jquant.models.rotary import rotary_table
 from jquant.parallel.mesh import Devices, spread_over
-from jquant.qtensor import prepared
+from jquant.qtensor import prepared, side_by_side
 
 # Tokens that `_draw` takes together. A vocabulary of 49,152 has 384 such blocks.
 BLOCK = 128
@@ -257,7 +257,22 @@ def in_steps(decoder: Decoder) -> tuple[Decoder, tuple[Block, ...]]:
     layers = unstack(decoder)
     for layer in layers:
         layer.attention.of_one = of_one
+        if devices is None:
+            _put_together(layer.attention, ("q", "k", "v"))
+            _put_together(layer.mlp, ("gate", "up"))
     return prepared((outside, layers), devices and devices.mesh)
+
+
+def _put_together(module: Any, names: tuple[str, ...]) -> None:
+    """Linear layers of the same input as one, where the device's kernel takes their weights side by side."""
+    kernels = [getattr(module, name).kernel.get_value() for name in names]
+    together = side_by_side(kernels)
+    if together is None:
+        return
+    ends = tuple(np.cumsum([kernel.shape[1] for kernel in kernels[:-1]]).tolist())
+    module.together = nnx.data(SideBySide(together, ends))
+    for name in names:
+        setattr(module, name, None)
 
 
 @dataclass(frozen=True)

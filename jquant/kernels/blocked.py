@@ -26,8 +26,9 @@ from jquant.formats import Float as SmallFloat
 from jquant.kernels.matmul import add_outliers
 from jquant.kernels.packed import PackedMatrix, fill
 
-# Outputs side by side, and the most rows of inputs that a block of weights is unpacked for.
-COLUMNS, MOST = {"tpu": 256, "gpu": 64}, {"tpu": 256, "gpu": 64}
+# Outputs side by side: the first of these that divides a weight's columns, else the last. And the most rows of inputs
+# that a block of weights is unpacked for.
+TILES, MOST = {"tpu": (256, 128), "gpu": (64,)}, {"tpu": 256, "gpu": 64}
 # Rows of a weight that are unpacked together. On a GPU a product is of one group, whose scale is a row.
 DEEPEST = 1024
 FEWEST = 16  # rows of inputs: the smallest tile of 16-bit numbers
@@ -39,7 +40,7 @@ class Blocked:
     """A quantized weight as the Pallas product reads it: x @ w for evaluation and generation, without a gradient.
 
     A weight is scale · level(code) + offset. Rows lie in blocks; the last one is filled up with scales of 0, and
-    columns to whole multiples of COLUMNS.
+    columns to whole tiles.
 
     Attributes:
       codes: int8 `[*l, blocks, bytes, columns]`. Of 4 bits, byte r of a block has the code of its row r in the low half
@@ -123,6 +124,7 @@ class Layout:
       rows: of the weight.
       columns: of the weight.
       depth: rows of a block.
+      tile: outputs side by side.
       width: bits of a stored code, 4 or 8.
       levels: of the 16 codes; None where a level is a whole number, the code less `centre`.
       centre: see `levels`.
@@ -133,6 +135,7 @@ class Layout:
     rows: int
     columns: int
     depth: int
+    tile: int
     width: int
     levels: tuple[float, ...] | None
     centre: int
@@ -158,9 +161,12 @@ def by_columns(
     None where there is no kernel for its format or shape, or columns don't divide.
     """
     rows, columns = w.shape
+    own, together = columns // mesh.size, block_shape(w.format, w.shape)[1]  # columns of a device, and under one scale
     platform = "tpu" if interpret else mesh.devices.flat[0].platform
-    layout = _layout(w.format, (rows, columns // mesh.size), platform, interpret)
-    if layout is None or platform != "tpu" or columns % mesh.size:
+    if platform != "tpu" or columns % mesh.size or (together < columns and own % together):
+        return None
+    layout = _layout(w.format, (rows, own), platform, interpret)
+    if layout is None:
         return None
     parts = _parts_on_each((w.codes, w.scale, w.zero), w.format, layout, mesh)
     return ByColumns(Blocked(*parts, input_scale, layout, activation), mesh)
@@ -181,7 +187,8 @@ def _layout(format: Format, shape: tuple[int, int], platform: str, interpret: bo
         with jax.ensure_compile_time_eval():
             codes = jnp.arange(16, dtype=jnp.uint8) % 2**format.bits
             levels = tuple(np.asarray(format.decode(codes, jnp.ones((), jnp.float32), None), np.float64).tolist())
-    return Layout(rows, columns, depth, 4 if format.bits <= 4 else 8, levels, centre, platform, interpret)
+    tile = next((tile for tile in TILES[platform] if columns % tile == 0), TILES[platform][-1])
+    return Layout(rows, columns, depth, tile, 4 if format.bits <= 4 else 8, levels, centre, platform, interpret)
 
 
 def _depth(group: int, rows: int, platform: str) -> int | None:
@@ -212,7 +219,7 @@ def _parts(codes: Array, scale: Array, zero: Array | None, format: Format, layou
     scale = scale.astype(jnp.float32)
 
     def in_blocks(a: Array, per_block: int) -> Array:
-        filled = fill(fill(a, -2, per_block), -1, COLUMNS[layout.platform])
+        filled = fill(fill(a, -2, per_block), -1, layout.tile)
         return filled.reshape(*a.shape[:-2], -1, per_block, filled.shape[-1])
 
     codes = in_blocks(codes, layout.depth)
@@ -252,7 +259,7 @@ def multiply(x: Float[Array, "tokens in"], w: Blocked) -> Float[Array, "tokens o
 
 def _on_tpu(x: Float[Array, "t in"], w: Blocked, rows: int) -> Float[Array, "t out"]:
     """Blocks of one output tile follow one another and add to a sum in the chip's memory."""
-    of, (blocks, stored, width), columns = w.layout, w.codes.shape, COLUMNS["tpu"]
+    of, (blocks, stored, width), columns = w.layout, w.codes.shape, w.layout.tile
     grid = [w.scale] if w.offset is None else [w.scale, w.offset]
 
     def kernel(x_ref: Any, codes_ref: Any, *refs: Any) -> None:
@@ -272,6 +279,7 @@ def _on_tpu(x: Float[Array, "t in"], w: Blocked, rows: int) -> Float[Array, "t o
     return pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((len(x), width), jnp.float32),
+        cost_estimate=_cost(x, w),
         grid=(len(x) // rows, width // columns, blocks),
         in_specs=[
             pl.BlockSpec((rows, of.depth), lambda i, j, k: (i, k)),
@@ -287,7 +295,7 @@ def _on_tpu(x: Float[Array, "t in"], w: Blocked, rows: int) -> Float[Array, "t o
 
 def _on_gpu(x: Float[Array, "t in"], w: Blocked, rows: int) -> Float[Array, "t out"]:
     """Each program goes through the blocks of one output tile."""
-    of, (blocks, stored, width), columns = w.layout, w.codes.shape, COLUMNS["gpu"]
+    of, (blocks, stored, width), columns = w.layout, w.codes.shape, w.layout.tile
     grid = [w.scale] if w.offset is None else [w.scale, w.offset]
 
     def kernel(x_ref: Any, codes_ref: Any, *refs: Any) -> None:
@@ -303,6 +311,7 @@ def _on_gpu(x: Float[Array, "t in"], w: Blocked, rows: int) -> Float[Array, "t o
     return pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((len(x), width), jnp.float32),
+        cost_estimate=_cost(x, w),
         grid=(len(x) // rows, width // columns),
         in_specs=[
             pl.BlockSpec((rows, x.shape[1]), lambda i, j: (i, 0)),
@@ -312,6 +321,12 @@ def _on_gpu(x: Float[Array, "t in"], w: Blocked, rows: int) -> Float[Array, "t o
         out_specs=pl.BlockSpec((rows, columns), lambda i, j: (i, j)),
         interpret=of.interpret,
     )(x, w.codes, *grid)
+
+
+def _cost(x: Float[Array, "t in"], w: Blocked) -> pl.CostEstimate:
+    """What XLA counts a product as."""
+    size = w.codes.size * 8 // w.layout.width
+    return pl.CostEstimate(flops=2 * len(x) * size, bytes_accessed=w.nbytes + x.nbytes, transcendentals=0)
 
 
 def _block(x: Float[Array, "t depth"], codes: Int8[Array, "bytes out"], grid: list[Array], of: Layout) -> Array:

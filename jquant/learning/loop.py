@@ -86,7 +86,8 @@ def fit(task: Task, stage: Tuning, writer: Writer | None = None, progress: Progr
         return cut(State(learned, optimizer(stage).init(learned)))
 
     first, state = (0, start()) if writer is None else writer.resumed(start)
-    frozen, program = cut(task.frozen), Program.of(task.loss, stage, devices)
+    # A state that was read has counts that lie nowhere yet.
+    state, frozen, program = cut(state), cut(task.frozen), Program.of(task.loss, stage, devices)
     begin = time.perf_counter()
     for number in range(first, stage.steps):
         done, last = number + 1, number + 1 == stage.steps

@@ -45,6 +45,23 @@ class Linear(nnx.Module):
         return x @ self.kernel.get_value()
 
 
+class SideBySide(nnx.Module):
+    """Several linear layers of one input as one, whose kernel holds theirs side by side.
+
+    Attributes:
+      kernel: `[in, out]`; anything that has a shape and takes x @ kernel.
+      ends: where each but the last layer's outputs end.
+    """
+
+    def __init__(self, kernel: Any, ends: tuple[int, ...]):
+        self.kernel = nnx.Param(kernel)
+        self.ends = ends
+
+    def __call__(self, x: Float[Array, "*b in"]) -> list[Float[Array, "*b _"]]:
+        """The layers' outputs."""
+        return jnp.split(x @ self.kernel.get_value(), self.ends, -1)
+
+
 class RMSNorm(nnx.Module):
     """x · scale / √(mean x² + ε), the mean in float32; if x is rotated by `rotation`, it is rotated back first."""
 
@@ -69,6 +86,7 @@ class Attention(nnx.Module):
         self.config = config
         self.cached: CacheFormat | None = None
         self.of_one: Any = None  # attends with one query a head (`kernels.choose.attention`); set by generation
+        self.together: SideBySide | None = None  # q, k and v as one; set by generation
         width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
         self.q = Linear(config.hidden, width, rngs)
         self.k = Linear(config.hidden, kv_width, rngs)
@@ -88,7 +106,8 @@ class Attention(nnx.Module):
         `cached` packs it, several tokens at once are the first.
         """
         heads = lambda y: y.reshape(*y.shape[:2], -1, self.config.head_dim).transpose(0, 2, 1, 3)  # noqa: E731
-        q, k, v = rotate(heads(self.q(x)), rotary), heads(self.k(x)), heads(self.v(x))
+        q, k, v = map(heads, self.together(x) if self.together else (self.q(x), self.k(x), self.v(x)))
+        q = rotate(q, rotary)
         if cache is not None:
             cache = extended(cache, (k, v), rotary, start, self.cached)
         if cache is None or (self.cached is not None and x.shape[1] > 1):
@@ -110,13 +129,15 @@ class MLP(nnx.Module):
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         self.rotation: hadamard.Rotation | None = None
+        self.together: SideBySide | None = None  # gate and up as one; set by generation
         self.gate = Linear(config.hidden, config.ffn, rngs)
         self.up = Linear(config.hidden, config.ffn, rngs)
         self.down = Linear(config.ffn, config.hidden, rngs)
 
     def __call__(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Taps]:
         """Output and taps."""
-        inner = jax.nn.silu(self.gate(x)) * self.up(x)
+        gate, up = self.together(x) if self.together else (self.gate(x), self.up(x))
+        inner = jax.nn.silu(gate) * up
         if self.rotation is not None:
             inner = hadamard.apply(inner, self.rotation)
         return self.down(inner), {"mlp_input": x, "mlp_output": inner}

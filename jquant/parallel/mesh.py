@@ -11,7 +11,7 @@ each Gram matrix once; an all-reduce would move it twice. No device holds a whol
 (`gather_pieces`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, TypeVar
@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -42,10 +43,10 @@ class Devices:
       data: calibration windows are split into data · model parts.
       model: how many parts a weight's output columns are split into.
       uneven: for weights whose columns do not divide: an error, or every device rounds all columns.
-      of: the devices that there are; by default all of all hosts.
+      of: the devices that there are, in the mesh's order; by default all of all hosts, neighbours beside each other.
 
     Raises:
-      InputError: there are too few devices, or several processes have more.
+      InputError: there are too few devices, or the mesh leaves devices of several processes without work.
     """
 
     data: int = 1
@@ -73,8 +74,12 @@ class Devices:
     @cached_property
     def mesh(self) -> Mesh:
         """JAX's mesh; on one device it is 1 × 1."""
-        devices = (self.of or jax.devices())[: self.data * self.model]
-        return jax.make_mesh((self.data, self.model), (DATA, MODEL), devices=devices, axis_types=(AxisType.Auto,) * 2)
+        shape = (self.data, self.model)
+        if self.of is None:
+            devices = in_mesh(jax.devices()[: self.count], shape)
+        else:
+            devices = np.asarray(self.of[: self.count]).reshape(shape)
+        return Mesh(devices, (DATA, MODEL), axis_types=(AxisType.Auto,) * 2)
 
     @property
     def count(self) -> int:
@@ -228,8 +233,13 @@ def spread_over(decoder: Any) -> Devices | None:
         return None
     assert isinstance(sharding.mesh, Mesh)
     of = tuple(sharding.mesh.devices.flat)
-    first = tuple(jax.devices()[: len(of)])
-    return Devices(sharding.mesh.shape[DATA], sharding.mesh.shape[MODEL], of=None if of == first else of)
+    usual = set(of) == set(jax.devices()[: len(of)])
+    return Devices(sharding.mesh.shape[DATA], sharding.mesh.shape[MODEL], of=None if usual else of)
+
+
+def in_mesh(devices: Sequence[Any], shape: tuple[int, int]) -> np.ndarray:
+    """Devices as a mesh whose neighbours are neighbours on the chips' links."""
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def scatter(tree: Tree, count: int) -> Tree:

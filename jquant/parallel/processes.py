@@ -58,7 +58,7 @@ def on_first(work: Callable[[], None]) -> None:
     if jax.process_index() == 0:
         try:
             work()
-        except InputError as wrong:
+        except Exception as wrong:  # the others wait, whatever it is
             problem = wrong
     failed = as_first(problem is not None)
     if problem:

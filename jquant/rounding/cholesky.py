@@ -1,10 +1,12 @@
 """Cholesky factors and their solves: a library's routine where the platform has one, blocks in a loop on TPUs.
 
 XLA writes both out for TPUs, one copy of the code for every 128 rows; for 4,096 rows that takes over a minute to
-compile. A loop over blocks is one copy, whatever the matrix. It multiplies with whole rows, zeros included: n³ products
-in place of n³ / 3, of the kind that a matrix unit does best.
+compile. A loop over blocks is one copy, whatever the matrix. It multiplies zeros, too. Factors are therefore taken in
+four loops, each over the rows and columns that its blocks can need: 0.63 n³ operations in place of 0.33 n³. A solve for
+m columns takes 4 n² m in place of 2 n² m.
 """
 
+import itertools
 from functools import partial
 
 import jax
@@ -13,7 +15,7 @@ from jax import Array
 from jax.scipy.linalg import cho_solve, solve_triangular
 from jaxtyping import Float
 
-BLOCK = 128
+BLOCK, PARTS = 128, 4
 
 
 def cholesky(a: Float[Array, "n n"]) -> Float[Array, "n n"]:
@@ -31,20 +33,30 @@ def solve(lower: Float[Array, "n n"], b: Float[Array, "n m"]) -> Float[Array, "n
 def in_blocks(a: Float[Array, "n n"], block: int = BLOCK) -> Float[Array, "n n"]:
     """As `cholesky`, block by block, each from the columns to its left."""
     n = len(a)
-    a, places = _filled(a, block), jnp.arange(n + -n % block)
+    a = _filled(a, block)
+    bounds = [len(a) // block * part // PARTS * block for part in range(PARTS + 1)]
+    for top, end in itertools.pairwise(dict.fromkeys(bounds)):
+        lower = _factor_between(a[top:, :end], top, block)
+        a = a.at[top:, :end].set(lower)
+    return jnp.tril(a)[:n, :n]
+
+
+def _factor_between(a: Float[Array, "rows columns"], top: int, block: int) -> Float[Array, "rows columns"]:
+    """The rows from `top` on of the columns up to some block's end; those up to `top` are the factor's already."""
+    rows, columns = jnp.arange(len(a)), jnp.arange(a.shape[1])
 
     def factor(number: Array, lower: Array) -> Array:
-        start = number * block
-        known = places < start
-        above = jnp.where(known, jax.lax.dynamic_slice_in_dim(lower, start, block), 0)
-        panel = jax.lax.dynamic_slice_in_dim(lower, start, block, axis=1)
+        start = number * block  # of the block's rows; its columns are `top` further
+        above = jax.lax.dynamic_slice_in_dim(lower, start, block)
+        above = jnp.where(columns < top + start, above, 0)
+        panel = jax.lax.dynamic_slice_in_dim(lower, top + start, block, axis=1)
         panel -= jnp.matmul(lower, above.T, precision="highest")
         corner = jnp.linalg.cholesky(jax.lax.dynamic_slice_in_dim(panel, start, block), symmetrize_input=False)
         column = solve_triangular(corner, panel.T, lower=True).T
-        column = jnp.where(known[:, None], 0, jax.lax.dynamic_update_slice_in_dim(column, corner, start, 0))
-        return jax.lax.dynamic_update_slice_in_dim(lower, column, start, 1)
+        column = jnp.where(rows[:, None] < start, 0, jax.lax.dynamic_update_slice_in_dim(column, corner, start, 0))
+        return jax.lax.dynamic_update_slice_in_dim(lower, column, top + start, 1)
 
-    return jax.lax.fori_loop(0, len(a) // block, factor, a)[:n, :n]
+    return jax.lax.fori_loop(0, (a.shape[1] - top) // block, factor, a)
 
 
 def solve_in_blocks(lower: Float[Array, "n n"], b: Float[Array, "n m"], block: int = BLOCK) -> Float[Array, "n m"]:
