@@ -140,7 +140,7 @@ def test_two_processes_train_as_one_with_two_devices_and_go_on(folder):
     assert status == 0, error
     results = two(folder, *settings("two"), script="qat")
     assert [status for status, _, _ in results] == [0, 0], results
-    assert [bool(said) for _, said, _ in results] == [True, False]
+    assert ["perplexity" in said for _, said, _ in results] == [True, False]
     for (step, theirs), (same, ours) in zip(figures("one"), figures("two"), strict=True):
         assert step == same
         assert ours == pytest.approx(theirs, rel=1e-4)

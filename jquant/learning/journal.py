@@ -101,7 +101,7 @@ class Writer:
         """
         done = self.kept()
         on_first(partial(_keep_metrics, self.folder / METRICS, done))
-        self._begin -= as_first(_seconds_in(self.folder / METRICS))  # seconds go on where they ended
+        self._begin -= float(as_first(_seconds_in(self.folder / METRICS)))  # seconds go on where they ended
         if not done:
             return 0, start()
         like = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)  # noqa: E731

@@ -78,8 +78,8 @@ def fit(task: Task, stage: Tuning, writer: Writer | None = None, progress: Progr
     devices = task.devices
     cut = devices.parameters if devices else lambda tree: tree
     on_data = (lambda batch: devices.place(batch, DATA)) if devices else lambda tree: tree
-    # A process alone can't compute with what lies on the devices of others.
-    at_hand = gather if jax.process_count() > 1 else lambda tree: tree
+    # The packed module is made where the task's own arrays lie: on one device.
+    at_hand = gather if devices else lambda tree: tree
 
     def start() -> State:
         learned = task.start()
