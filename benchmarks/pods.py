@@ -131,11 +131,19 @@ def reason(error: Exception) -> str:
 def apart(text: str) -> tuple[str, str]:
     """A compiled program's lines outside of loops, and those within, which run once a turn."""
     lines: dict[str, list[str]] = {}
-    name = ""
+    name, channels = "", set()
     for line in text.splitlines():
         if begin := COMPUTATION.match(line):
             name = begin[1]
-        lines.setdefault(name, []).append(line)
+        # A collective that is computed in parts, beside products, stands in each part.
+        channel = re.search(r"channel_id=(\d+)", line)
+        if channel is None or channel[1] not in channels:
+            lines.setdefault(name, []).append(line)
+        channels.update(channel.groups() if channel else ())
+    for name, own in lines.items():
+        if name.startswith("all-reduce-scatter"):  # it adds everything in its text, and keeps a part: a reduce-scatter
+            own[:] = [line for line in own if not COLLECTIVE.search(line)]
+            own[:] = [re.sub(r"(ROOT.*?) [\w-]+\(", r"\1 reduce-scatter(", line) for line in own]
     names = lambda own: re.findall(r"[\w.\-]+", " ".join(CALLED.findall("\n".join(own))))  # noqa: E731
     calls = {name: set(names(own)) for name, own in lines.items()}
     looped, found = set(), set(BODY.findall(text))
@@ -151,7 +159,7 @@ def moved(text: str) -> str:
     kinds: dict[str, list[int]] = {}
     for line, size in collectives(text).items():
         kinds.setdefault(COLLECTIVE.search(line)[2], []).append(size)  # pyright: ignore[reportOptionalSubscript]
-    return ", ".join(f"{len(sizes)} {kind} {sum(sizes) / 1e9:.2f} GB" for kind, sizes in kinds.items())
+    return ", ".join(f"{len(sizes)} {kind} {sum(sizes) / 1e6:,.1f} MB" for kind, sizes in kinds.items())
 
 
 # ---- programs -------------------------------------------------------------------------------------------------------

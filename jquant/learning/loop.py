@@ -79,7 +79,7 @@ def fit(task: Task, stage: Tuning, writer: Writer | None = None, progress: Progr
     cut = devices.parameters if devices else lambda tree: tree
     on_data = (lambda batch: devices.place(batch, DATA)) if devices else lambda tree: tree
     # The packed module is made where the task's own arrays lie: on one device.
-    at_hand = gather if devices else lambda tree: tree
+    at_hand = (lambda tree: jax.tree.map(jnp.asarray, gather(tree))) if devices else lambda tree: tree
 
     def start() -> State:
         learned = task.start()
