@@ -244,8 +244,8 @@ def side_by_side(kernels: Sequence[Any]) -> Any | None:
     if any(matrix.scale.shape[-1] != matrix.codes.shape[-1] for matrix in matrices):
         return None
     parts = [(matrix.codes, matrix.scale, matrix.zero) for matrix in matrices]
-    joined = jax.tree.map(lambda *columns: jnp.concatenate(columns, -1), *parts)
-    return choose.kernel(PackedMatrix(*joined, first.format, first.in_features), first.activation, None)
+    codes, scale, zero = jax.tree.map(lambda *columns: jnp.concatenate(columns, -1), *parts)
+    return choose.kernel(PackedMatrix(codes, scale, zero, first.format, first.in_features), first.activation, None)
 
 
 def bits_per_weight(tree: Any) -> float:

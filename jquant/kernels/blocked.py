@@ -150,7 +150,8 @@ def blocked(
     layout = _layout(w.format, w.shape, platform, interpret)
     if layout is None:
         return None
-    return Blocked(*_parts(w.codes, w.scale, w.zero, w.format, layout), input_scale, layout, activation)
+    codes, scale, offset = _parts(w.codes, w.scale, w.zero, w.format, layout)
+    return Blocked(codes, scale, offset, input_scale, layout, activation)
 
 
 def by_columns(
@@ -168,8 +169,8 @@ def by_columns(
     layout = _layout(w.format, (rows, own), platform, interpret)
     if layout is None:
         return None
-    parts = _parts_on_each((w.codes, w.scale, w.zero), w.format, layout, mesh)
-    return ByColumns(Blocked(*parts, input_scale, layout, activation), mesh)
+    codes, scale, offset = _parts_on_each((w.codes, w.scale, w.zero), w.format, layout, mesh)
+    return ByColumns(Blocked(codes, scale, offset, input_scale, layout, activation), mesh)
 
 
 def _layout(format: Format, shape: tuple[int, int], platform: str, interpret: bool) -> Layout | None:

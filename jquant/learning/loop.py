@@ -194,7 +194,7 @@ def rates_of(stage: Tuning, step: int) -> Rates:
     """The rate of each parameter, by its name, at a step counted from 0."""
     rates = dict.fromkeys(("log_scale", "log_clip", "shift", "a", "b"), stage.rate)
     rates |= {"weight": stage.weight_rate, "norm": stage.norm_rate, "level": stage.level_rate}
-    factor = schedule(stage)(step)
+    factor = np.asarray(schedule(stage)(step))
     # NumPy's scalars, which go to the devices of all processes.
     return {name: np.float32(rate * factor) for name, rate in rates.items()}
 
