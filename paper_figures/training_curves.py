@@ -85,14 +85,15 @@ def _lines(axes: Axes, drawn: Sequence[tuple[Row, Curve]], figure: str, names: l
 
 
 def _label_ends(ends: list[tuple[float, float]], axes: Axes, figure: str) -> None:
-    """Writes the curves' last values, from the lowest up, those left out that would cover the one below."""
-    low, high = axes.get_ylim()
-    below: dict[float, float] = {}
+    """Writes the curves' last values, from the lowest up, those left out that would cover one below."""
+    (low, high), (left, right) = axes.get_ylim(), axes.get_xlim()
+    written: list[tuple[float, float]] = []
     for at, value in sorted(ends, key=lambda end: end[1]):
-        if value - below.get(at, -math.inf) > 0.07 * (high - low):
+        near = lambda other, at=at: abs(math.log(other / at)) < 0.12 * math.log(right / left)  # noqa: E731
+        if all(value - below > 0.07 * (high - low) for other, below in written if near(other)):
             text = f"{value:.3f}" if figure == "kl" else style.number(value)
             axes.annotate(text, (at, value), (0, 5), textcoords="offset points", ha="center", fontsize=7)
-            below[at] = value
+            written.append((at, value))
 
 
 def _name(row: Row) -> str:
