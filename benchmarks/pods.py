@@ -62,6 +62,7 @@ PODS: dict[str, tuple[int, tuple[int, int], tuple[str, ...]]] = {
 COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 CALLED = re.compile(r"(?:body|condition|calls|to_apply|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)")
 BODY = re.compile(r"body=%?([\w.\-]+)")
+PART = re.compile(r"= (\w+\[[\d,]*\])\S* (\S+)\(.*channel_id=(\d+)")
 CONTEXT, BATCH, CACHED = 2048, 4, 8192
 PACKED = Stored(Int(4, 64))
 
@@ -131,15 +132,15 @@ def reason(error: Exception) -> str:
 def apart(text: str) -> tuple[str, str]:
     """A compiled program's lines outside of loops, and those within, which run once a turn."""
     lines: dict[str, list[str]] = {}
-    name, channels = "", set()
+    name, parts = "", set()
     for line in text.splitlines():
         if begin := COMPUTATION.match(line):
             name = begin[1]
-        # A collective that is computed in parts, beside products, stands in each part.
-        channel = re.search(r"channel_id=(\d+)", line)
-        if channel is None or channel[1] not in channels:
+        # A collective that goes on beside products stands in the fusion that starts it, in theirs, and in its last.
+        part = PART.search(line) if name.startswith(("fused_computation", "async_collective_fusion")) else None
+        if part is None or part.groups() not in parts:
             lines.setdefault(name, []).append(line)
-        channels.update(channel.groups() if channel else ())
+        parts.add(part and part.groups())
     for name, own in lines.items():
         if name.startswith("all-reduce-scatter"):  # it adds everything in its text, and keeps a part: a reduce-scatter
             own[:] = [line for line in own if not COLLECTIVE.search(line)]
