@@ -122,7 +122,7 @@ def test_two_processes_train_as_one_with_two_devices_and_go_on(folder):
     given = ("model.path=float", "name=trained", "bits=2", "group=32", "text.data=text.txt", "text.context=32")
     given += ("calibration.data=text.txt", "calibration.samples=8", "calibration.context=24", "tuning.windows=4")
     given += ("evaluation.data=other.txt", "evaluation.windows=4", "evaluation.context=32", "generation.tokens=0")
-    given += ("tuning.steps=60", "journal.every=3", "journal.evaluate_every=30", "mesh.data=2")
+    given += ("tuning.steps=40", "journal.every=3", "journal.evaluate_every=20", "mesh.data=2")
     (folder / "other.txt").write_text(checkpoints.random_text(800, seed=9))
 
     def settings(output: str) -> tuple[str, ...]:

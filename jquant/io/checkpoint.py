@@ -15,6 +15,7 @@ Arrays must also have the shapes and dtypes that the model's configuration asks 
 in an error message, too.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -117,10 +118,12 @@ def write_item(folder: Path, params: Params, facts: Mapping[str, Any]) -> None:
             sync(path)
         temporary.rename(folder)
         sync(folder.parent)
+        return
     except (OSError, ValueError) as failed:  # tensorstore reports a full disk as a ValueError
         shutil.rmtree(temporary, ignore_errors=True)
         reason = getattr(failed, "strerror", None) or str(failed).splitlines()[0]
-        raise InputError(f"{folder} can't be written ({reason}).") from None
+    gc.collect()  # Orbax's other tasks failed, too, and say so when they are collected: before our sentence
+    raise InputError(f"{folder} can't be written ({reason}).")
 
 
 def read_item(folder: Path, shapes: Mapping[str, tuple[int, ...]], place: Place | None = None) -> Params:

@@ -37,7 +37,7 @@ def in_blocks(a: Float[Array, "n n"], block: int = BLOCK) -> Float[Array, "n n"]
     bounds = [len(a) // block * part // PARTS * block for part in range(PARTS + 1)]
     for top, end in itertools.pairwise(dict.fromkeys(bounds)):
         lower = _factor_between(a[top:, :end], top, block)
-        a = a.at[top:, :end].set(lower)
+        a = jax.lax.dynamic_update_slice(a, lower, (top, 0))
     return jnp.tril(a)[:n, :n]
 
 
