@@ -19,7 +19,7 @@ from jquant.evaluation import intervals
 from jquant.evaluation.intervals import Change
 from jquant.io.files import check_plain, write_text
 from jquant.methods import OPEN
-from paper_figures.rows import FLOAT, Row, by_text, is_float, text_of
+from paper_figures.rows import FLOAT, Row, by_text, is_float
 
 LOCK = ".lock"  # beside a results file; never removed, since another process may be waiting for it
 
@@ -274,7 +274,7 @@ def write_table(
     write_text(folder / "table.md", "\n".join(written))
     if not rows:
         return
-    lines = [_flat(row) | _change_fields(row, sections[text_of(row)], baseline) for row in rows]
+    lines = [_flat(row) | _change_fields(row, sections[row["protocol"]["data"]], baseline) for row in rows]
     plain = io.StringIO()
     writer = csv.DictWriter(plain, list(dict.fromkeys(key for line in lines for key in line)), lineterminator="\n")
     writer.writeheader()

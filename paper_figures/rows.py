@@ -42,14 +42,9 @@ def is_float(row: Row) -> bool:
 
 
 def by_text(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The rows of each text that was evaluated, by its name; a file's is the same in any folder."""
-    texts = dict.fromkeys(map(text_of, rows))
-    return {text: [row for row in rows if text_of(row) == text] for text in texts}
-
-
-def text_of(row: Row) -> str:
-    """The name of the text that a row is on."""
-    return Path(row["protocol"]["data"]).name
+    """The rows of each text that was evaluated."""
+    texts = dict.fromkeys(row["protocol"]["data"] for row in rows)
+    return {text: [row for row in rows if row["protocol"]["data"] == text] for text in texts}
 
 
 def intervals(rows: Sequence[Row]) -> tuple[str, list[Ends | None]]:
