@@ -210,7 +210,7 @@ def generating(config: DecoderConfig, devices: Devices) -> Any:
     outside, layers = jax.eval_shape(unstacked, decoder)
     cut = spread(outside, devices), tuple(spread(layer, devices) for layer in layers)
     for layer in cut[1]:
-        layer.attention.of_one = generation.ByHeads(devices)
+        layer.attention.devices = devices
 
     def fastest(leaf: Any) -> Any:
         if not isinstance(leaf, QTensor):

@@ -13,7 +13,6 @@ the keys' last axis, grow faster than the number of texts: 64 texts give no more
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -33,9 +32,9 @@ from jquant.kernels.choose import attention
 from jquant.learning.objectives import top_k as largest
 from jquant.models.cache import Cache
 from jquant.models.config import DecoderConfig
-from jquant.models.decoder import Block, Decoder, SideBySide, attend, outside_of
+from jquant.models.decoder import Block, Decoder, SideBySide, outside_of
 from jquant.models.rotary import rotary_table
-from jquant.parallel.mesh import Devices, spread_over
+from jquant.parallel.mesh import spread_over
 from jquant.qtensor import prepared, side_by_side
 
 # Tokens that `_draw` takes together. A vocabulary of 49,152 has 384 such blocks.
@@ -253,10 +252,10 @@ def check_sampling(prompts: np.ndarray, config: DecoderConfig, sampling: Samplin
 def in_steps(decoder: Decoder) -> tuple[Decoder, tuple[Block, ...]]:
     """The decoder without its layers, and the layers one by one, with the fastest products and attention there are."""
     outside, devices = outside_of(decoder), spread_over(decoder)
-    of_one = ByHeads(devices) if devices else attention(decoder.norm.scale.get_value(), decoder.config.head_dim)
+    of_one = attention(decoder.norm.scale.get_value(), decoder.config.head_dim)
     layers = unstack(decoder)
     for layer in layers:
-        layer.attention.of_one = of_one
+        layer.attention.of_one, layer.attention.devices = of_one, devices
         if devices is None:
             _put_together(layer.attention, ("q", "k", "v"))
             _put_together(layer.mlp, ("gate", "up"))
@@ -273,18 +272,6 @@ def _put_together(module: Any, names: tuple[str, ...]) -> None:
     module.together = nnx.data(SideBySide(together, ends))
     for name in names:
         setattr(module, name, None)
-
-
-@dataclass(frozen=True)
-class ByHeads:
-    """The attention of one query a head on a mesh: the query moves to where the cache's heads lie, not the cache."""
-
-    devices: Devices
-
-    def __call__(self, q: Array, keys: Array, values: Array, length: Array) -> Float[Array, "b h 1 d"]:
-        """See `decoder.attend`; `length` counts the query's own token."""
-        q, keys, values = self.devices.by_heads(q, keys, values, heads=keys.shape[1])
-        return attend(q, keys, values, length - 1)
 
 
 def empty_cache(decoder: Decoder, texts: int, slots: int) -> Cache:

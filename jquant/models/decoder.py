@@ -86,6 +86,7 @@ class Attention(nnx.Module):
         self.config = config
         self.cached: CacheFormat | None = None
         self.of_one: Any = None  # attends with one query a head (`kernels.choose.attention`); set by generation
+        self.devices: Any = None  # a mesh over which the cache's heads are cut; set by generation
         self.together: SideBySide | None = None  # q, k and v as one; set by generation
         width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
         self.q = Linear(config.hidden, width, rngs)
@@ -113,15 +114,20 @@ class Attention(nnx.Module):
         if cache is None or (self.cached is not None and x.shape[1] > 1):
             out, mass = causal_attention(q, rotate(k, rotary), v, *rounded_past(k, v, rotary, self.cached))
         else:
-            length = start + x.shape[1]
-            keys, values = read(cache, length, self.config, self.cached)
-            if self.of_one is not None and x.shape[1] == 1:
-                out, mass = self.of_one(q, keys, values, length), None
-            else:
-                out, mass = attend(q, keys, values, start), None
+            out, mass = self._over_heads(self._to_cache)(q, cache, start), None
         merged = out.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1)
         taps = {"attention_input": x, "attention_output": merged}
         return self.o(merged), taps if mass is None else taps | {"attention_mass": mass}, cache
+
+    def _to_cache(self, q: Float[Array, "b h t d"], cache: tuple[Any, Any], start: Any) -> Float[Array, "b h t d"]:
+        length = start + q.shape[2]
+        keys, values = read(cache, length, self.config, self.cached)
+        if self.of_one is not None and q.shape[2] == 1:
+            return self.of_one(q, keys, values, length)
+        return attend(q, keys, values, start)
+
+    def _over_heads(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return function if self.devices is None else self.devices.over_heads(function, self.config.kv_heads)
 
 
 class MLP(nnx.Module):

@@ -168,9 +168,20 @@ class Devices:
         """Within a jitted function: arrays joined on every device."""
         return jax.tree.map(lambda leaf: self._held(leaf), tree)
 
-    def by_heads(self, *arrays: Array, heads: int) -> list[Array]:
-        """Within a jitted function: arrays `[b, …]` of so many key/value heads, or a multiple, cut by `head_axes`."""
-        return [self._held(array, *self.head_axes(heads)) for array in arrays]
+    def over_heads(self, function: Callable[..., Any], heads: int) -> Callable[..., Any]:
+        """The function, of arrays `[b, heads, …]` and scalars, run where the heads lie (`head_axes`).
+
+        `heads` counts key/value heads; arrays may have a multiple of them. Left to itself, XLA cuts a cache along its
+        channels as well and joins it again, which moves all of it for a token.
+        """
+        axes = P(*self.head_axes(heads))
+
+        def over(*arguments: Any) -> Any:
+            cut = jax.tree.map(lambda leaf: axes if jnp.ndim(leaf) > 1 else P(), arguments)
+            of = jax.shard_map(function, mesh=self.mesh, in_specs=cut, out_specs=axes, check_vma=False)
+            return of(*arguments)
+
+        return over
 
     def apart(self, windows: Array) -> Array:
         """Within a jitted function: windows `[n, …]` split over all devices."""
