@@ -99,9 +99,8 @@ def windows(source: ModelFile | QuantizedFile, settings: dict[str, Any]) -> np.n
       InputError: a text is missing or too short, or the model was calibrated on it.
     """
     scoring = settings["evaluation"]
-    tokens = evaluation_windows(
-        source, load_text(scoring["data"]), scoring["context"], scoring["windows"], scoring["bos"]
-    )
+    cut = (scoring[key] for key in ("context", "windows", "bos", "stride"))
+    tokens = evaluation_windows(source, load_text(scoring["data"]), *cut)
     if isinstance(source, QuantizedFile) and source.calibrated_on is not None:
         text = tokens[:, 1:] if scoring["bos"] else tokens
         check_unseen(text, source.calibrated_on, f"evaluation.data={scoring['data']}", "choose another text")
@@ -116,12 +115,13 @@ def measure(
     report: Progress,
 ) -> list[Row]:
     """The reference's row, if there is one, and the model's."""
-    devices, bos, rows = devices_of(settings), settings["evaluation"]["bos"], []
+    devices, rows = devices_of(settings), []
+    bos, stride = (settings["evaluation"][key] for key in ("bos", "stride"))
     base: Scores | None = None
     comparison = None
     if reference:
         weighed = Weighed(reference)
-        base = score_from_disk(weighed, tokens, devices=devices, progress=report)
+        base = score_from_disk(weighed, tokens, devices=devices, progress=report).last(stride)
         comparison = Reference(reference.outside(), base.hidden)
         float_settings = settings | {
             "model": {"name": reference.name, "path": settings["reference"]},
@@ -130,7 +130,7 @@ def measure(
         figures = compared(base, base, weighed.size, bos).row()
         rows.append({"method": FLOAT, **figures, **_costs(), **describe(reference, tokens, float_settings)})
     weighed = Weighed(source)
-    scores = score_from_disk(weighed, tokens, reference=comparison, devices=devices, progress=report)
+    scores = score_from_disk(weighed, tokens, reference=comparison, devices=devices, progress=report).last(stride)
     figures = compared(scores, base, weighed.size, bos).row()
     name = Path(settings["model"].get("path") or source.name).name
     if is_quantized(source):

@@ -133,7 +133,8 @@ def prepare_tokens(
     """
     scoring, sampling = settings["evaluation"], settings["calibration"]
     text = load_text(scoring["data"])
-    evaluation = evaluation_windows(model, text, scoring["context"], scoring["windows"], scoring["bos"])
+    cut = (scoring.get(key) for key in ("context", "windows", "bos", "stride"))
+    evaluation = evaluation_windows(model, text, *cut)
     if not any(chosen and needs_calibration(chosen) for chosen in methods):
         return evaluation, None
     ids = model.tokenizer.encode(load_text(sampling["data"]))
@@ -194,6 +195,7 @@ def compute_rows(
                 with progress_bars(name) as report:
                     if index not in references:
                         scores = score(model.decoder, evaluation, progress=report)
+                        scores = scores.last(settings["evaluation"]["stride"])
                         references[index] = Reference(model.decoder, scores.hidden), scores
                     speed = speed or tokens_per_second(model, decoder, settings["generation"], report)
                     figures = measure(model, decoder, evaluation, *references[index], report)
@@ -272,7 +274,7 @@ def measure(
     """A decoder's figures on one text, compared with the float model."""
     scores = float_scores
     if decoder is not model.decoder:
-        scores = score(decoder, evaluation, reference=reference, progress=report)
+        scores = score(decoder, evaluation, reference=reference, progress=report).last(float_scores.nll.shape[1])
     return compared(scores, float_scores, size_of(decoder), bos=False).row()
 
 
@@ -321,14 +323,15 @@ def describe(
 
 def evaluated(settings: dict[str, Any], tokens: np.ndarray) -> dict[str, Any]:
     """The entries of a row's protocol on the model's name and on the scored windows."""
+    stride = settings["evaluation"].get("stride")
     return {
         "model": str(settings["model"].get("path") or settings["model"]["name"]),
         "data": str(settings["evaluation"]["data"]),
         "windows": len(tokens),
         "context": tokens.shape[1],
-        "stride": tokens.shape[1],
+        "stride": stride or tokens.shape[1],
         "bos": settings["evaluation"]["bos"],
-        "scored_tokens": tokens[:, 1:].size,
+        "scored_tokens": tokens[:, 1:][:, -(stride or 0) :].size,
         "evaluation_sha256": provenance.digest(tokens),
     }
 

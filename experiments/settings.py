@@ -125,6 +125,7 @@ KINDS: dict[str, Kind] = {
     "evaluation.data": ONE_TEXT,
     "evaluation.windows": _or_null(_whole(1)),  # null: the whole text
     "evaluation.context": _whole(2),
+    "evaluation.stride": _or_null(_whole(1)),  # null: windows don't overlap
     "evaluation.bos": SWITCH,
     "generation.tokens": _whole(0),
     "generation.prompt": TEXT,

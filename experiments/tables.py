@@ -380,9 +380,11 @@ def protocol(row: Row) -> str:
     """A row's model, text and windows."""
     protocol = row["protocol"]
     stored = row.get("stored") or protocol["weights_stored_as"]
+    stride = protocol.get("stride", protocol["context"])
+    apart = "not overlapping" if stride == protocol["context"] else f"one every {stride}"
     return (
         f"{protocol['model']} (weights stored as {stored}, computed in {protocol['dtype']}) on {protocol['data']}: "
-        f"{protocol['windows']} windows of {protocol['context']} tokens, not overlapping, "
+        f"{protocol['windows']} windows of {protocol['context']} tokens, {apart}, "
         f"{'with' if protocol['bos'] else 'no'} BOS, {protocol['scored_tokens']} scored tokens"
     )
 

@@ -138,24 +138,34 @@ def check_tokens(tokens: Any, config: DecoderConfig, what: str) -> None:
 
 
 def windows(
-    ids: Int[np.ndarray, " n"], context: int, count: int | None = None, bos: int | None = None
+    ids: Int[np.ndarray, " n"],
+    context: int,
+    count: int | None = None,
+    bos: int | None = None,
+    stride: int | None = None,
 ) -> Int[np.ndarray, "count context"]:
-    """The first `count` (all by default) non-overlapping windows of `context` tokens; the remaining tokens are dropped.
+    """The first `count` (all by default) windows of `context` tokens; the remaining tokens are dropped.
 
-    With `bos`, every window begins with that id and has one text token less.
+    A window begins `stride` tokens after the one before it; by default they don't overlap. With `bos`, every window
+    begins with that id and has one text token less.
 
     Raises:
-      InputError: fewer tokens than a window, or than `count` windows; a context or a count that is not a whole number.
+      InputError: fewer tokens than a window, or than `count` windows; a number that is not whole, or below 1; a stride
+        beyond a window's tokens.
     """
-    check_whole(1, context=context, windows=1 if count is None else count)
+    check_whole(1, context=context, windows=1 if count is None else count, stride=1 if stride is None else stride)
     text = context - (bos is not None)
-    complete = len(ids) // text if text > 0 else 0
+    step = text if stride is None else stride
+    if step > text:
+        raise InputError(f"stride={stride} would leave out text between windows of {text} tokens: at most {text}.")
+    complete = (len(ids) - text) // step + 1 if text > 0 else 0
     if complete < (count or 1):
         raise InputError(
             f"The text has {len(ids)} tokens, too few for {count or 1} window(s) of {context}; "
             f"give a longer text, fewer windows or a shorter context."
         )
-    cut = np.asarray(ids[: (count or complete) * text], np.int32).reshape(-1, text)
+    every = np.lib.stride_tricks.sliding_window_view(np.asarray(ids, np.int32), text)
+    cut = every[: (count or complete) * step : step].copy()
     return cut if bos is None else np.concatenate([np.full((len(cut), 1), bos, np.int32), cut], 1)
 
 

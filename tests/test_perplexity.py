@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import oracle
 import pytest
+import torch
 from checkpoints import refused
 from conftest import wikitext
 
@@ -118,6 +119,37 @@ def test_each_window_has_the_mean_of_its_own_tokens(tiny, tokens, logits):
     assert scores.window_nll.dtype == np.float64
     np.testing.assert_allclose(scores.window_nll, expected, rtol=1e-5)
     assert np.exp(scores.window_nll.mean()) == pytest.approx(scores.perplexity, rel=1e-12)
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_overlapping_windows_score_each_token_once_as_transformers_predicts_it(tiny, text, bos):
+    theirs, stride = checkpoints.llama(), 30
+    result = jquant.perplexity(tiny, text, context=CONTEXT, stride=stride, bos=bos, windows=6)
+    ids, losses = tiny.tokenizer.encode(text), {}
+    for begin in range(0, 6 * stride, stride):
+        window = np.concatenate([[tiny.tokenizer.bos_id] * bos, ids[begin : begin + CONTEXT - bos]]).astype(int)
+        with torch.no_grad():
+            predicted = torch.log_softmax(theirs(torch.tensor(window[None])).logits[0].double(), -1).numpy()
+        for place in range(CONTEXT - stride, CONTEXT):
+            losses[begin + place] = -predicted[place - 1, window[place]]
+    assert len(losses) == 6 * stride == result.scored_tokens  # no token twice
+    assert result.value == pytest.approx(np.exp(np.mean(list(losses.values()))), rel=1e-5)
+    assert "6 windows of 100 tokens, one every 30" in repr(result)
+
+
+def test_windows_that_touch_in_one_token_score_every_prediction(tiny, text):
+    every = jquant.perplexity(tiny, text, context=CONTEXT, stride=CONTEXT - 1, windows=3)
+    assert every.scored_tokens == 3 * (CONTEXT - 1)
+    compared = jquant.compare(tiny, {"itself": replace(tiny)}, text, context=CONTEXT, stride=20, windows=4)
+    assert compared.protocol["stride"] == 20
+    assert compared.protocol["scored_tokens"] == 80 == compared["itself"].perplexity.scored_tokens
+    assert compared["itself"].kl == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(("stride", "message"), [(101, "stride=101 would leave out text"), (0, "stride takes a whole")])
+def test_strides_that_leave_text_out_are_refused(tiny, text, stride, message):
+    with refused(message):
+        jquant.perplexity(tiny, text, context=CONTEXT, stride=stride)
 
 
 def test_bos_opens_every_window_and_is_not_scored(tiny, text):

@@ -55,14 +55,14 @@ class Compared:
         }
 
 
-def compared(scores: Scores, base: Scores | None, size: Size, bos: bool) -> Compared:
+def compared(scores: Scores, base: Scores | None, size: Size, bos: bool, stride: int | None = None) -> Compared:
     """A model's figures. `scores` have the base as reference, or are the base's own; `base` is None without a base."""
     change = kl = top1 = None
     if base is not None:
         change = paired_change(scores.window_nll, base.window_nll)
         kl = 0.0 if scores.kl is None else float(scores.kl.mean(dtype=np.float64))
         top1 = 1.0 if scores.agrees is None else float(scores.agrees.mean())
-    return Compared(scores.with_protocol(bos), change, kl, top1, size, scores.window_nll)
+    return Compared(scores.with_protocol(bos, stride), change, kl, top1, size, scores.window_nll)
 
 
 @dataclass(frozen=True, repr=False)
@@ -118,9 +118,10 @@ class Comparison:
 
     def _caption(self) -> str:
         base = next(iter(self.models))
-        bos = "with" if self.protocol["bos"] else "no"
+        bos, stride = "with" if self.protocol["bos"] else "no", self.protocol["stride"]
+        apart = "not overlapping" if stride == self.protocol["context"] else f"one every {stride}"
         return (
-            f"{self.protocol['windows']} windows of {self.protocol['context']} tokens, not overlapping, {bos} BOS, "
+            f"{self.protocol['windows']} windows of {self.protocol['context']} tokens, {apart}, {bos} BOS, "
             f"{self.protocol['scored_tokens']} scored tokens. Change (with its 95 % interval, paired by window), KL "
             f"and top-1 agreement are to {base}."
         )
@@ -133,6 +134,7 @@ def compare(
     *,
     context: int = 1024,
     windows: int | None = None,
+    stride: int | None = None,
     bos: bool = False,
     allow_overlap: bool = False,
     progress: Progress | bool = True,
@@ -145,6 +147,7 @@ def compare(
       text: what to score; see `perplexity` for this and the next arguments.
       context: tokens per window.
       windows: how many, from the start; all by default.
+      stride: of windows that overlap.
       bos: begin every window with the tokenizer's BOS.
       allow_overlap: whether the text may occur in the calibration text.
       progress: see `perplexity`.
@@ -152,22 +155,24 @@ def compare(
     Raises:
       InputError: what `perplexity` finds; a model with another tokenizer; a name that the base has.
     """
-    tokens = evaluation_windows(model, text, context, windows, bos)
+    cut = (text, context, windows, bos, stride)
+    tokens = evaluation_windows(model, *cut)
     for name, other in others.items():
         _check_name(name, other, model)
         same_tokenizer = other.tokenizer is model.tokenizer
-        if not same_tokenizer and not np.array_equal(evaluation_windows(other, text, context, windows, bos), tokens):
+        if not same_tokenizer and not np.array_equal(evaluation_windows(other, *cut), tokens):
             raise InputError(f"{name} reads the text as other tokens than {model.name}: they can't be compared.")
     for judged in () if allow_overlap else (model, *others.values()):
         check_overlap(judged, tokens, bos)
     with showing(progress) as tell:
         base = score(model.decoder, tokens, progress=tell)
         reference = Reference(model.decoder, base.hidden)
-        figures = {model.name: compared(base, base, size_of(model.decoder), bos)}
+        scored = base.last(stride)
+        figures = {model.name: compared(scored, scored, size_of(model.decoder), bos, stride)}
         for name, other in others.items():
-            scores = score(other.decoder, tokens, reference=reference, progress=tell)
-            figures[name] = compared(scores, base, size_of(other.decoder), bos)
-    return Comparison(figures, _protocol(model, tokens, bos))
+            scores = score(other.decoder, tokens, reference=reference, progress=tell).last(stride)
+            figures[name] = compared(scores, scored, size_of(other.decoder), bos, stride)
+    return Comparison(figures, _protocol(model, tokens, bos, stride))
 
 
 def _check_name(name: Any, other: Any, model: LanguageModel) -> None:
@@ -178,7 +183,7 @@ def _check_name(name: Any, other: Any, model: LanguageModel) -> None:
         raise InputError(f"{name!r} is the name of the model that the others are compared with: choose another.")
 
 
-def _protocol(model: LanguageModel, tokens: np.ndarray, bos: bool) -> dict[str, Any]:
+def _protocol(model: LanguageModel, tokens: np.ndarray, bos: bool, stride: int | None) -> dict[str, Any]:
     return {
         "model": model.name,
         "weights_stored_as": model.stored_as,
@@ -186,8 +191,8 @@ def _protocol(model: LanguageModel, tokens: np.ndarray, bos: bool) -> dict[str, 
         "data": "text",
         "windows": len(tokens),
         "context": tokens.shape[1],
-        "stride": tokens.shape[1],
+        "stride": stride or tokens.shape[1],
         "bos": bos,
-        "scored_tokens": tokens[:, 1:].size,
+        "scored_tokens": tokens[:, 1:][:, -(stride or 0) :].size,
         "evaluation_sha256": array_digest(tokens),
     }

@@ -32,7 +32,7 @@ from jquant.qtensor import prepared
 
 @dataclass(frozen=True)
 class Scores:
-    """Per scored token, `[windows, context − 1]` each.
+    """Per scored token, `[windows, scored]` each; scored is context − 1, or after `last` fewer.
 
     Attributes:
       nll: −log p(token), nats.
@@ -58,10 +58,16 @@ class Scores:
             )
         return value
 
-    def with_protocol(self, bos: bool) -> "Perplexity":
-        """The perplexity with its protocol; `bos` says whether windows begin with BOS."""
+    def last(self, stride: int | None) -> "Scores":
+        """Of each window's predictions the last `stride`, those that no window before it has made; None keeps all."""
+        cut = lambda values: values[:, -(stride or 0) :]  # noqa: E731
+        kl, agrees = (None if values is None else cut(values) for values in (self.kl, self.agrees))
+        return Scores(cut(self.nll), kl, agrees, self.hidden)
+
+    def with_protocol(self, bos: bool, stride: int | None = None) -> "Perplexity":
+        """The perplexity with its protocol (`evaluation_windows`)."""
         windows, context = self.hidden.shape[:2]
-        return Perplexity(self.perplexity, self.stderr, windows, context, self.nll.size, bos)
+        return Perplexity(self.perplexity, self.stderr, windows, context, stride or context, self.nll.size, bos)
 
     @property
     def window_nll(self) -> np.ndarray:
@@ -94,8 +100,9 @@ class Perplexity(float):
     Attributes:
       value: the number itself.
       stderr: its standard error, tokens taken as independent.
-      windows: of the text, not overlapping.
+      windows: of the text.
       context: tokens a window.
+      stride: tokens from one window's begin to the next one's; the context if they don't overlap.
       scored_tokens: in all.
       bos: whether the windows begin with the tokenizer's BOS.
     """
@@ -104,6 +111,7 @@ class Perplexity(float):
     stderr: float
     windows: int
     context: int
+    stride: int
     scored_tokens: int
     bos: bool
 
@@ -113,8 +121,9 @@ class Perplexity(float):
 
     def __repr__(self) -> str:
         bos = "with BOS" if self.bos else "no BOS"
+        stride = f", one every {self.stride}" if self.stride < self.context else ""
         return (
-            f"{self.value:.4f} ±{self.stderr:.4f} ({self.windows} windows of {self.context} tokens, {bos}, "
+            f"{self.value:.4f} ±{self.stderr:.4f} ({self.windows} windows of {self.context} tokens{stride}, {bos}, "
             f"{self.scored_tokens} scored tokens)"
         )
 
@@ -125,19 +134,23 @@ def perplexity(
     *,
     context: int = 1024,
     windows: int | None = None,
+    stride: int | None = None,
     bos: bool = False,
     allow_overlap: bool = False,
     progress: Progress | bool = True,
 ) -> Perplexity:
-    """Perplexity of a text, tokenized without special tokens and cut into non-overlapping windows.
+    """Perplexity of a text, tokenized without special tokens and cut into windows.
 
-    Every prediction inside a window is scored, context − 1 of them.
+    Without a `stride`, windows don't overlap, and every prediction inside a window is scored, context − 1 of them.
 
     Args:
       model: float or quantized.
       text: what to score.
       context: tokens per window.
       windows: how many, from the start; all by default.
+      stride: a window begins every so many tokens, and of each the last so many predictions are scored: every token is
+        predicted once, from at least context − stride others. transformers' example, with 1,024 and 512, also scores
+        the first window's other predictions.
       bos: begin every window with the tokenizer's BOS.
       allow_overlap: whether the text may occur in the calibration text; such a figure says little about other texts.
       progress: whether to show progress; or a function, called with ("evaluate", windows done, windows
@@ -145,14 +158,14 @@ def perplexity(
 
     Raises:
       InputError: the text is shorter than a window, or than `windows` of them; a context below 2, or beyond the
-        model's; `bos` where the tokenizer has none; a text that the model was calibrated on; likelihoods that are not
-        finite.
+        model's; a stride beyond the context; `bos` where the tokenizer has none; a text that the model was calibrated
+        on; likelihoods that are not finite.
     """
-    tokens = evaluation_windows(model, text, context, windows, bos)
+    tokens = evaluation_windows(model, text, context, windows, bos, stride)
     if not allow_overlap:
         check_overlap(model, tokens, bos)
     with showing(progress) as tell:
-        return score(model.decoder, tokens, progress=tell).with_protocol(bos)
+        return score(model.decoder, tokens, progress=tell).last(stride).with_protocol(bos, stride)
 
 
 def check_overlap(model: LanguageModel, tokens: Int[np.ndarray, "n context"], bos: bool) -> None:
@@ -163,13 +176,19 @@ def check_overlap(model: LanguageModel, tokens: Int[np.ndarray, "n context"], bo
 
 
 def evaluation_windows(
-    model: LanguageModel | ModelFile | QuantizedFile, text: str, context: int, windows: int | None, bos: bool
+    model: LanguageModel | ModelFile | QuantizedFile,
+    text: str,
+    context: int,
+    windows: int | None,
+    bos: bool,
+    stride: int | None = None,
 ) -> Int[np.ndarray, "n context"]:
     """The windows that `perplexity` scores; same arguments and errors."""
     check_whole(2, context=context)  # one token leaves no prediction to score
     if bos and model.tokenizer.bos_id is None:
         raise InputError(f"The tokenizer of {model.name} has no BOS token: leave bos out.")
-    tokens = cut_windows(model.tokenizer.encode(text), context, windows, model.tokenizer.bos_id if bos else None)
+    bos_id = model.tokenizer.bos_id if bos else None
+    tokens = cut_windows(model.tokenizer.encode(text), context, windows, bos_id, stride)
     check_tokens(tokens, model.config, "Evaluation windows")
     return tokens
 
