@@ -99,7 +99,7 @@ def windows(source: ModelFile | QuantizedFile, settings: dict[str, Any]) -> np.n
       InputError: a text is missing or too short, or the model was calibrated on it.
     """
     scoring = settings["evaluation"]
-    cut = (scoring[key] for key in ("context", "windows", "bos", "stride"))
+    cut = (scoring.get(key) for key in ("context", "windows", "bos", "stride"))
     tokens = evaluation_windows(source, load_text(scoring["data"]), *cut)
     if isinstance(source, QuantizedFile) and source.calibrated_on is not None:
         text = tokens[:, 1:] if scoring["bos"] else tokens
@@ -116,7 +116,7 @@ def measure(
 ) -> list[Row]:
     """The reference's row, if there is one, and the model's."""
     devices, rows = devices_of(settings), []
-    bos, stride = (settings["evaluation"][key] for key in ("bos", "stride"))
+    bos, stride = (settings["evaluation"].get(key) for key in ("bos", "stride"))
     base: Scores | None = None
     comparison = None
     if reference:

@@ -20,7 +20,7 @@ from jquant.io.hub import load_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # Settings that are read although not every config has them.
-EXTRA = ("model.tokenizer", "model.published", "model.source")
+EXTRA = ("model.tokenizer", "model.source")
 # Launchers that the `sweep` extra installs.
 PLUGINS = {
     "ray": "hydra_plugins.hydra_ray_launcher",

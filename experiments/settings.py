@@ -78,7 +78,7 @@ KINDS: dict[str, Kind] = {
     "model.dtype": _or_null(_choice(*DTYPES)),
     "model.tokenizer": _or_null(TEXT),
     "model.source": _or_null(SECTION),
-    "model.published": _or_null(SECTION),
+    "published": _or_null(SECTION),
     "products": _choice("fast", "plain"),
     "mesh.data": _whole(1),
     "mesh.model": _whole(1),

@@ -30,7 +30,8 @@ _ORIGIN: dict[str, Any] = {
     "composition": str,
     "protocol": _PROTOCOL | {"bos": bool, "scored_tokens": int, "evaluation_sha256": str, "calibration_sha256": (str,)},
     "config": {
-        "model": {"published?": (dict,)},
+        "model": dict,
+        "published?": ({"what": str, "note": str, "methods": dict},),
         "calibration?": {"data": str, "samples": int, "context": int, "inputs?": str},
         "bits?": int,
         "group?": int | str,
@@ -79,7 +80,9 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     ),
     "quant\ns": lambda row: seconds(row),
     "peak\nMB": lambda row: f"{row['peak_rss_mb']:.0f}",
-    "published": lambda row: published(row),
+    "published": lambda row: _filled(published(row, "perplexity"), "{:.2f}"),
+    "published\ntok/s": lambda row: _filled(published(row, "tokens_per_second"), "{:.1f}"),
+    "published\nGB": lambda row: _filled(published(row, "memory_gb"), "{:.1f}"),
 }
 
 
@@ -126,10 +129,10 @@ def seconds(row: Row) -> str:
     return f"{row['quantize_seconds']:.1f}" + (f" /{together}" if together > 1 else "")
 
 
-def published(row: Row) -> str:
-    """The published perplexity that the model's config quotes for this method, if any."""
-    figure = (row["config"]["model"].get("published") or {}).get(row["method"])
-    return f"{figure:.2f}" if isinstance(figure, int | float) else ""
+def published(row: Row, figure: str) -> float | None:
+    """A figure of others (configs/published/) for this method, if the settings name any."""
+    of_method = (row["config"].get("published") or {"methods": {}})["methods"].get(row["method"])
+    return of_method.get(figure) if of_method else None
 
 
 def paired_change(row: Row, base: Row) -> Change:
@@ -345,7 +348,7 @@ def caption(rows: Sequence[Row], baseline: str | None = None) -> str:
     quantized = [row for row in rows if not is_float(row)]
     together = max(row.get("quantized_together") or 1 for row in rows)
     dtypes = " or ".join(dict.fromkeys(row["protocol"]["dtype"] for row in rows))
-    notes = dict.fromkeys((row["config"]["model"].get("published") or {}).get("note") for row in rows)
+    others = dict.fromkeys((of["what"], of["note"]) for row in rows if (of := row["config"].get("published")))
     sentences = [
         *_sentences(rows, protocol, rows),
         *_sentences(rows, _calibration, quantized),
@@ -358,7 +361,7 @@ def caption(rows: Sequence[Row], baseline: str | None = None) -> str:
         f"Seconds with /{together}: all {together} in one pass over float inputs." if together > 1 else "",
         f"vs {baseline}: change of perplexity, its 95 % interval (Student's t) paired by window." if baseline else "",
         "; ".join(dict.fromkeys(row["device"] for row in rows)) + ".",
-        *(f"Published: {note}" for note in notes if note),
+        *(f"Published: {what}. {note}" for what, note in others),
     ]
     return " ".join(filter(None, sentences))
 

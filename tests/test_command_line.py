@@ -72,7 +72,7 @@ def test_the_model_spelt_most_alike_is_named_first():
         (TABLE, ["--multirun", "bits=2,3", "model=smollm2_135m,local", "name=x", "launcher=process"]),
         (TABLE, ["--config-name", "formats", "evaluation={windows:3}"]),
         ("quantize", ["hosts={coordinator:'a:1',count:2,index:0}", "calibration.memory_gb=1.5"]),
-        ("sensitivity", ["model=llama3.1_8b", "++model.published.gptq=6.0"]),
+        (TABLE, ["published=llama3.1_8b", "++published.methods.gptq.perplexity=6.0"]),
     ],
 )
 def test_what_it_has_passes(script, arguments):
