@@ -2,9 +2,11 @@
 
     python -m experiments.collect results/widths
     python -m experiments.collect results/widths --without "method=gptq bits=2"
+    python -m experiments.collect results/calibration_ablation --over seed
 
 A sweep (`experiments.sweep`) calls this at its end; called by hand it shows how far a running sweep is. The status is 1
 if rows are missing: the table says which, and why. table.jsonl keeps the rows that other commands wrote into it.
+`--over` adds a table of means over a setting's values, such as seeds.
 """
 
 import argparse
@@ -14,15 +16,19 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from filelock import Timeout
+from rich import box
+from rich.table import Table
 
 from experiments import tables
 from experiments.command_line import console, one_sentence
 from jquant.errors import InputError
-from jquant.io.files import read_json, write_json
+from jquant.evaluation.intervals import mean_and_half
+from jquant.io.files import read_json, write_json, write_text
 from paper_figures import perplexity_bits
 
 SWEEP, TRIAL = "sweep.json", "trial.json"
@@ -31,6 +37,13 @@ Overrides = Sequence[str]  # of one trial, as on a command line
 # Settings that do not change a trial's results.
 ELSEWHERE = ("launcher", "name", "results")
 FIRST = ("method", "bits")  # these settings come first in a folder's name
+# Heading -> what `average` takes means of, and how many digits it shows.
+AVERAGED = {
+    "perplexity": ("perplexity", 3),
+    "KL": ("kl", 4),
+    "output error": ("output_error", 5),
+    "held-out error": ("held_out_error", 5),
+}
 
 
 def collect(folder: Path) -> dict[str, str]:
@@ -59,6 +72,60 @@ def collect(folder: Path) -> dict[str, str]:
     for line in tables.missing_lines(missing):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     return missing
+
+
+def average(folder: Path, setting: str) -> None:
+    """Writes over-<setting>.md and prints it: means over a setting's values, with their 95 % intervals (Student's t).
+
+    Raises:
+      InputError: the sweep does not vary the setting; rows that would be averaged differ in something else.
+    """
+    trials = _some_trials(folder)
+    groups: dict[str, list[tables.Row]] = {}
+    for trial, name in zip(trials, varying(trials), strict=True):
+        kept = [part for part in name.split(" ") if part.partition("=")[0] != setting]
+        if " ".join(kept) == name:
+            varied = sorted({part.partition("=")[0] for part in name.split(" ")})
+            raise InputError(f"{folder} has trials that do not vary {setting!r}, but {', '.join(varied)}.")
+        for row in outcome(trial_folder(folder, trial))[0]:
+            groups.setdefault(f"{Path(row['protocol']['data']).name}: {' '.join(kept)}", []).append(row)
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("settings", "rows", "bits/weight", *AVERAGED):
+        table.add_column(heading, justify="left" if heading == "settings" else "right", overflow="fold")
+    for name, rows in groups.items():
+        for row in rows:
+            if field := differing(rows[0], row, setting):
+                raise InputError(f"{name}: no mean is taken over rows whose {field} differs.")
+        cells = [mean_of([row.get(key) for row in rows], digits) for key, digits in AVERAGED.values()]
+        table.add_row(name, str(len(rows)), f"{rows[0]['bits_per_weight']:.3f}", *cells)
+    console.print(table)
+    protocol = tables.caption(list(chain(*groups.values())))
+    caption = f"Means over {setting}, ± half their 95 % interval (Student's t). {protocol}"
+    console.print(caption, highlight=False, soft_wrap=True)
+    write_text(folder / f"over-{setting}.md", f"{tables.as_markdown(table)}\n{caption}\n")
+
+
+def differing(row: Any, other: Any, setting: str, name: str = "") -> str | None:
+    """The first entry that differs in two rows' protocol and configuration; the setting's own may, and its windows."""
+    if not name:
+        parts = ((row[part], other[part], part) for part in ("composition", "protocol", "config"))
+        return next(filter(None, (differing(a, b, setting, part) for a, b, part in parts)), None)
+    if name in (f"config.{setting}", "protocol.calibration_sha256"):
+        return None
+    if isinstance(row, dict) and isinstance(other, dict):
+        keys = dict.fromkeys([*row, *other])
+        inner = (differing(row.get(key), other.get(key), setting, f"{name}.{key}") for key in keys)
+        return next(filter(None, inner), None)
+    return None if row == other else name
+
+
+def mean_of(values: Sequence[float | None], digits: int) -> str:
+    """A mean, and half its interval if there are several values; blank if one is unknown."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return ""
+    mean, half = mean_and_half(known)
+    return f"{mean:.{digits}f}" + (f" ±{half:.{digits}f}" if len(known) > 1 else "")
 
 
 def take_out(folder: Path, settings: str) -> list[str]:
@@ -181,13 +248,17 @@ def main() -> None:
     """The command."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("folder", type=Path, help="results/<name> of the sweep")
+    options.add_argument("--over", metavar="SETTING", help="a table of means over this setting's values, e.g. seed")
     options.add_argument("--without", metavar="SETTINGS", help="take out the trials that the table shows with these")
     arguments = options.parse_args()
     with one_sentence():
         if arguments.without:
             for name in take_out(arguments.folder, arguments.without):
                 console.print(f"Taken out: {name}.", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(1 if collect(arguments.folder) else 0)
+        missing = collect(arguments.folder)
+        if arguments.over:
+            average(arguments.folder, arguments.over)
+        sys.exit(1 if missing else 0)
 
 
 if __name__ == "__main__":

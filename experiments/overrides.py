@@ -47,14 +47,15 @@ def check_command(script: str, arguments: Sequence[str]) -> None:
     if name != script and not user_folders and name not in (configs := _configs(script)):
         raise InputError(f"experiments.{script} has no config {name!r}; there are: {', '.join(configs)}.")
     own = name if name in _configs(script) else script
-    choices = _known(own, ())[1]
+    _, choices, sweeps = _known(own, ())
     given = {override.key_or_group: override for override in overrides if override.key_or_group in choices}
     single = {group: each.value() for group, each in given.items() if not each.is_sweep_override()}
     known = _known(own, tuple(f"{group}={value}" for group, value in single.items() if value in choices[group]))[0]
     for file in (folder / f"{name}.yaml" for folder in user_folders):
         for key in _names(OmegaConf.load(file)) if file.is_file() else ():
             _check_key(key, [*known, "defaults"])
-    _check_sweep(script, overrides, "launcher" in choices, parsed.multirun or "hydra.mode=MULTIRUN" in parsed.overrides)
+    multirun = sweeps or parsed.multirun or "hydra.mode=MULTIRUN" in parsed.overrides
+    _check_sweep(script, overrides, "launcher" in choices, multirun)
     for override in overrides:
         if override.is_hydra_override():
             continue
@@ -71,13 +72,15 @@ def check_command(script: str, arguments: Sequence[str]) -> None:
 
 
 @cache
-def _known(name: str, chosen: tuple[str, ...]) -> tuple[list[str], dict[str, list[str]]]:
-    """A config's settings and sections under these choices, and all choices of its groups (model, mesh …)."""
+def _known(name: str, chosen: tuple[str, ...]) -> tuple[list[str], dict[str, list[str]], bool]:
+    """A config's settings and sections under these choices, all choices of its groups (model, mesh …), and whether the
+    config itself is a sweep."""
     with initialize_config_dir(str(CONFIGS), version_base=None):
         config = compose(name, list(chosen), return_hydra_config=True)
         loader = GlobalHydra.instance().config_loader()
         groups = [str(key) for key in config.hydra.runtime.choices if not str(key).startswith("hydra/")]
-        return [*_names(config), *groups], {group: loader.get_group_options(group) for group in groups}
+        sweeps = str(config.hydra.mode) == "RunMode.MULTIRUN"
+        return [*_names(config), *groups], {group: loader.get_group_options(group) for group in groups}, sweeps
 
 
 def _configs(script: str) -> list[str]:

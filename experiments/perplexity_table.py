@@ -187,7 +187,7 @@ def compute_rows(
                 source, model, {name: plans[name] for name in together}, tokens[0][1], texts[0], report
             )
         for name in together:
-            decoder, fell_back = quantized.pop(name)
+            decoder, losses = quantized.pop(name)
             speed = None
             for index, (settings, (evaluation, _), origin) in enumerate(zip(texts, tokens, origins[name], strict=True)):
                 if origin["fingerprint"] in earlier:
@@ -201,7 +201,7 @@ def compute_rows(
                     figures = measure(model, decoder, evaluation, *references[index], report)
                 figures |= as_stored(source, figures) if is_quantized(source) else {}
                 row = {"method": name, **figures, "tokens_per_second": speed, "peak_rss_mb": peak_rss_mb()}
-                row |= {"quantize_seconds": seconds, "quantized_together": len(together), "fallbacks": fell_back}
+                row |= {"quantize_seconds": seconds, "quantized_together": len(together), **losses}
                 earlier[origin["fingerprint"]] = row = row | origin
                 tables.add_rows(folder, [row])
                 console.print(tables.one_line(row), highlight=False, soft_wrap=True)
@@ -229,14 +229,14 @@ def quantize_all(
     calibration: np.ndarray | None,
     settings: dict[str, Any],
     report: Report,
-) -> tuple[dict[str, tuple[Decoder, list[str]]], float]:
-    """For each method, the decoder and the weights that fell back to rounding to nearest; the seconds of all together.
+) -> tuple[dict[str, tuple[Decoder, dict[str, Any]]], float]:
+    """For each method, the decoder and what its row says of the weights' errors; the seconds of all together.
 
     A single method keeps its finished blocks in the folder `checkpoints`, if there is one, and a killed run resumes
     from them. Methods that take gradients through the whole model can't resume.
     """
     chosen = {name: plan for name, plan in plans.items() if plan is not None}
-    results = dict.fromkeys(plans, (model.decoder, []))
+    results: dict[str, Any] = dict.fromkeys(plans, (model.decoder, {"fallbacks": []}))
     if not chosen:
         return results, 0.0
     sampling = {key: settings["calibration"][key] for key in ("inputs", "passes", "held_out")}
@@ -249,8 +249,11 @@ def quantize_all(
         quantized = {name: (written.decoder, written.report)}
     else:
         quantized = quantize_decoders(model.decoder, chosen, calibration, options)
-    results |= {name: (decoder, infos.fallbacks) for name, (decoder, infos) in quantized.items()}
-    return results, time.perf_counter() - begin
+    seconds = time.perf_counter() - begin
+    for name, (decoder, infos) in quantized.items():
+        errors = {"output_error": infos.error, "held_out_error": infos.held_out_error}
+        results[name] = decoder, {"fallbacks": infos.fallbacks, **errors}
+    return results, seconds
 
 
 def as_stored(source: QuantizedFile, figures: dict[str, Any]) -> dict[str, Any]:

@@ -12,11 +12,11 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 from filelock import Timeout
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -52,7 +52,8 @@ class Sweep(Callback):
         """Checks and lists the trials. Trials of an earlier sweep in the folder stay; failed ones are tried again."""
         with heard():
             folder = Path(config.results) / str(config.name)
-            trials = expand(config.hydra.overrides.task)
+            in_config = [f"{key}={values}" for key, values in (config.hydra.sweeper.params or {}).items()]
+            trials = expand([*in_config, *config.hydra.overrides.task])
             check_trials(config, trials)
             list_trials(folder, trials)
 
@@ -80,7 +81,7 @@ def in_sweep() -> bool:
 
 
 def expand(overrides: Sequence[str]) -> list[Overrides]:
-    """The settings of every trial, as Hydra's own sweeper expands them.
+    """The settings of every trial, as Hydra's own sweeper expands them; the last override of a setting counts.
 
     Raises:
       InputError: the sweep's folder would differ from trial to trial.
@@ -90,13 +91,7 @@ def expand(overrides: Sequence[str]) -> list[Overrides]:
     named = {override.key_or_group for override in parsed}
     if swept & {"name", "results"} or ("model" in swept and "name" not in named):
         raise InputError("A sweep has one folder: give it one name=… and one results=….")
-    choices = []
-    for override in parsed:
-        if override.is_sweep_override():
-            choices.append([f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()])
-        else:
-            choices.append([override.input_line])
-    return [list(trial) for trial in product(*choices)]
+    return BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
 
 
 def check_trials(config: DictConfig, trials: Sequence[Overrides]) -> None:

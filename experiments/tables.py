@@ -48,7 +48,13 @@ ROWS: dict[str, dict[str, Any]] = {
     | dict.fromkeys(("perplexity", "bits_per_weight", "weight_mb", "quantize_seconds", "peak_rss_mb"), float)
     | dict.fromkeys(("perplexity_stderr", "perplexity_change_percent", "kl", "top1_agreement"), (float,))
     | {"tokens_per_second": (float,), "quantized_together?": int, "window_nll?": [float]}
-    | {"settings?": str, "stored?": str, "training_tokens?": int},
+    | {
+        "output_error?": (float,),
+        "held_out_error?": (float,),
+        "settings?": str,
+        "stored?": str,
+        "training_tokens?": int,
+    },
     "sensitivity.jsonl": _ORIGIN
     | {FLOAT: float, "all": _FIGURES, "projections": dict, "layers": [_FIGURES]}
     | {"matrices": [_FIGURES | {"layer": int, "projection": str}]},
@@ -71,6 +77,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "change\n%": lambda row: _filled(row["perplexity_change_percent"], "{:+.2f}"),
     "KL": lambda row: _filled(row["kl"], "{:.4f}"),
     "top-1\n%": lambda row: _filled(row["top1_agreement"], "{:.1%}").rstrip("%"),
+    "held-out\nerror %": lambda row: _filled(row.get("held_out_error"), "{:.2%}").rstrip("%"),
     "fell\nback": lambda row: str(len(row.get("fallbacks") or ()) or ""),  # weights
     "bits/\nweight": lambda row: f"{row['bits_per_weight']:.3f}",
     "MB": lambda row: f"{row['weight_mb']:.0f}",
@@ -82,6 +89,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "peak\nMB": lambda row: f"{row['peak_rss_mb']:.0f}",
     "published": lambda row: _filled(published(row, "perplexity"), "{:.2f}"),
     "published\ntok/s": lambda row: _filled(published(row, "tokens_per_second"), "{:.1f}"),
+    "published\nbits": lambda row: _filled(published(row, "bits_per_weight"), "{:.2f}"),
     "published\nGB": lambda row: _filled(published(row, "memory_gb"), "{:.1f}"),
 }
 

@@ -16,6 +16,16 @@ class Report(dict[tuple[int, str], SolveInfo]):
         """Names of the weights for which no factorisation was finite (`SolveInfo.fallback`)."""
         return [f"layers.{layer}.{path}" for (layer, path), info in self.items() if info.fallback]
 
+    @property
+    def error(self) -> float | None:
+        """Mean share of the weights' output energy that rounding loses on the calibration text; None if unknown."""
+        return _mean(share for _, share in _shares(self))
+
+    @property
+    def held_out_error(self) -> float | None:
+        """The same on held-out windows."""
+        return _mean(float(i.held_out_error / i.held_out_energy) for i in self.values() if i.held_out_energy > 0)
+
     def __repr__(self) -> str:
         layers = len({layer for layer, _ in self})
         head = f"Report of {len(self)} weights in {layers} layers"
@@ -31,8 +41,13 @@ class Report(dict[tuple[int, str], SolveInfo]):
 
 def relative_error(reports: Iterable[Report]) -> float:
     """Mean share of the projections' output energy that rounding loses; NaN if unknown."""
-    shares = [share for report in reports for _, share in _shares(report)]
-    return float(np.mean(shares)) if shares else math.nan
+    mean = _mean(share for report in reports for _, share in _shares(report))
+    return math.nan if mean is None else mean
+
+
+def _mean(shares: Iterable[float]) -> float | None:
+    values = list(shares)
+    return float(np.mean(values)) if values else None
 
 
 def _shares(report: Report) -> Iterator[tuple[tuple[int, str], float]]:

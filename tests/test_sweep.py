@@ -12,18 +12,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import checkpoints
+import numpy as np
 import pytest
+import scipy.stats
 from checkpoints import refused
 from hydra import compose, initialize_config_dir
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import open_dict
 
 from experiments import tables
-from experiments.collect import RUNNING, TRIAL, collect, outcome, read_sweep, take_out, trial_folder
+from experiments.collect import RUNNING, TRIAL, average, collect, outcome, read_sweep, take_out, trial_folder
 from experiments.collect import main as collect_main
 from experiments.sweep import ATTEMPTS, Sweep, expand, list_trials, run_trial
 from jquant.errors import InputError
@@ -141,11 +141,24 @@ def test_on_submitit_a_killed_trial_is_told_and_the_same_command_finishes_it(fol
     assert collect(folder / "results" / "submitit") == {}
 
 
+def test_a_config_can_be_a_sweep_and_the_command_line_changes_what_it_varies(folder):
+    overrides = ("--config-name", "bits_sweep", "method=rtn", "bits=2,8")  # `table` gives group=32
+    status, said = ended(table(folder, "in_config", *overrides))
+    assert status == 0, said
+    found = {(row["config"]["bits"], row["config"]["group"]) for row in tables.read_rows(folder / "results/in_config")}
+    assert found == {(2, 32), (8, 32)}
+
+
 def test_trials_are_those_that_hydra_runs():
     overrides = ["method=rtn,gptq", "bits=2,3", "group=32", "launcher=ray", "+note='a,b'", "seed=range(0,3)"]
-    [theirs] = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(overrides), None)
-    assert expand(overrides) == theirs
-    assert len(theirs) == 12
+    trials = [
+        [f"method={method}", f"bits={bits}", "group=32", "launcher=ray", "+note='a,b'", f"seed={seed}"]
+        for method in ("rtn", "gptq")
+        for bits in (2, 3)
+        for seed in range(3)
+    ]
+    assert expand(overrides) == trials
+    assert expand(["bits=2,3", "bits=4"]) == [["bits=4"]]  # a config's values, and those of the command line
     with refused("one folder", "name="):
         expand(["model=a,b"])
     with refused("one folder"):
@@ -362,6 +375,47 @@ def test_a_trial_can_be_taken_out_and_its_row_stays_in_its_own_folder(made, monk
     assert methods(place) == ["nf4"]
     with refused("no trial would be left"):
         take_out(made, "the only trial")
+
+
+def seeded(folder: Path, **changes) -> list[float]:
+    """A sweep of three seeds of rtn and of awq; rows of the last seed with these changes of their protocol."""
+    trials = [[f"method={name}", f"seed={seed}", SHARED] for name in ("rtn", "awq") for seed in range(3)]
+    list_trials(folder, trials)
+    values = [30.0, 31.0, 33.5, 26.0, 26.1, 26.2]
+    for trial, value, base in zip(trials, values, [KEPT[2]] * 3 + [KEPT[4]] * 3, strict=True):
+        seed = int(trial[1].partition("=")[2])
+        row = base | {"perplexity": value, "config": base["config"] | {"seed": seed}, "fingerprint": " ".join(trial)}
+        row["protocol"] = base["protocol"] | {"calibration_sha256": str(seed)} | (changes if seed == 2 else {})
+        place = trial_folder(folder, trial)
+        tables.add_rows(place, [row])
+        (place / TRIAL).write_text(json.dumps({"attempt": 1, "process": 1, "rows": [row["fingerprint"]]}))
+    return values
+
+
+def test_means_over_seeds_have_students_intervals(tmp_path, monkeypatch, capsys):
+    values = seeded(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["collect", str(tmp_path), "--over", "seed"])
+    with pytest.raises(SystemExit) as ended:
+        collect_main()
+    assert ended.value.code == 0
+    page = (tmp_path / "over-seed.md").read_text()
+    for name, three in (("rtn", values[:3]), ("awq", values[3:])):
+        half = scipy.stats.t.interval(0.95, 2, scale=scipy.stats.sem(three))[1]
+        assert f"method={name} | 3 | 4." in page
+        assert f"| {np.mean(three):.3f} ±{half:.3f} |" in page
+    assert "Means over seed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changed", [{"context": 512}, {"evaluation_sha256": "other"}, {"bos": True}])
+def test_no_mean_is_taken_over_different_protocols(tmp_path, changed):
+    seeded(tmp_path, **changed)
+    with refused("method=rtn: no mean is taken", f"whose protocol.{next(iter(changed))} differs"):
+        average(tmp_path, "seed")
+    with refused("do not vary 'bits'", "method, seed"):
+        average(tmp_path, "bits")
+    with refused("no mean is taken", "composition differs"):
+        average(tmp_path, "method")
+    assert not list(tmp_path.glob("over-*"))
 
 
 DAMAGED = [
