@@ -91,7 +91,7 @@ def expand(overrides: Sequence[str]) -> list[Overrides]:
     named = {override.key_or_group for override in parsed}
     if swept & {"name", "results"} or ("model" in swept and "name" not in named):
         raise InputError("A sweep has one folder: give it one name=… and one results=….")
-    return BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
+    return list[Overrides](BasicSweeper.split_arguments(parsed, max_batch_size=None)[0])
 
 
 def check_trials(config: DictConfig, trials: Sequence[Overrides]) -> None:
