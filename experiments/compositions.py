@@ -4,7 +4,7 @@ A file holds a method or rules. A method's parts are named as in `jquant` (`_tar
 the import path of a user's own class (`experiments.own_parts`). A rule is a regular expression over weights' names
 (`layers.3.attention.v.kernel`) and the name of a row of METHODS. The first expression found in a
 name decides; a rule without a method leaves its weights float. `${bits}`, `${group}` and `${symmetric}` are the
-settings, so one file serves every width.
+settings, so one file serves every width. A path that ends in .yaml is a file of one's own.
 """
 
 from collections.abc import Sequence
@@ -57,20 +57,23 @@ def find_method(name: str, bits: int, group: Any, symmetric: bool) -> "Method | 
       InputError: no such name; a file that names something other than parts, or refers to something other than the
         settings.
     """
-    name, width = split_width(name, _known(), takes_bits)
+    own = name.endswith(".yaml")
+    name, width = (name, None) if own else split_width(name, _known(), takes_bits)
     settings = {"bits": bits if width is None else width, "group": group, "symmetric": symmetric}
     if name in METHODS:
         return completed(name, **settings)
-    if is_import_path(name):
+    if is_import_path(name) and not own:
         return own_method(name, **settings)
-    if name not in _known():
+    if own and not Path(name).is_file():
+        raise InputError(f"{name} is not a file.")
+    if not own and name not in _known():
         raise unknown(name, _known())
     config = _read(name, settings)
     if "rules" in config:
         return _plan(config, name, settings)
     composed = _compose(config, name)
     if not isinstance(composed, Method):
-        raise InputError(f"configs/compositions/{name}.yaml is neither a jquant.Method nor rules.")
+        raise InputError(f"{_file(name)} is neither a jquant.Method nor rules.")
     return composed
 
 
@@ -109,11 +112,16 @@ def _known() -> list[str]:
     return [*METHODS, *sorted(path.stem for path in FOLDER.glob("*.yaml"))]
 
 
+def _file(name: str) -> str:
+    return name if name.endswith(".yaml") else f"configs/compositions/{name}.yaml"
+
+
 def _read(name: str, settings: dict[str, Any]) -> dict[str, Any]:
     """The file, with the settings' values in place of their names."""
-    file = f"configs/compositions/{name}.yaml"
+    file = _file(name)
     try:
-        config = OmegaConf.create({**settings, "method": load_config("compositions", name)})
+        found = OmegaConf.load(name) if name.endswith(".yaml") else load_config("compositions", name)
+        config = OmegaConf.create({**settings, "method": found})
         resolved: Any = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as wrong:
         reason = str(wrong).splitlines()[0]
@@ -126,7 +134,7 @@ def _read(name: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plan(config: dict[str, Any], name: str, settings: dict[str, Any]) -> Rules:
-    file = f"configs/compositions/{name}.yaml"
+    file = _file(name)
     if more := config.keys() - {"rules", "activation"}:
         raise InputError(f"{file} has rules and {more.pop()!r}; beside rules it may only have activation.")
     rules = config["rules"] if isinstance(config["rules"], list) else [config["rules"]]
@@ -150,7 +158,7 @@ def _compose(config: Any, name: str) -> Any:
     try:
         return _build(config)
     except (InputError, TypeError, ValueError, AttributeError) as wrong:
-        raise InputError(f"configs/compositions/{name}.yaml: {wrong}") from None
+        raise InputError(f"{_file(name)}: {wrong}") from None
 
 
 def _build(config: Any) -> Any:

@@ -84,6 +84,8 @@ KINDS: dict[str, Kind] = {
     "mesh.model": _whole(1),
     "mesh.uneven": _choice("error", "replicate"),
     "bits": _whole(1),
+    "widths": _each(_whole(1)),
+    "gradient_windows": _whole(1),
     "group": GROUP,
     "symmetric": SWITCH,
     "seed": _whole(0),

@@ -105,8 +105,8 @@ def label(row: Row) -> str:
         return "stored" if name == FLOAT else name
     if name == FLOAT:
         return {"float32": "FP32", "bfloat16": "BF16", "float16": "FP16"}.get(row["protocol"]["dtype"], "float")
-    if "." in name:  # a user's own, by its import path; nothing is imported for what a file of results says
-        return name
+    if "." in name:  # a user's own, by its file or import path; nothing is imported for what a file of results says
+        return Path(name).stem if name.endswith(".yaml") else name
     bits = row["config"].get("bits")
     return f"{name.upper()}-{bits}" if bits is not None and takes_bits(name) else name.upper()
 
