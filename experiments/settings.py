@@ -129,6 +129,10 @@ KINDS: dict[str, Kind] = {
     "evaluation.context": _whole(2),
     "evaluation.stride": _or_null(_whole(1)),  # null: windows don't overlap
     "evaluation.bos": SWITCH,
+    "timing.contexts": _each(_whole(1)),
+    "timing.batches": _each(_whole(1)),
+    "timing.tokens": _whole(1),
+    "timing.rounds": _whole(1),
     "generation.tokens": _whole(0),
     "generation.prompt": TEXT,
 }
