@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: table test docs setup lint slow fuzz mutants pods clean
+.PHONY: table test figures notebooks docs setup lint slow fuzz mutants pods clean
 
 table: setup
 	$(BIN)/python -m experiments.perplexity_table $(ARGS)
@@ -35,6 +35,14 @@ pods: .venv-tpu/tpu
 	$(PYTHON) -m venv .venv-tpu
 	.venv-tpu/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt --editable '.[experiments,tpu,pods]'
 	touch $@
+
+# Draws every figure of experiments/results/ anew from the kept rows; the same bytes on the same machine.
+figures: setup
+	$(BIN)/python -m paper_figures experiments/results
+
+# Executes the notebooks anew, with the default model; ARGS names some of them.
+notebooks: .venv/notebooks
+	$(BIN)/python -m experiments.notebooks $(ARGS)
 
 # Writes the tables of README.md and docs/ from result files.
 docs: setup

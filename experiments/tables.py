@@ -17,9 +17,9 @@ from experiments.compositions import leaves_open, takes_bits
 from jquant.errors import InputError
 from jquant.evaluation import intervals
 from jquant.evaluation.intervals import Change
+from jquant.evaluation.rows import FLOAT, Row, by_text, is_float
 from jquant.io.files import check_plain, write_text
 from jquant.methods import OPEN
-from paper_figures.rows import FLOAT, Row, by_text, is_float
 
 LOCK = ".lock"  # beside a results file; never removed, since another process may be waiting for it
 

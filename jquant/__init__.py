@@ -7,6 +7,9 @@
 A method is a point in transform ∘ range ∘ rounding ∘ format; `METHODS` names some, `Method(...)` writes any other.
 """
 
+from importlib import import_module
+from typing import Any
+
 from jquant.activations import Activation
 from jquant.calibration.options import Options
 from jquant.data import load_text
@@ -43,6 +46,7 @@ from jquant.models.adapters import LoRA
 from jquant.models.cache import CacheFormat, Stored
 from jquant.models.decoder import with_cache
 from jquant.models.folding import permute_mlp, rotate
+from jquant.pipeline.gram import gram
 from jquant.pipeline.in_memory import quantize, quantize_decoder, quantize_decoders
 from jquant.pipeline.to_disk import quantize_to_folder
 from jquant.qtensor import Grid, QTensor, bits_per_weight, dequantize
@@ -53,6 +57,14 @@ from jquant.stats import AbsMax, AbsMean, Gram, Statistic
 from jquant.transforms import AWQ, Hadamard, SmoothQuant, Transform
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """`jquant.plot`, imported where it is first used: it needs matplotlib, an extra."""
+    if name == "plot":
+        return import_module("jquant.plot")
+    raise AttributeError(f"module 'jquant' has no attribute {name!r}")
+
 
 __all__ = [
     "AWQ",
@@ -111,6 +123,7 @@ __all__ = [
     "double_quantized",
     "generate",
     "generate_many",
+    "gram",
     "load_adapters",
     "load_model",
     "load_text",

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from jquant.activations import Activation
 from jquant.errors import InputError
 from jquant.formats import Format
-from jquant.parts import check_part, needs_of_parts, shown, statistics_of
+from jquant.parts import brief, check_part, needs_of_parts, shown, statistics_of
 from jquant.ranges import MinMax, Range
 from jquant.rounding import Nearest, Rounding
 from jquant.stats import BUILT_IN
@@ -183,6 +183,14 @@ class Method:
         targets = [stage.target for stage in self.tuning]
         if targets != sorted(targets, key=lambda target: target != "block"):
             raise InputError(f"Blocks are tuned before the whole model, not {' after '.join(targets[::-1])}.")
+
+    def __str__(self) -> str:
+        """The method in short, without what has its default; `repr` is complete, and rows of results hold it."""
+        return brief(self)
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What a notebook shows."""
+        printer.text(str(self))
 
     @property
     def needs(self) -> frozenset[str]:

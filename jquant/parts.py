@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
 from jquant.errors import InputError
@@ -120,7 +120,10 @@ def brief(part: Any) -> str:
     if not is_dataclass(part) or isinstance(part, type):
         return shown(part)
     values = {field.name: getattr(part, field.name) for field in fields(part) if field.repr}
-    usual = {field.name: field.default for field in fields(part)}
+    usual = {
+        field.name: field.default if field.default_factory is MISSING else field.default_factory()
+        for field in fields(part)
+    }
     changed = ", ".join(f"{name}={brief(value)}" for name, value in values.items() if value != usual[name])
     return f"{type(part).__name__}({changed})"
 

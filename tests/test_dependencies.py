@@ -9,6 +9,7 @@ import pytest
 from test_structure import ROOT, imported, trees
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
 OWN = ("jquant", "experiments", "paper_figures")
 BROUGHT = packages_distributions()  # package -> the distributions that have it
 
@@ -29,13 +30,13 @@ def undeclared(folder: str, requirements: list[str]) -> dict[str, str]:
 
 
 def test_what_the_library_imports_is_a_dependency():
-    """The extra `tensorboard` is imported where a user asks for it, and missed in one sentence."""
-    assert not undeclared("jquant", PROJECT["dependencies"] + PROJECT["optional-dependencies"]["tensorboard"])
+    """The extras `tensorboard` and `plot` are imported where a user asks for them, and missed in one sentence."""
+    assert not undeclared("jquant", PROJECT["dependencies"] + EXTRAS["tensorboard"] + EXTRAS["plot"])
 
 
 @pytest.mark.parametrize("folder", ["experiments", "paper_figures", "docs"])
 def test_what_the_experiments_import_is_a_dependency_or_in_their_extra(folder):
-    assert not undeclared(folder, PROJECT["dependencies"] + PROJECT["optional-dependencies"]["experiments"])
+    assert not undeclared(folder, PROJECT["dependencies"] + EXTRAS["experiments"] + EXTRAS["plot"] + EXTRAS["notebooks"])
 
 
 def test_a_package_that_is_not_declared_is_found():

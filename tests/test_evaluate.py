@@ -17,8 +17,9 @@ from experiments import evaluate, perplexity_table, tables
 from jquant import load_model, open_model
 from jquant.data import windows
 from jquant.evaluation.perplexity import Reference, score, score_from_disk
+from jquant.evaluation.rows import name
 from jquant.parallel.mesh import Devices
-from paper_figures import perplexity_bits, style
+from paper_figures import perplexity_bits
 
 ROOT = Path(__file__).parents[1]
 TEXT = checkpoints.random_text(1500, seed=3)
@@ -58,7 +59,7 @@ def test_a_streamed_model_has_its_row_with_kl_which_is_kept(place, tmp_path, cap
         assert found["protocol"]["evaluation_sha256"] == wanted["protocol"]["evaluation_sha256"]
     assert row["kl"] > 0.01
     assert [tables.label(base), tables.label(row)] == ["FP32", "rtn-3"]
-    assert style.name(row) == "rtn-3"
+    assert name(row) == "rtn-3"
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (told["perplexity"], told["kl"]) == (row["perplexity"], row["kl"])
     written = (tmp_path / "evaluated" / "table.md").read_text()

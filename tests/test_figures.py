@@ -11,6 +11,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
+from checkpoints import refused
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
@@ -24,18 +25,22 @@ from matplotlib.transforms import Bbox
 from PIL import Image
 from scipy import stats
 
-from paper_figures import outliers, perplexity_bits, sensitivity, style
-from paper_figures.rows import by_text, intervals, is_float, read_rows
+from jquant import plot
+from jquant.evaluation import rows as reading
+from jquant.evaluation.rows import Rows, by_text, intervals, is_float, read_rows
+from jquant.plot import activations, bits, layers, style, training
+from paper_figures import __main__ as all_figures
+from paper_figures import outliers, perplexity_bits
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
 TABLES = ("perplexity_table", "formats", "ranges", "rounding", "ingredients")
-DRAWN = (*TABLES, "sensitivity", "outliers", "outlier_histograms")
+DRAWN = (*TABLES, "sensitivity", "outliers", "outlier_histograms", "training")
 PROTOCOL = {"model": "m", "weights_stored_as": "F32", "dtype": "float32", "data": "t", "windows": 3, "context": 9}
 
 
 def row(method: str, bits_per_weight: float, perplexity: float, **more) -> dict:
-    fields = {"method": method, "bits_per_weight": bits_per_weight, "perplexity": perplexity, "kl": 0.1}
+    fields = {"method": method, "bits_per_weight": float(bits_per_weight), "perplexity": float(perplexity), "kl": 0.1}
     return fields | {"perplexity_stderr": 0.5, "config": {"bits": 4}, "protocol": PROTOCOL} | more
 
 
@@ -45,10 +50,11 @@ def table(name: str) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def figures() -> dict[str, Figure]:
-    drawn = {name: perplexity_bits.figure(table(name)) for name in TABLES}
-    drawn["sensitivity"] = sensitivity.figure(read_rows(RESULTS / "sensitivity" / "sensitivity.jsonl"))
+    drawn = {name: bits.figure(table(name)) for name in TABLES}
+    drawn["sensitivity"] = layers.figure(read_rows(RESULTS / "sensitivity" / "sensitivity.jsonl"))
     rows = read_rows(RESULTS / "outliers" / "outliers.jsonl")
-    drawn |= {"outliers": outliers.figure(rows), "outlier_histograms": outliers.histograms(rows)}
+    drawn |= {"outliers": activations.figure(rows), "outlier_histograms": activations.histograms(rows)}
+    drawn["training"] = training.figure(read_rows(RESULTS / "qat" / "table.jsonl"), RESULTS / "qat")
     for figure in drawn.values():
         figure.draw_without_rendering()
     return drawn
@@ -115,7 +121,7 @@ before = state()
 assert before[0] is None
 from experiments import collect, evaluate, outliers, perplexity_table, quantize, sensitivity
 from paper_figures import perplexity_bits
-from paper_figures.rows import read_rows
+from jquant.evaluation.rows import read_rows
 assert state() == before
 matplotlib.use("svg")
 chosen = state()
@@ -147,7 +153,7 @@ def test_a_pdf_holds_truetype_a_png_300_dpi_whatever_the_users_settings_are_and_
     assert b"/CIDFontType2" in first[1]
     image = Image.open(png)
     assert image.info["dpi"] == pytest.approx((300, 300), abs=0.1)
-    assert image.size == (1920, 1260)
+    assert image.size[0] == round(300 * style.ONE)
     perplexity_bits.draw(rows, tmp_path)
     assert (png.read_bytes(), pdf.read_bytes()) == first
 
@@ -160,6 +166,60 @@ def test_the_figures_in_the_repository_are_of_that_sort_and_small():
         assert png.stat().st_size < 300_000, png
     for pdf in pdfs:
         assert b"/Type3" not in pdf.read_bytes(), pdf
+
+
+def test_the_kept_figures_are_drawn_anew_from_their_rows_with_the_same_bytes_each_time(tmp_path):
+    for name in ("perplexity_table/table.jsonl", "float_inputs/table.jsonl"):  # the second has no float model
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes((RESULTS / name).read_bytes())
+    paths = all_figures.main(tmp_path)
+    assert [path.relative_to(tmp_path).as_posix() for path in paths] == [
+        f"perplexity_table/perplexity_bits.{kind}" for kind in ("png", "pdf")
+    ]
+    first = [path.read_bytes() for path in paths]
+    assert [path.read_bytes() for path in all_figures.main(tmp_path)] == first
+    assert b"CreationDate" not in first[1]
+
+
+# ---- one call -------------------------------------------------------------------------------------------------------
+
+
+def test_one_call_returns_the_axes_of_a_figure_and_draws_into_given_ones(tmp_path):
+    rows = [row("fp32", 32, 20), row("gptq", 4.3, 22), row("int8", 8.0, 20.5)]
+    mine = Figure().add_subplot()
+    assert plot.perplexity_bits(rows, ax=mine) is mine
+    assert {22, 20.5} <= points(mine).keys()
+    assert all(path.stat().st_size > 1000 for path in plot.save(mine, tmp_path / "mine"))
+    assert plot.sensitivity(read_rows(RESULTS / "sensitivity" / "sensitivity.jsonl"), ax=Figure().add_subplot())
+    assert plot.training_curves(table("qat"), RESULTS / "qat", ax=Figure().add_subplot()).get_lines()
+    assert plot.outliers(read_rows(RESULTS / "outliers" / "outliers.jsonl"), ax=Figure().add_subplot()).get_legend()
+    with refused("these rows are of 2: t, u"):
+        plot.perplexity_bits([*rows, row("gptq", 4.3, 22, protocol=PROTOCOL | {"data": "u"})])
+    with refused("No row has evaluations in"):
+        plot.training_curves(table("qat"), tmp_path)
+
+
+LAZY = """
+import sys, jquant
+assert "matplotlib" not in sys.modules
+sys.modules["matplotlib"] = None
+try:
+    jquant.plot
+except ImportError as wrong:
+    print(wrong)
+del sys.modules["matplotlib"]
+import matplotlib
+matplotlib.use("agg")
+rows = [{"method": "gptq", "bits_per_weight": 4.3, "perplexity": 22.0, "protocol": %r}]
+print(type(jquant.plot.perplexity_bits(rows)).__name__, matplotlib.pyplot.get_fignums())
+"""
+
+
+def test_importing_jquant_imports_no_matplotlib_and_its_absence_is_one_sentence():
+    """Without axes given, the figure is pyplot's, which notebooks show."""
+    done = subprocess.run([sys.executable, "-c", LAZY % PROTOCOL], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "Figures need matplotlib: pip install 'jquant[plot]'.\nAxes [1]\n"
 
 
 # ---- what is legible ------------------------------------------------------------------------------------------------
@@ -189,7 +249,7 @@ def test_a_logarithmic_axis_has_three_ticks_over_any_range(low, ratio, most):
 def test_labels_of_crowded_points_cover_no_point_no_interval_no_line_and_no_other_label(seed):
     random = np.random.default_rng(seed)
     rows = [row("fp32", 32, 20.0), *(row(f"mine_{i}", *random.uniform((4, 20.1), (5, 24))) for i in range(8))]
-    figure = perplexity_bits.scatter(rows)
+    figure = bits.points(rows)
     figure.draw_without_rendering()
     [axes] = axes_of(figure)
     placed = boxes(figure)
@@ -206,17 +266,17 @@ def test_labels_of_crowded_points_cover_no_point_no_interval_no_line_and_no_othe
 def test_a_chart_has_a_line_a_row_and_a_broken_model_does_not_press_the_others_together(figures):
     rows, left = table("formats"), figures["formats"].axes[0]
     names = [label.get_text() for label in left.get_yticklabels()]
-    bits = [float(name.split()[-1]) for name in names]
-    assert len(names) == len(rows) - 1 > perplexity_bits.MOST_POINTS
-    assert bits == sorted(bits, reverse=True)
+    widths = [float(name.split()[-1]) for name in names]
+    assert len(names) == len(rows) - 1 > bits.MOST_POINTS
+    assert widths == sorted(widths, reverse=True)
     assert max(row["perplexity"] for row in rows) > 1e5
     assert left.get_xlim()[1] < 5 * min(row["perplexity"] for row in rows)
     shown = {round(value, 9) for value in points(left)}
     assert shown >= {round(row["perplexity"], 9) for row in rows if row["perplexity"] < 90}
     assert "607,971" in words(figures["formats"])
     few = [row("fp32", 32, 20.0), row("gptq", 4.3, 22.0), row("rtn", 2.3, 6e5)]
-    assert perplexity_bits.figure(few).axes[0].get_xscale() == "log"
-    assert perplexity_bits.figure(few[:2]).axes[0].get_xscale() == "linear"
+    assert bits.figure(few).axes[0].get_xscale() == "log"
+    assert bits.figure(few[:2]).axes[0].get_xscale() == "linear"
 
 
 # ---- what is said ---------------------------------------------------------------------------------------------------
@@ -225,12 +285,13 @@ def test_a_chart_has_a_line_a_row_and_a_broken_model_does_not_press_the_others_t
 def test_names_are_those_that_readers_know():
     called = {"gptq": "GPTQ", "gptq-3": "GPTQ", "rtn": "round to nearest", "q4_k": "Q4_K", "nf4": "NF4", "fp32": "FP32"}
     called |= {"gguf_q4_k_m": "Q4_K_M mixture", "llm_int8": "LLM.int8()", "my_rounding.HalfUp": "my_rounding.HalfUp"}
-    assert {method: style.name(row(method, 4, 20)) for method in called} == called
-    assert style.name(row("fp32", 4, 20, protocol=PROTOCOL | {"dtype": "bfloat16"})) == "BF16"
-    assert style.name(row("fp32", 4, 20, stored="packed codes")) == "as stored"
-    assert [style.stem_and_width(row(method, 4, 20)) for method in ("gptq-3", "gptq")] == [("gptq", "3"), ("gptq", "4")]
+    assert {method: reading.name(row(method, 4, 20)) for method in called} == called
+    assert reading.name(row("fp32", 4, 20, protocol=PROTOCOL | {"dtype": "bfloat16"})) == "BF16"
+    assert reading.name(row("fp32", 4, 20, stored="packed codes")) == "as stored"
+    assert reading.stem_and_width(row("gptq-3", 4, 20)) == ("gptq", "3")
+    assert reading.stem_and_width(row("gptq", 4, 20)) == ("gptq", "4")
     twice = [row("gptq", 4.3, 22, settings="seed=0"), row("gptq", 4.3, 23, settings="seed=1"), row("awq", 4.3, 23)]
-    assert perplexity_bits.labels(twice) == ["GPTQ (seed=0)", "GPTQ (seed=1)", "AWQ"]
+    assert bits.labels(twice) == ["GPTQ, 4 bits (seed=0)", "GPTQ, 4 bits (seed=1)", "AWQ, 4 bits"]
 
 
 def test_the_float_line_is_named(figures):
@@ -243,27 +304,63 @@ def test_the_float_line_is_named(figures):
 def test_a_method_has_one_colour_in_every_figure_whatever_its_rank(figures):
     def colours(figure: Figure, rows: list[dict]) -> dict[str, str]:
         drawn = points(figure.axes[0])
-        return {style.stem_and_width(row)[0]: to_hex(drawn[row["perplexity"]].get_color()) for row in rows}
+        return {reading.stem_and_width(row)[0]: to_hex(drawn[row["perplexity"]].get_color()) for row in rows}
 
     names = ["gptq", "awq", "rtn", "nf4", "gptq_plain"]
     rising = [row(name, 4.3, 20.0 + i) for i, name in enumerate(names)]
     falling = [row(f"{name}-3", 3.3, 30.0 - i) for i, name in enumerate(names)]
-    expected = colours(perplexity_bits.scatter(rising), rising)
+    expected = colours(bits.points(rising), rising)
     assert len({*expected.values()}) == len(names)
-    assert colours(perplexity_bits.scatter(falling), falling) == expected
-    assert colours(perplexity_bits.ranking(falling), falling) == expected
+    assert colours(bits.points(falling), falling) == expected
+    assert colours(bits.ranking(falling), falling) == expected
     bars = [held for held in figures["sensitivity"].axes[0].containers if isinstance(held, BarContainer)]
     assert [to_hex(held[0].get_facecolor()) for held in bars] == [expected["rtn"], expected["gptq_plain"]]
 
 
 def test_filled_markers_are_those_that_nothing_as_small_beats_and_the_legend_says_so():
     rows = [row("gptq", 4.3, 22.0), row("awq", 4.3, 23.0), row("rtn", 3.3, 30.0), row("int8", 8.0, 22.5)]
-    figure = perplexity_bits.ranking(rows)
+    figure = bits.ranking(rows)
     faces = {value: to_hex(line.get_markerfacecolor()) for value, line in points(figure.axes[0]).items()}
     assert {value for value, face in faces.items() if face != "#ffffff"} == {22.0, 30.0}
-    assert "filled: nothing of this size or smaller is better" in words(figure)
+    assert "Pareto front,\nnothing of this size or smaller is better" in words(figure)
     assert "open: something of this size or smaller is better" in words(figure)
     assert "arrow" not in words(figure)
+
+
+def test_the_pareto_front_joins_what_nothing_as_small_beats():
+    rows = [row("gptq", 4.3, 22.0), row("awq", 4.3, 23.0), row("rtn", 3.3, 30.0), row("int8", 8.0, 22.5)]
+    rows.append(row("q8_0", 8.5, 20.5))
+    for figure in (bits.points(rows), bits.ranking(rows)):
+        across = int(figure.axes[0].get_xscale() == "linear")  # where perplexity is y
+        [line] = [line for line in figure.axes[0].get_lines() if len(np.atleast_1d(line.get_xdata())) > 2]
+        assert sorted(map(float, line.get_data()[across])) == [20.5, 22.0, 30.0]
+
+
+def test_published_figures_are_marked_where_the_config_quotes_some():
+    quoted = {"bits": 4, "model": {"published": {"fp32": 19.0, "gptq": 21.0, "note": "elsewhere"}}}
+    rows = [row("fp32", 32, 20.0, config=quoted), row("gptq", 4.3, 22.0, config=quoted), row("awq", 4.3, 23.0)]
+    for draw in (bits.points, bits.ranking):
+        figure = draw(rows)
+        axis = int(figure.axes[0].get_xscale() == "linear")
+        marks = [line for line in figure.axes[0].get_lines() if line.get_marker() == "D"]
+        dotted = [line for line in figure.axes[0].get_lines() if line.get_linestyle() == ":"]
+        assert [np.asarray(line.get_data()[axis])[0] for line in marks + dotted] == [21.0, 19.0]
+        assert "published" in words(figure)
+    assert "published" not in words(bits.points(rows[2:]))
+
+
+def test_rows_are_a_short_table():
+    rows = Rows([row("fp32", 32, 20.0, kl=0.0), row("gptq", 4.3, 22.0, top1_agreement=0.825), row("mine <b>", 4, 23)])
+    lines = repr(rows).splitlines()
+    assert lines[0].split() == ["method", "perplexity", "KL", "top-1,", "%", "bits/weight"]
+    assert len({*map(len, lines)}) == 1
+    assert "GPTQ, 4 bits" in lines[2]
+    assert "82.5" in lines[2]
+    assert "window_nll" not in repr(table("perplexity_table"))
+    assert rows._repr_html_().count("<tr>") == 4
+    assert "mine &lt;b&gt;" in rows._repr_html_()
+    assert repr(Rows()) == "no rows"
+    assert repr(Rows([{"layer": 1}])) == "no rows"
 
 
 def test_intervals_are_paired_by_window_where_they_can_be_and_else_standard_errors():
@@ -276,10 +373,10 @@ def test_intervals_are_paired_by_window_where_they_can_be_and_else_standard_erro
     assert "paired by window" in kind
     assert none is None
     assert pair == pytest.approx((rows[0]["perplexity"] * np.exp(low), rows[0]["perplexity"] * np.exp(high)))
-    figure = perplexity_bits.scatter(rows)
+    figure = bits.points(rows)
     [segment] = figure.axes[0].collections[0].get_segments()  # pyright: ignore[reportAttributeAccessIssue]
     assert tuple(segment[:, 1]) == pytest.approx(pair)
-    assert kind in words(figure)
+    assert kind in words(figure).replace("\n", " ")
 
     elsewhere = {"protocol": PROTOCOL | {"evaluation_sha256": "other"}}
     for changed in ({"window_nll": None}, {"window_nll": [1.0]}, elsewhere):
@@ -345,6 +442,8 @@ def test_the_command_needs_one_argument(monkeypatch, capsys):
 
 def test_the_outliers_command_draws_the_rows_of_the_last_run(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(outliers, "draw", lambda rows, folder: drawn.extend(rows) or [])
-    outliers._draw_last([{"fingerprint": "a"}, {"fingerprint": "b", "layer": 0}, {"fingerprint": "b"}], tmp_path)
+    monkeypatch.setattr(outliers, "figure", drawn.extend)
+    monkeypatch.setattr(outliers, "histograms", lambda rows: None)
+    monkeypatch.setattr(outliers, "save", lambda figure, stem: [])
+    outliers.draw([{"fingerprint": "a"}, {"fingerprint": "b", "layer": 0}, {"fingerprint": "b"}], tmp_path)
     assert drawn == [{"fingerprint": "b", "layer": 0}, {"fingerprint": "b"}]

@@ -4,7 +4,9 @@ import inspect
 import io
 import typing
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import checkpoints
 import jax
@@ -36,13 +38,14 @@ from jquant import (
     quantize_to_folder,
 )
 from jquant import progress as progress_module
+from jquant.evaluation import rows as results
 from jquant.evaluation.compare import FLOAT
 from jquant.evaluation.perplexity import Reference, Scores, score
 from jquant.io import save
 from jquant.methods import leaves_open
 from jquant.models.decoder import blocks, with_blocks
 from jquant.progress import showing
-from paper_figures import perplexity_bits, style
+from paper_figures import perplexity_bits
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "initializer_range": 0.1}
 TOKENS = np.random.default_rng(0).integers(0, checkpoints.VOCAB, (4, 24), np.int32)
@@ -370,8 +373,8 @@ def test_a_comparison_is_a_short_table_in_text_and_in_a_notebook(comparison, mod
 def test_its_rows_are_drawn_as_those_of_a_table(comparison, tmp_path):
     rows = comparison.rows()
     assert [row["method"] for row in rows] == [FLOAT, "RTN <4>", "plan"]
-    assert [style.name(row) for row in rows] == ["FP32", "RTN <4>", "plan"]
-    kind, ends = perplexity_bits.intervals(rows)
+    assert [results.name(row) for row in rows] == ["FP32", "RTN <4>", "plan"]
+    kind, ends = results.intervals(rows)
     assert "paired by window" in kind
     low, high = ends[1]
     assert rows[0]["perplexity"] * (1 + comparison["RTN <4>"].change.high / 100) == pytest.approx(high)
@@ -429,6 +432,42 @@ def test_a_qtensor_says_its_shape_format_bits_and_size(rounded, kinds):
     assert repr(abstract) == repr(q)
     assert "NoneType" in repr(jax.tree.map(lambda _: None, q))
     assert "inputs Activation(" in repr(kinds["everything"].decoder.segments[0].attention.k.kernel.get_value())
+
+
+def test_a_method_is_short_when_it_is_shown_and_complete_in_rows(kinds):
+    both = Method(Int(3, 32), rounding=jquant.GPTQ(damping=0.05), transform=AWQ())
+    assert str(both) == "Method(format=Int(bits=3, group=32), rounding=GPTQ(damping=0.05), transform=AWQ())"
+    said = []
+    both._repr_pretty_(SimpleNamespace(text=said.append), False)
+    assert said == [str(both)]
+    assert repr(both).startswith("Method(format=Int(bits=3, group=32, symmetric=False,")
+    assert len(str(method("qat", bits=2))) < 250
+
+
+def test_a_weight_is_found_by_its_name(model, kinds):
+    q = kinds["everything"]
+    told = "QTensor(64 × 96, Int(bits=3, group=32), 3.594 bits/weight, 0.00276 MB)"
+    assert repr(q.weight("layers.1.mlp.up.kernel")) == told
+    up = next(islice(blocks(model.decoder), 1, None)).mlp.up.kernel.get_value()
+    np.testing.assert_array_equal(model.weight("layers.1.mlp.up.kernel"), up)
+    with refused("'layers.1.mlp.pu.kernel'; the nearest names are layers.1.mlp.up.kernel"):
+        model.weight("layers.1.mlp.pu.kernel")
+    with refused("no weight 'norm'"):
+        jquant.gram(model, "norm", TEXTS[0], samples=2, context=32)
+
+
+@pytest.mark.parametrize("token_weights", ["uniform", "attention"])
+def test_the_gram_matrix_of_a_weights_inputs_is_the_one_that_it_is_rounded_by(model, token_weights):
+    """Rounded by hand, the weight has the codes that `quantize` chooses."""
+    name, how = "layers.1.attention.v.kernel", {"samples": 4, "context": 32, "progress": False}
+    gram = jquant.gram(model, name, TEXTS[0], token_weights=token_weights, **how)
+    assert gram.shape == (64, 64)
+    format, w = Int(3, 32), model.weight(name)
+    rounded = jquant.GPTQ()(w, jquant.Grid.of(*jquant.MinMax()(w, format), format, w.shape), gram=gram)
+    chosen = Method(format, rounding=jquant.GPTQ(), token_weights=token_weights)
+    q = jquant.quantize(model, [(name, chosen)], calibration=TEXTS[0], inputs="float", **how)
+    codes = jquant.formats.unpack(q.weight(name).codes, 3, 64)
+    assert (np.asarray(codes) == np.asarray(rounded.codes)).mean() > 0.999  # ties may fall otherwise
 
 
 def test_a_report_says_how_much_was_lost_and_where_most(kinds):

@@ -11,13 +11,13 @@ import numpy as np
 from jquant.errors import InputError
 from jquant.evaluation.intervals import Change, paired_change
 from jquant.evaluation.perplexity import Perplexity, Reference, Scores, check_overlap, evaluation_windows, score
+from jquant.evaluation.rows import FLOAT, Rows
 from jquant.io.language_model import LanguageModel
 from jquant.models.size import Size, size_of
 from jquant.parts import shown
 from jquant.progress import Progress, showing
 from jquant.provenance import array_digest
 
-FLOAT = "fp32"  # in rows of results, the model that the others are compared with
 HEADINGS = ("model", "perplexity", "change, %", "KL", "top-1, %", "bits/weight", "MB")
 
 
@@ -80,13 +80,13 @@ class Comparison:
     def __getitem__(self, name: str) -> Compared:
         return self.models[name]
 
-    def rows(self) -> list[dict[str, Any]]:
-        """One row a model, ready for JSON and for `paper_figures`; the base is called "fp32"."""
+    def rows(self) -> Rows:
+        """One row a model, ready for JSON and for `jquant.plot`; the base is called "fp32"."""
         names = [FLOAT, *list(self.models)[1:]]
-        return [
+        return Rows(
             {"method": name, **model.row(), "protocol": self.protocol}
             for name, model in zip(names, self.models.values(), strict=True)
-        ]
+        )
 
     def __repr__(self) -> str:
         lines = [HEADINGS, *self._cells()]

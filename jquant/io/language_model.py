@@ -1,18 +1,22 @@
 """A decoder with its tokenizer and their origin."""
 
+import difflib
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jquant.errors import InputError
 from jquant.io.save import save_model
 from jquant.io.tokenizer import Tokenizer
 from jquant.models.adapters import Adapted
 from jquant.models.config import DecoderConfig
-from jquant.models.decoder import Decoder
-from jquant.models.params import flat_params
+from jquant.models.decoder import Decoder, blocks
+from jquant.models.families import family_of
+from jquant.models.params import flat_params, weight_name
 from jquant.models.size import size_of
 from jquant.parts import brief
 from jquant.qtensor import QTensor
@@ -65,6 +69,24 @@ class LanguageModel:
         ]
         lines += [repr(self.report)] if self.report else []
         return "\n  ".join(lines)
+
+    def weight(self, name: str) -> Any:
+        """A weight by its name, `[in, out]`: a float array or a QTensor; "layers.3.attention.v.kernel", e.g.
+
+        Raises:
+          InputError: there is no such weight; the message gives the nearest names.
+        """
+        layer, path = self.place_of(name)
+        return flat_params(next(islice(blocks(self.decoder), layer, None)))[path]
+
+    def place_of(self, name: str) -> tuple[int, str]:
+        """A projection's layer and its path within the block. InputError as of `weight`."""
+        paths = family_of(self.config).weights
+        places = {weight_name(layer, path): (layer, path) for layer in range(self.config.layers) for path in paths}
+        if name not in places:
+            near = difflib.get_close_matches(name, places, n=3, cutoff=0.0)
+            raise InputError(f"{self.name} has no weight {name!r}; the nearest names are {', '.join(near)}.")
+        return places[name]
 
     def save(self, folder: str | Path) -> None:
         """Writes the model into a folder that `load_model` reads: the same logits bit for bit, report, `calibrated_on`.
