@@ -25,9 +25,9 @@ from PIL import Image
 from experiments.command_line import console, one_sentence
 from experiments.tables import COLUMNS, ROWS, label, misfit, read_rows
 from jquant.errors import InputError
+from jquant.evaluation.rows import Row
 from jquant.io.files import write_text
-from paper_figures import style
-from paper_figures.rows import Row
+from jquant.plot import style
 
 PAGE, TABLE, METRICS = "report.html", "table.jsonl", ".metrics.jsonl"
 # What the entries of a row tell; the others are figures.

@@ -36,7 +36,8 @@ def test_what_the_library_imports_is_a_dependency():
 
 @pytest.mark.parametrize("folder", ["experiments", "paper_figures", "docs"])
 def test_what_the_experiments_import_is_a_dependency_or_in_their_extra(folder):
-    assert not undeclared(folder, PROJECT["dependencies"] + EXTRAS["experiments"] + EXTRAS["plot"] + EXTRAS["notebooks"])
+    extras = [*EXTRAS["experiments"], *EXTRAS["plot"], *EXTRAS["notebooks"]]
+    assert not undeclared(folder, [*PROJECT["dependencies"], *extras])
 
 
 def test_a_package_that_is_not_declared_is_found():
