@@ -8,6 +8,7 @@ browser without a network. Rows of different protocols stand in different tables
 
 import argparse
 import base64
+import difflib
 import hashlib
 import json
 import math
@@ -73,7 +74,9 @@ def page(folder: Path) -> str:
 def _rows(folder: Path) -> list[Found]:
     """All rows; of those that are equal but for `settings`, a sweep's and its trials', the first."""
     if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; give one that experiments wrote results into.")
+        near = difflib.get_close_matches(folder.name, [path.name for path in folder.parent.glob("*/")], cutoff=0.0)
+        nearest = f"; the nearest in {folder.parent} are {', '.join(near)}" if near else ""
+        raise InputError(f"{folder} is not a folder{nearest}.")
     paths = sorted(folder.rglob("*.jsonl"), key=lambda path: (len(path.parts), path))
     found: dict[str, Found] = {}
     for path in paths:
@@ -189,8 +192,8 @@ def _method(row: Row) -> str:
 def _cells(file: str, row: Row, kind: str) -> dict[str, str]:
     """The cells of a row that are not simply one of its entries, by heading."""
     named = {"method": _method(row)} if misfit(row, NAMED, "") is None else {}
-    table = {heading: cell(row) for heading, cell in COLUMNS.items()} if kind == TABLE else {}
-    return table | named | {"from": file.removesuffix(f"/{TABLE}")}
+    others = {heading: cell for heading, cell in COLUMNS.items() if kind == TABLE and heading not in named}
+    return named | {heading: cell(row) for heading, cell in others.items()} | {"from": file.removesuffix(f"/{TABLE}")}
 
 
 def _parts(row: Row) -> Parts:
@@ -203,7 +206,7 @@ def _parts(row: Row) -> Parts:
 
 
 def _leaves(path: str, value: Any, depth: int) -> Iterator[tuple[str, str]]:
-    if isinstance(value, dict) and depth:
+    if isinstance(value, dict) and value and depth:
         for key, part in value.items():
             yield from _leaves(f"{path}.{key}", part, depth - 1)
     else:

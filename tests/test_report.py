@@ -57,7 +57,7 @@ def by_paths(row: dict) -> dict[str, str]:
     flat, waiting = {}, list(row.items())
     while waiting:
         path, value = waiting.pop()
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             waiting += [(f"{path}.{key}", part) for key, part in value.items()]
         else:
             flat[path] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -215,8 +215,10 @@ def test_a_damaged_file_is_named_and_the_page_stays(tmp_path, monkeypatch, capsy
 def test_folders_without_rows_are_refused(tmp_path, monkeypatch, capsys):
     assert "has no results" in refused(monkeypatch, capsys, tmp_path)
     assert not list(tmp_path.iterdir())
-    assert "missing is not a folder" in refused(monkeypatch, capsys, tmp_path / "missing")
-    assert not (tmp_path / "missing").exists()
+    (tmp_path / "widths").mkdir()
+    missing = tmp_path / "width"
+    assert f"width is not a folder; the nearest in {tmp_path} are widths." in refused(monkeypatch, capsys, missing)
+    assert not missing.exists()
     file = write(tmp_path / "table.jsonl")
     assert "table.jsonl is not a folder" in refused(monkeypatch, capsys, file)
 
@@ -233,11 +235,12 @@ def test_deeply_nested_and_odd_values_are_shown(tmp_path):
     deep = {"a": 1}
     for _ in range(300):
         deep = {"a": deep}
-    odd = {"deep": deep, "big": 10**400, "tiny": 1e-300, "list": [{}], "none": None, "protocol": 3, "method": 1}
-    write(tmp_path / "x.jsonl", odd)
+    odd = {"deep": deep, "empty": {}, "big": 10**400, "tiny": 1e-300, "list": [{}], "none": None, "method": 1}
+    write(tmp_path / "x.jsonl", odd | {"protocol": 3})
     (group,) = Parsed(report.page(tmp_path)).groups()
     figures = group["shared"]["figures"]
     assert json.loads(figures["big"]) == 10**400
+    assert figures["empty"] == "{}"
     assert json.loads(figures["tiny"]) == 1e-300
     nested = odd["deep"]
     path = next(path for path in figures if path.startswith("deep"))
