@@ -36,9 +36,11 @@ pods: .venv-tpu/tpu
 	.venv-tpu/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt --editable '.[experiments,tpu,pods]'
 	touch $@
 
-# Writes the tables of README.md and docs/ from result files.
-docs: setup
+# Writes the tables of README.md and docs/ from result files, then the site: docs/_build/html/index.html.
+docs: .venv/docs
 	$(BIN)/python docs/tables.py
+	rm -rf docs/_build
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs -d docs/_build/doctrees . docs/_build/html
 
 lint: .venv/test .venv/lint
 	$(BIN)/ruff check .

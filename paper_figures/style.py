@@ -47,6 +47,7 @@ NAMES = {
     "rtn_mse": "round to nearest, squared-error range",
     "rtn_diagonal": "round to nearest, Gram-diagonal range",
     "rtn_gram": "round to nearest, Gram-block range",
+    "rtn_rotated": "round to nearest, rotated",
     "rtn_loss": "round to nearest, loss range",
     "stochastic": "stochastic rounding",
     "gptq_plain": "GPTQ as in its paper",
