@@ -44,9 +44,11 @@ figures: setup
 notebooks: .venv/notebooks
 	$(BIN)/python -m experiments.notebooks $(ARGS)
 
-# Writes the tables of README.md and docs/ from result files.
-docs: setup
+# Writes the tables of README.md and docs/ from result files, then the site: docs/_build/html/index.html.
+docs: .venv/docs
 	$(BIN)/python docs/tables.py
+	rm -rf docs/_build
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs -d docs/_build/doctrees . docs/_build/html
 
 lint: .venv/test .venv/lint
 	$(BIN)/ruff check .

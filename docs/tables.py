@@ -18,6 +18,12 @@ line is a column: its heading and a format string over the row. `value = text` r
 such lines the table has only the rows that they name, in their order. The text may hold further cells, such as other
 tools' figures (`rtn-4 = min-max | 31.5`); the first heading then has their headings too. With `across` (a format
 string), the table has a column for each of its values, filled by the format string `cell`.
+
+A first line alone gives the columns of `MEASURED`, and a sentence on what they were measured. A filter takes several
+values: `method=fp32,nf4`. The pages of a folder are listed, each with its first paragraph, between
+
+    <!-- pages: formats -->
+    <!-- end -->
 """
 
 import json
@@ -28,45 +34,68 @@ from pathlib import Path
 from typing import Any
 
 from jquant.evaluation.intervals import paired_change
+from paper_figures import style
 
 Row = dict[str, Any]
 
 ROOT = Path(__file__).parents[1]
-TABLE = re.compile(r"(<!-- table: (.*?)-->\n)(.*?)(<!-- end -->)", re.DOTALL)
+TABLE = re.compile(r"(<!-- (table|pages): (.*?)-->\n)(.*?)(<!-- end -->)", re.DOTALL)
+MEASURED = {
+    "method": "`{method}`",
+    "bits/weight": "{bits_per_weight:.3f}",
+    "perplexity": "{perplexity:,.3f}",
+    "against float, %": "{perplexity_change_percent:+,.1f}",
+    "KL": "{kl:.4f}",
+    "top-1": "{top1_agreement:.1%}",
+}
 BASELINE = "gptq"  # `{change}` compares a row with this method, at the row's width and on its text
 
 
 def main(check: bool) -> int:
     """Writes, or only checks, the tables of all pages; returns the exit status."""
     wrong = []
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    for page in [
+        ROOT / "README.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+        *sorted((ROOT / "docs").glob("[!_]*/*.md")),
+    ]:
         text = page.read_text(encoding="utf-8")
-        if text.count("<!-- table:") != len(TABLE.findall(text)):
+        if len(re.findall("<!-- (?:table|pages):", text)) != len(TABLE.findall(text)):
             wrong.append(f"{page.relative_to(ROOT)}: a table has no <!-- end -->")
-        current = TABLE.sub(lambda match: f"{match[1]}\n{table(match[2])}\n{match[4]}", text)
-        if current != text and check:
-            wrong += [f"{page.relative_to(ROOT)}: {name} (make docs)" for name in stale(text)]
-        elif current != text:
-            page.write_text(current, encoding="utf-8")
+        stale = [match for match in TABLE.finditer(text) if match[4] != written(match, page.parent)]
+        if check:
+            wrong += [f"{page.relative_to(ROOT)}: {match[3].split()[0]} (make docs)" for match in stale]
+        elif stale:
+            for match in stale:
+                text = text.replace(match[0], match[1] + written(match, page.parent) + match[5])
+            page.write_text(text, encoding="utf-8")
     print(*wrong, sep="\n", end="\n" * bool(wrong), file=sys.stderr)
     return 1 if wrong else 0
 
 
-def stale(text: str) -> list[str]:
-    """The files with outdated tables in a page's text."""
-    matches = TABLE.finditer(text)
-    return [match[2].split()[0] for match in matches if match[3] != f"\n{table(match[2])}\n"]
+def written(match: re.Match[str], folder: Path) -> str:
+    """What stands between a match's comments; `folder` is that of the page."""
+    return f"\n{table(match[3]) if match[2] == 'table' else index(folder, match[3].strip())}\n"
+
+
+def index(folder: Path, pages: str) -> str:
+    """The Markdown table of the pages in a folder beside a page: their titles and first paragraphs."""
+    lines = ["name | what it is", "--- | ---"]
+    for page in sorted((folder / pages).glob("*.md"), key=lambda page: page.stem.lower()):
+        title, paragraph, *_ = page.read_text(encoding="utf-8").split("\n\n")
+        lines.append(f"[{title.removeprefix('# ')}]({pages}/{page.name}) | {' '.join(paragraph.split())}")
+    return "".join(f"| {line} |\n" for line in lines)
 
 
 def table(description: str) -> str:
     """The Markdown table of a description."""
     source, *lines = description.strip().splitlines()
     file, *filters = source.split()
-    columns = dict(line.split(": ", 1) for line in lines if ": " in line)
+    columns = dict(line.split(": ", 1) for line in lines if ": " in line) or MEASURED
     names = dict(line.split(" = ", 1) for line in lines if " = " in line)
     conditions = dict(condition.split("=", 1) for condition in filters)
     rows = read(ROOT / file, conditions.pop("rows", "rows"))
-    rows = [row for row in rows if all(str(row[key]) == value for key, value in conditions.items())]
+    rows = [row for row in rows if all(str(row[key]) in value.split(",") for key, value in conditions.items())]
     key = next(iter(columns))
     cells: dict[str, list[Row]] = {}
     for row in rows:
@@ -81,7 +110,9 @@ def table(description: str) -> str:
         body = [[value, *(filled(columns[name], row) for name in headings)] for value in cells for row in cells[value]]
     heading = " | ".join([key, *headings])
     lines = [" | ".join([names.get(value, value), *rest]) for value, *rest in body]
-    return "".join(f"| {line} |\n" for line in (heading, "---" + " | ---:" * heading.count(" | "), *lines))
+    lines = [heading, "---" + " | ---:" * heading.count(" | "), *lines]
+    caption = f"\nOn {style.model(rows[0])}; {style.text(rows[0])}; from `{file}`.\n" if columns is MEASURED else ""
+    return "".join(f"| {line} |\n" for line in lines) + caption
 
 
 def across(columns: dict[str, str], headings: list[str], rows: list[Row]) -> list[str]:

@@ -138,7 +138,7 @@ class Cross:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class AbsMean:
-    """Σₜ |xₜ| over tokens t, and their number: AWQ scales by this magnitude.
+    """Σₜ `|xₜ|` over tokens t, and their number: AWQ scales by this magnitude.
 
     Attributes:
       total: float32 `[in]`.
@@ -170,14 +170,14 @@ class AbsMean:
 
     @property
     def value(self) -> Float[Array, " in"]:
-        """The weighted mean of |x|."""
+        """The weighted mean of `|x|`."""
         return self.total / jnp.maximum(self.count, 1e-30)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class AbsMax:
-    """max |x| over tokens, by feature, for SmoothQuant and static activation scales.
+    """`max |x|` over tokens, by feature, for SmoothQuant and static activation scales.
 
     Attributes:
       largest: float32 `[in]`.
@@ -207,7 +207,7 @@ class AbsMax:
 
     @property
     def value(self) -> Float[Array, " in"]:
-        """max |x|."""
+        """`max |x|`."""
         return self.largest
 
 

@@ -2,15 +2,22 @@
 
 import ast
 import hashlib
+import html
 import importlib.util
 import inspect
 import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from types import ModuleType
 
 import datasets
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import yaml
 from conftest import wikitext
@@ -23,15 +30,24 @@ from experiments.tables import paired_change, read_rows
 from jquant import METHODS
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")] + sorted((ROOT / "docs").glob("*.md"))
+DOCS = [page for pattern in ("*.md", "[!_]*/*.md") for page in sorted((ROOT / "docs").glob(pattern))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
 TEXT = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
 PAGE = pytest.mark.parametrize("page", TEXT)
 
-spec = importlib.util.spec_from_file_location("tables_of_pages", ROOT / "docs" / "tables.py")
-assert spec is not None
-assert spec.loader is not None
-tables = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tables)
+
+def load(script: str) -> ModuleType:
+    """A script of docs/, which is no package."""
+    spec = importlib.util.spec_from_file_location(script, ROOT / "docs" / f"{script}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+tables, axes = load("tables"), load("members")
+MEMBERS = [(folder, name) for folder in axes.FOLDERS for name in axes.members(folder)]
 
 
 def fences(text: str, language: str = r"\w*") -> list[str]:
@@ -73,9 +89,16 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
 
 
-def test_every_page_is_reached_from_the_readme():
-    for page in TEXT:
-        assert page == "README.md" or f"]({page})" in TEXT["README.md"], page
+def linked(page: str) -> set[str]:
+    """The pages that a page links to."""
+    links = re.findall(r"\]\(([^)\s#]+\.md)", TEXT[page])
+    return {((ROOT / page).parent / link).resolve().relative_to(ROOT).as_posix() for link in links} & TEXT.keys()
+
+
+def test_every_page_is_two_links_from_the_readme():
+    near = linked("README.md")
+    assert {path for path in TEXT if path.count("/") < 2} <= near | {"README.md"}
+    assert TEXT.keys() - near - {"README.md"} <= set().union(*map(linked, near))
 
 
 @PAGE
@@ -137,6 +160,94 @@ def test_the_lists_of_methods_are_complete_and_mark_what_takes_bits(section, nam
     assert listed(section) == {name + " †" * takes_bits(name) for name in names}
 
 
+def test_every_member_of_an_axis_has_a_page_and_every_page_a_member():
+    assert {"GPTQ", "Hadamard", "Q4_K", "double_quantized", "Search"} < {name for _, name in MEMBERS}
+    assert {("rounding", "Rounded"), ("transforms", "Rotation"), ("formats", "pack")}.isdisjoint(MEMBERS)
+    pages = {(folder, page.stem) for folder in axes.FOLDERS for page in (ROOT / "docs" / folder).glob("*")}
+    assert pages == {*MEMBERS}
+
+
+def test_every_part_of_a_named_method_is_a_member():
+    classes = {value for folder, name in MEMBERS if isinstance(value := axes.members(folder)[name], type)}
+    for name in METHODS:
+        chosen = find_method(name, 4, 64, False)
+        parts = [chosen.format, chosen.range, chosen.rounding, chosen.transform, chosen.rotation]
+        assert {type(part) for part in parts if part is not None} <= classes, name
+
+
+@pytest.mark.parametrize(("folder", "name"), MEMBERS)
+def test_a_page_of_a_member_says_three_things_and_shows_rows_of_it(folder, name):
+    text = TEXT[f"docs/{folder}/{name}.md"]
+    title, *paragraphs = text.split("<!--")[0].strip().split("\n\n")
+    assert title == f"# `{name}`"
+    assert len(paragraphs) == 3
+    assert paragraphs[1].startswith("Use ")
+    assert paragraphs[2].startswith("Source: ")
+    shown = re.findall(r"^\| `([\w-]+)`", text, re.MULTILINE)
+    assert any(
+        uses(find_method(method, 4, 64, False), axes.members(folder)[name]) for method in shown if method != "fp32"
+    )
+
+
+def uses(part: object, member: object) -> bool:
+    """Whether a method, or a part of it, is an instance of the member, or that format but for its group and scale."""
+    if isinstance(member, type) and isinstance(part, member):
+        return True
+    if not isinstance(member, type) and hasattr(part, "decode"):
+        format = member() if inspect.isfunction(member) else member
+        plain = dict.fromkeys({"group", "scale"} & vars(format).keys(), None)
+        if type(part) is type(format) and vars(part) | plain == vars(format) | plain:
+            return True
+    parts = [getattr(part, field.name) for field in fields(part)] if is_dataclass(part) else []
+    return any(uses(inner, member) for inner in parts)
+
+
+@pytest.mark.parametrize("name", [name for folder, name in MEMBERS if folder == "formats"])
+def test_the_levels_drawn_are_those_that_weights_take(name):
+    value = axes.members("formats")[name]
+    counts = {"NF4": 16, "NF3": 8, "FP4": 15, "MXFP4": 15, "FP8_E4M3": 253, "FP8_E5M2": 247, "double_quantized": 256}
+    weights = np.linspace(-1, 1, 1001, dtype=np.float32)
+    for format in axes.EXAMPLES.get(name) or (value() if callable(value) else value,):
+        levels = axes.levels(format)
+        assert len(levels) == counts.get(name, len(levels)) > 2 ** (format.bits - 1)
+        grid = format.grid(jnp.float32(-1), jnp.float32(1))
+        rounded = np.asarray(format.decode(format.encode(jnp.asarray(weights), *grid), *grid))
+        assert {*rounded} <= {*levels}
+        nearest = np.abs(weights[:, None] - levels).min(1)
+        # ggml chooses codes before it rounds a scale to float16, which moves every midpoint by 2^−11 at most.
+        np.testing.assert_allclose(
+            np.abs(weights - rounded), nearest, atol=2**-10 if "Q" in name or name == "UInt" else 1e-6
+        )
+
+
+def test_the_api_pages_name_what_has_no_page_of_its_own():
+    text = "".join(text for page, text in TEXT.items() if page.startswith("docs/api/"))
+    named = re.findall(r"^\.\. auto\w+:: jquant\.(?:\w+\.)?(\w+)$", text, re.MULTILINE)
+    assert len(named) == len({*named})
+    assert {*named}.isdisjoint(name for _, name in MEMBERS)
+    assert {*jquant.__all__} <= {*named, *(name for _, name in MEMBERS), "GGUF", "METHODS"}
+
+
+def test_the_site_builds_without_warnings(tmp_path):
+    pytest.importorskip("furo", reason="the extra docs is not installed")
+    pytest.importorskip("myst_nb", reason="the extra docs is not installed")
+    options = ["-q", "-W", "--keep-going", "-c", "docs", "-d", str(tmp_path / "doctrees"), ".", str(tmp_path / "html")]
+    built = subprocess.run([sys.executable, "-m", "sphinx", *options], cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    front = (tmp_path / "html" / "index.html").read_text(encoding="utf-8")
+    assert "quantizes language models in JAX" in front
+    member = (tmp_path / "html" / "docs" / "rounding" / "GPTQ.html").read_text(encoding="utf-8")
+    assert "Error-compensating rounding" in member
+    packed = (tmp_path / "html" / "docs" / "api" / "tensors.html").read_text(encoding="utf-8")
+    assert "Float[Array, '*l in out']" in html.unescape(re.sub("<[^>]+>", "", packed))
+    levels = list((tmp_path / "html" / "_images").glob("NF4*.svg"))
+    assert len(levels) == 1
+    for page in (tmp_path / "html").rglob("*.html"):
+        assert not re.search(r"<(script|link|img)[^>]+(src|href)=\"(https?:)?//", page.read_text(encoding="utf-8")), (
+            page
+        )
+
+
 def test_every_part_is_in_the_list_of_methods():
     from experiments.compositions import PARTS
 
@@ -190,8 +301,9 @@ def test_tables_are_what_the_result_files_say(capsys):
 
 @pytest.fixture
 def copy(tmp_path, monkeypatch) -> Path:
-    """A page and its result file, elsewhere."""
-    for name in ("README.md", "docs/methods.md", "experiments/results/perplexity_table/table.jsonl"):
+    """Pages and their result files, elsewhere."""
+    results = [f"experiments/results/{name}/table.jsonl" for name in ("perplexity_table", "formats")]
+    for name in ("README.md", "docs/formats/NF4.md", *results):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     monkeypatch.setattr(tables, "ROOT", tmp_path)
@@ -217,6 +329,26 @@ def test_a_changed_page_is_found_and_mended(copy):
     assert tables.main(check=True) == 1
     assert tables.main(check=False) == 0
     assert page.read_text() == TEXT["README.md"]
+
+
+def test_a_changed_first_paragraph_is_found_in_the_list_of_pages(copy, capsys):
+    (copy / "docs/list.md").write_text("# List\n\n<!-- pages: formats -->\n<!-- end -->\n")
+    assert tables.main(check=True) == 1
+    assert "docs/list.md: formats" in capsys.readouterr().err
+    assert tables.main(check=False) == 0
+    assert "| [`NF4`](formats/NF4.md) | Sixteen quantiles" in (copy / "docs/list.md").read_text()
+    page = copy / "docs/formats/NF4.md"
+    page.write_text(page.read_text().replace("Sixteen", "16"))
+    assert tables.main(check=True) == 1
+
+
+def test_a_changed_result_is_found_on_the_page_of_a_member(copy, capsys):
+    results = copy / "experiments/results/formats/table.jsonl"
+    results.write_text(results.read_text().replace("30.393705131960573", "30.4"))
+    assert tables.main(check=True) == 1
+    assert "docs/formats/NF4.md: experiments/results/formats/table.jsonl" in capsys.readouterr().err
+    assert tables.main(check=False) == 0
+    assert "| `nf4` | 4.500 | 30.400 |" in (copy / "docs/formats/NF4.md").read_text()
 
 
 def test_a_table_without_an_end_is_named(copy, capsys):

@@ -24,7 +24,7 @@ from jquant.formats.base import (
 
 @dataclass(frozen=True)
 class Codebook:
-    """A table of levels: value = scale · levels[code], scale = absmax / max |level|.
+    """A table of levels: value = scale · levels[code], scale = absmax / `max |level|`.
 
     Attributes:
       levels: 2 to 256, ascending and finite; any sequence, kept as a tuple.

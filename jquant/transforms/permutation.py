@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 
 
 def row_magnitude(weight: Float[Array, "*l in out"]) -> Float[Array, "*l in"]:
-    """max |w| of each input channel's weights, float32."""
+    """`max |w|` of each input channel's weights, float32."""
     return jnp.max(jnp.abs(weight.astype(jnp.float32)), -1)
 
 
