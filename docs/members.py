@@ -14,7 +14,7 @@ import jquant
 from jquant.composition import AXES
 from jquant.formats import Codebook, Float, Int, UInt
 from jquant.parts import asked_of, brief
-from paper_figures import style
+from jquant.plot import style
 
 # Folder of jquant, and of docs/ -> the parts of `jquant.Method` that it holds.
 FOLDERS = {

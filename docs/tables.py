@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from jquant.evaluation.intervals import paired_change
-from paper_figures import style
+from jquant.evaluation.rows import model, text
 
 Row = dict[str, Any]
 
@@ -111,7 +111,7 @@ def table(description: str) -> str:
     heading = " | ".join([key, *headings])
     lines = [" | ".join([names.get(value, value), *rest]) for value, *rest in body]
     lines = [heading, "---" + " | ---:" * heading.count(" | "), *lines]
-    caption = f"\nOn {style.model(rows[0])}; {style.text(rows[0])}; from `{file}`.\n" if columns is MEASURED else ""
+    caption = f"\nOn {model(rows[0])}; {text(rows[0])}; from `{file}`.\n" if columns is MEASURED else ""
     return "".join(f"| {line} |\n" for line in lines) + caption
 
 

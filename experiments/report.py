@@ -26,9 +26,9 @@ from PIL import Image
 from experiments.command_line import console, one_sentence
 from experiments.tables import COLUMNS, ROWS, label, misfit, read_rows
 from jquant.errors import InputError
+from jquant.evaluation import rows as names_of
 from jquant.evaluation.rows import Row
 from jquant.io.files import write_text
-from jquant.plot import style
 
 PAGE, TABLE, METRICS = "report.html", "table.jsonl", ".metrics.jsonl"
 # What the entries of a row tell; the others are figures.
@@ -178,7 +178,7 @@ def _heading(file: str, row: Row, kind: str, runs: dict[str, str]) -> tuple[str,
     if misfit(row, ON_TEXT, "") is None:
         protocol = row["protocol"]
         bos = "with" if protocol["bos"] else "without"
-        return f"{title}{style.text(row)}", f"{style.model(row)}, computed in {protocol['dtype']}, {bos} BOS"
+        return f"{title}{names_of.text(row)}", f"{names_of.model(row)}, computed in {protocol['dtype']}, {bos} BOS"
     fingerprint = kind.removesuffix(METRICS)
     return (f"training of {runs[fingerprint]} ({fingerprint})", file) if fingerprint in runs else (file, "")
 
@@ -186,7 +186,7 @@ def _heading(file: str, row: Row, kind: str, runs: dict[str, str]) -> tuple[str,
 def _method(row: Row) -> str:
     """The readers' name of a row's method, with its width if it has one."""
     width = None if row.get("stored") else re.search(r"-(\d+)$", label(row))
-    return style.name(row) + (f", {width[1]} bits" if width else "")
+    return names_of.name(row) + (f", {width[1]} bits" if width else "")
 
 
 def _cells(file: str, row: Row, kind: str) -> dict[str, str]:

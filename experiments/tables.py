@@ -31,7 +31,7 @@ _ORIGIN: dict[str, Any] = {
     "protocol": _PROTOCOL | {"bos": bool, "scored_tokens": int, "evaluation_sha256": str, "calibration_sha256": (str,)},
     "config": {
         "model": dict,
-        "published?": ({"what": str, "note": str, "methods": dict},),
+        "published?": ({"model": str, "what": str, "note": str, "methods": dict},),
         "calibration?": {"data": str, "samples": int, "context": int, "inputs?": str},
         "bits?": int,
         "group?": int | str,

@@ -337,7 +337,9 @@ def test_the_pareto_front_joins_what_nothing_as_small_beats():
 
 
 def test_published_figures_are_marked_where_the_config_quotes_some():
-    quoted = {"bits": 4, "model": {"published": {"fp32": 19.0, "gptq": 21.0, "note": "elsewhere"}}}
+    figures = {"fp32": {"perplexity": 19.0}, "gptq": {"perplexity": 21.0}}
+    others = {"model": "m", "what": "m elsewhere", "note": "", "methods": figures}
+    quoted = {"bits": 4, "model": {"name": "m"}, "published": others}
     rows = [row("fp32", 32, 20.0, config=quoted), row("gptq", 4.3, 22.0, config=quoted), row("awq", 4.3, 23.0)]
     for draw in (bits.points, bits.ranking):
         figure = draw(rows)
@@ -347,6 +349,8 @@ def test_published_figures_are_marked_where_the_config_quotes_some():
         assert [np.asarray(line.get_data()[axis])[0] for line in marks + dotted] == [21.0, 19.0]
         assert "published" in words(figure)
     assert "published" not in words(bits.points(rows[2:]))
+    of_another = quoted | {"model": {"name": "another"}}
+    assert "published" not in words(bits.points([row("fp32", 32, 20.0, config=of_another)]))
 
 
 def test_rows_are_a_short_table():

@@ -26,6 +26,7 @@ NAMES = {
     "rtn_mse": "round to nearest, squared-error range",
     "rtn_diagonal": "round to nearest, Gram-diagonal range",
     "rtn_gram": "round to nearest, Gram-block range",
+    "rtn_rotated": "round to nearest, rotated",
     "rtn_loss": "round to nearest, loss range",
     "stochastic": "stochastic rounding",
     "gptq_plain": "GPTQ as in its paper",
@@ -154,10 +155,12 @@ def by_text(rows: Sequence[Row]) -> dict[str, Rows]:
 
 
 def published(row: Row) -> float | None:
-    """The perplexity that the model's config quotes for this method from others' work, if any."""
-    model = row.get("config", {}).get("model")
-    figure = (model.get("published") or {}).get(row["method"]) if isinstance(model, dict) else None
-    return float(figure) if isinstance(figure, int | float) else None
+    """The perplexity of the same model by this method in others' work (configs/published/), if the row quotes any."""
+    config = row.get("config", {})
+    others = config.get("published")
+    if not others or others["model"] != config["model"]["name"]:
+        return None
+    return others["methods"].get(row["method"], {}).get("perplexity")
 
 
 # ---- names ----------------------------------------------------------------------------------------------------------
