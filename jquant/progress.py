@@ -19,7 +19,6 @@ UNITS = {
     "quantize": "layers",
     "tune": "steps",
     "evaluate": "windows",
-    "answer": "texts",
     "generate": "tokens",
 }
 
