@@ -10,7 +10,7 @@ from test_structure import ROOT, imported, trees
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-OWN = ("jquant", "experiments", "paper_figures")
+OWN = ("jquant", "experiments", "paper_figures", "members")  # members: docs/members.py, which docs/conf.py imports
 BROUGHT = packages_distributions()  # package -> the distributions that have it
 
 
@@ -36,7 +36,7 @@ def test_what_the_library_imports_is_a_dependency():
 
 @pytest.mark.parametrize("folder", ["experiments", "paper_figures", "docs"])
 def test_what_the_experiments_import_is_a_dependency_or_in_their_extra(folder):
-    extras = [*EXTRAS["experiments"], *EXTRAS["plot"], *EXTRAS["notebooks"]]
+    extras = [requirement for name in ("experiments", "plot", "notebooks", "docs") for requirement in EXTRAS[name]]
     assert not undeclared(folder, [*PROJECT["dependencies"], *extras])
 
 

@@ -459,7 +459,7 @@ def test_a_weight_is_found_by_its_name(model, kinds):
 @pytest.mark.parametrize("token_weights", ["uniform", "attention"])
 def test_the_gram_matrix_of_a_weights_inputs_is_the_one_that_it_is_rounded_by(model, token_weights):
     """Rounded by hand, the weight has the codes that `quantize` chooses."""
-    name, how = "layers.1.attention.v.kernel", {"samples": 4, "context": 32, "progress": False}
+    name, how = "layers.1.attention.v.kernel", {"samples": 4, "context": 32}
     gram = jquant.gram(model, name, TEXTS[0], token_weights=token_weights, **how)
     assert gram.shape == (64, 64)
     format, w = Int(3, 32), model.weight(name)
@@ -482,10 +482,10 @@ def test_a_report_says_how_much_was_lost_and_where_most(kinds):
 
 
 def test_a_perplexity_compares_and_formats_as_its_value():
-    one, other = (Perplexity(value, 0.5, 4, 64, 252, False) for value in (20.25, 21.5))
+    one, other = (Perplexity(value, 0.5, 4, 64, 64, 252, False) for value in (20.25, 21.5))
     assert one < other
     assert one < 20.5 <= other
-    assert one == 20.25 == Perplexity(20.25, 0.1, 1, 8, 7, True)
+    assert one == 20.25 == Perplexity(20.25, 0.1, 1, 8, 8, 7, True)
     assert hash(one) == hash(20.25)
     assert f"{one:.2f}" == "20.25"
     assert sorted([other, one])[0] is one
