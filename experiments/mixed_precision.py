@@ -11,6 +11,7 @@ stand beside the uniform one in results/<name>/table.jsonl. All settings: config
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def costs_of(width: int, model: LanguageModel, settings: dict[str, Any], folder:
     with progress_bars(f"{settings['method']}-{width}") as report:
         scores = score(model.decoder, windows, progress=report)
         alone = measure(model.decoder, plan, (windows, fit), scores, every, report)["matrices"]
-        by_loss = make_plan(model.decoder, Method(method.format, method.range, method.rounding, token_weights="loss"))
+        by_loss = make_plan(model.decoder, replace(method, token_weights="loss"))
         quantized, infos = quantize_decoder(model.decoder, by_loss, fit, Options(inputs="float", progress=report))
     paths = {path.split(".")[1]: path for path in family_of(model.config).weights}
     gradients = token_gradients(model.decoder, fit[: settings["gradient_windows"]])

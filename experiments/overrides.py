@@ -13,6 +13,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from jquant.errors import InputError
@@ -79,7 +80,7 @@ def _known(name: str, chosen: tuple[str, ...]) -> tuple[list[str], dict[str, lis
         config = compose(name, list(chosen), return_hydra_config=True)
         loader = GlobalHydra.instance().config_loader()
         groups = [str(key) for key in config.hydra.runtime.choices if not str(key).startswith("hydra/")]
-        sweeps = str(config.hydra.mode) == "RunMode.MULTIRUN"
+        sweeps = config.hydra.mode == RunMode.MULTIRUN
         return [*_names(config), *groups], {group: loader.get_group_options(group) for group in groups}, sweeps
 
 
@@ -91,7 +92,8 @@ def _configs(script: str) -> list[str]:
         above = [entry for entry in configs[name].get("defaults") or [] if isinstance(entry, str)]
         return name == script or any(entry in configs and derives(entry) for entry in above)
 
-    return [name for name in configs if derives(name)]
+    others = {path.stem for path in Path(__file__).parent.glob("*.py")} - {script}  # have configs of their own
+    return [name for name in configs if derives(name) and name not in others]
 
 
 def _names(config: Any, above: str = "") -> Iterator[str]:

@@ -17,7 +17,7 @@ from experiments.compositions import leaves_open, takes_bits
 from jquant.errors import InputError
 from jquant.evaluation import intervals
 from jquant.evaluation.intervals import Change
-from jquant.evaluation.rows import FLOAT, Row, by_text, is_float
+from jquant.evaluation.rows import FLOAT, Row, by_text, is_float, quoted, windows
 from jquant.io.files import check_plain, write_text
 from jquant.methods import OPEN
 
@@ -87,10 +87,10 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     ),
     "quant\ns": lambda row: seconds(row),
     "peak\nMB": lambda row: f"{row['peak_rss_mb']:.0f}",
-    "published": lambda row: _filled(published(row, "perplexity"), "{:.2f}"),
-    "published\ntok/s": lambda row: _filled(published(row, "tokens_per_second"), "{:.1f}"),
-    "published\nbits": lambda row: _filled(published(row, "bits_per_weight"), "{:.2f}"),
-    "published\nGB": lambda row: _filled(published(row, "memory_gb"), "{:.1f}"),
+    "published": lambda row: _filled(quoted(row, "perplexity"), "{:.2f}"),
+    "published\ntok/s": lambda row: _filled(quoted(row, "tokens_per_second"), "{:.1f}"),
+    "published\nbits": lambda row: _filled(quoted(row, "bits_per_weight"), "{:.2f}"),
+    "published\nGB": lambda row: _filled(quoted(row, "memory_gb"), "{:.1f}"),
 }
 
 
@@ -135,12 +135,6 @@ def seconds(row: Row) -> str:
     """Seconds of quantizing, and the number of methods quantized together, if several."""
     together = row.get("quantized_together", 1)
     return f"{row['quantize_seconds']:.1f}" + (f" /{together}" if together > 1 else "")
-
-
-def published(row: Row, figure: str) -> float | None:
-    """A figure of others (configs/published/) for this method, if the settings name any."""
-    of_method = (row["config"].get("published") or {"methods": {}})["methods"].get(row["method"])
-    return of_method.get(figure) if of_method else None
 
 
 def paired_change(row: Row, base: Row) -> Change:
@@ -391,13 +385,8 @@ def protocol(row: Row) -> str:
     """A row's model, text and windows."""
     protocol = row["protocol"]
     stored = row.get("stored") or protocol["weights_stored_as"]
-    stride = protocol.get("stride", protocol["context"])
-    apart = "not overlapping" if stride == protocol["context"] else f"one every {stride}"
-    return (
-        f"{protocol['model']} (weights stored as {stored}, computed in {protocol['dtype']}) on {protocol['data']}: "
-        f"{protocol['windows']} windows of {protocol['context']} tokens, {apart}, "
-        f"{'with' if protocol['bos'] else 'no'} BOS, {protocol['scored_tokens']} scored tokens"
-    )
+    computed = f"weights stored as {stored}, computed in {protocol['dtype']}"
+    return f"{protocol['model']} ({computed}) on {protocol['data']}: {windows(protocol)}"
 
 
 def _calibration(row: Row) -> str:

@@ -45,7 +45,7 @@ WRONG = {
     "a sweep of what has none": ("quantize", "--multirun bits=3", "experiments.quantize runs once", "--multirun"),
     "values to sweep there": ("evaluate", "mesh.data=1,2", "experiments.evaluate runs once", "mesh.data=1,2"),
     "a launcher there": ("outliers", "launcher=ray", "experiments.outliers runs once", "launcher=ray"),
-    "an unknown config": (TABLE, "--config-name formatz", "'formatz'", "formats, gguf_table, ingredients"),
+    "an unknown config": (TABLE, "--config-name formatz", "'formatz'", "formats, gguf_table, ingredients, parts"),
     "another experiment's config": ("quantize", "--config-name formats", "'formats'", "there are: quantize"),
 }  # fmt: skip
 

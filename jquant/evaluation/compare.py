@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from jquant.errors import InputError
+from jquant.evaluation import rows
 from jquant.evaluation.intervals import Change, paired_change
 from jquant.evaluation.perplexity import Perplexity, Reference, Scores, check_overlap, evaluation_windows, score
-from jquant.evaluation.rows import FLOAT, Rows
+from jquant.evaluation.rows import FLOAT, Rows, as_html, as_text
 from jquant.io.language_model import LanguageModel
 from jquant.models.size import Size, size_of
 from jquant.parts import shown
@@ -89,18 +90,10 @@ class Comparison:
         )
 
     def __repr__(self) -> str:
-        lines = [HEADINGS, *self._cells()]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        aligned = [[cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
-        first = [line[0].ljust(widths[0]) for line in lines]
-        return "\n".join("  ".join([name, *cells[1:]]) for name, cells in zip(first, aligned, strict=True)) + (
-            f"\n{self._caption()}"
-        )
+        return f"{as_text([HEADINGS, *self._cells()])}\n{self._caption()}"
 
     def _repr_html_(self) -> str:
-        tagged = lambda tag, cells: "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)  # noqa: E731
-        body = "".join(f"<tr>{tagged('td', cells)}</tr>" for cells in self._cells())
-        return f"<table><tr>{tagged('th', HEADINGS)}</tr>{body}</table><p>{html.escape(self._caption())}</p>"
+        return f"{as_html([HEADINGS, *self._cells()])}<p>{html.escape(self._caption())}</p>"
 
     def _cells(self) -> list[tuple[str, ...]]:
         return [
@@ -118,12 +111,9 @@ class Comparison:
 
     def _caption(self) -> str:
         base = next(iter(self.models))
-        bos, stride = "with" if self.protocol["bos"] else "no", self.protocol["stride"]
-        apart = "not overlapping" if stride == self.protocol["context"] else f"one every {stride}"
         return (
-            f"{self.protocol['windows']} windows of {self.protocol['context']} tokens, {apart}, {bos} BOS, "
-            f"{self.protocol['scored_tokens']} scored tokens. Change (with its 95 % interval, paired by window), KL "
-            f"and top-1 agreement are to {base}."
+            f"{rows.windows(self.protocol)}. Change (with its 95 % interval, paired by window), KL and top-1 agreement "
+            f"are to {base}."
         )
 
 

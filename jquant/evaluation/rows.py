@@ -86,16 +86,10 @@ class Rows(list[Row]):
     """A list of rows that is shown as a short table, in notebooks as HTML; the rows themselves are dictionaries."""
 
     def __repr__(self) -> str:
-        headings, *lines = self._cells()
-        widths = [max(map(len, column)) for column in zip(headings, *lines, strict=True)]
-        pad = lambda cells: [cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]  # noqa: E731
-        return "\n".join("  ".join(pad(line)) for line in (headings, *lines))
+        return as_text(self._cells())
 
     def _repr_html_(self) -> str:
-        headings, *lines = self._cells()
-        tagged = lambda tag, cells: "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)  # noqa: E731
-        body = "".join(f"<tr>{tagged('td', cells)}</tr>" for cells in lines)
-        return f"<table><tr>{tagged('th', headings)}</tr>{body}</table>"
+        return as_html(self._cells())
 
     def _cells(self) -> list[list[str]]:
         """The headings, and each row's cells."""
@@ -103,6 +97,20 @@ class Rows(list[Row]):
         cells = [_cells_of(row, len(texts) > 1) for row in self]
         headings = [name for name in ("method", "text", *COLUMNS) if any(line.get(name) for line in cells)]
         return [headings, *([line.get(name, "") for name in headings] for line in cells)] if headings else [["no rows"]]
+
+
+def as_text(lines: Sequence[Sequence[str]]) -> str:
+    """A table of cells, the headings first, in columns of equal width."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    pad = lambda cells: [cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]  # noqa: E731
+    return "\n".join("  ".join(pad(line)) for line in lines)
+
+
+def as_html(lines: Sequence[Sequence[str]]) -> str:
+    """The same as HTML."""
+    tagged = lambda tag, cells: "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)  # noqa: E731
+    body = "".join(f"<tr>{tagged('td', cells)}</tr>" for cells in lines[1:])
+    return f"<table><tr>{tagged('th', lines[0])}</tr>{body}</table>"
 
 
 def _cells_of(row: Row, with_text: bool) -> dict[str, str]:
@@ -154,13 +162,17 @@ def by_text(rows: Sequence[Row]) -> dict[str, Rows]:
     return {text: Rows(row for row in rows if row["protocol"]["data"] == text) for text in texts}
 
 
+def quoted(row: Row, figure: str) -> float | None:
+    """A figure of others for this method (configs/published/), of whatever model, if the row's settings quote one."""
+    others = row.get("config", {}).get("published") or {"methods": {}}
+    return others["methods"].get(row["method"], {}).get(figure)
+
+
 def published(row: Row) -> float | None:
-    """The perplexity of the same model by this method in others' work (configs/published/), if the row quotes any."""
+    """The perplexity that others found for this method and the same model, if the row's settings quote it."""
     config = row.get("config", {})
-    others = config.get("published")
-    if not others or others["model"] != config["model"]["name"]:
-        return None
-    return others["methods"].get(row["method"], {}).get("perplexity")
+    same = "published" in config and (config["published"] or {}).get("model") == config["model"]["name"]
+    return quoted(row, "perplexity") if same else None
 
 
 # ---- names ----------------------------------------------------------------------------------------------------------
@@ -211,6 +223,15 @@ def text(row: Row) -> str:
     protocol = row["protocol"]
     stem = Path(protocol["data"]).name
     return f"{protocol['windows']} × {protocol['context']:,} tokens of {TEXTS.get(stem, stem)}"
+
+
+def windows(protocol: dict[str, Any]) -> str:
+    """The windows that were scored: how many, of how many tokens, how far apart, with BOS or without."""
+    context, stride = protocol["context"], protocol.get("stride", protocol["context"])
+    apart = "not overlapping" if stride == context else f"one every {stride}"
+    bos = "with" if protocol["bos"] else "no"
+    count = f"{protocol['windows']} windows of {context} tokens"
+    return f"{count}, {apart}, {bos} BOS, {protocol['scored_tokens']} scored tokens"
 
 
 def number(value: float) -> str:
