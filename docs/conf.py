@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from docutils.nodes import SkipNode
+from docutils.utils.math.latex2mathml import tex2mathml
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
@@ -30,6 +32,8 @@ CONTENTS = {
 nb_execution_mode = "off"
 nb_ipywidgets_js = {}  # would be fetched from the network
 myst_heading_anchors = 3
+myst_enable_extensions = ["dollarmath"]
+html_math_renderer = "mathml"
 highlight_language = "none"
 default_role = "py:obj"
 autodoc_default_options = {"members": True}
@@ -51,12 +55,17 @@ ALIASES = {
 
 
 def add_to_source(app: Any, docname: str, source: list[str]) -> None:
-    """Adds what GitHub doesn't show: the contents, a member's levels, and its signature and docstring."""
+    """Adds what GitHub doesn't show: the contents, a member's levels, and its signature and docstring.
+
+    Links to folders become text: the site has none.
+    """
     folder, name = Path(docname).parent.name, Path(docname).name
     if docname == root_doc:
         for caption, pages in CONTENTS.items():
             there = [page for page in pages if any((ROOT / page).parent.glob(f"{Path(page).name}.[mi]*"))]
             source[0] += toctree("\n".join(there), caption)
+    here = (ROOT / docname).parent
+    source[0] = re.sub(r"\[([^]]+)\]\(([\w./-]+)\)", lambda m: m[1] if (here / m[2]).is_dir() else m[0], source[0])
     source[0] = re.sub(r"<!-- pages: (\S+) -->", lambda match: toctree(f"{match[1]}/*"), source[0])
     if folder in FOLDERS and name in members(folder):
         text, *tables = re.split(r"(?=<!-- table)", source[0])
@@ -80,6 +89,12 @@ def shorten(app: Any, what: str, name: str, obj: Any, options: Any, signature: s
     return signature, returns
 
 
+def add_math(translator: Any, node: Any) -> None:
+    """A formula as MathML, which browsers draw themselves; MathJax would be fetched from the network."""
+    translator.body.append(tex2mathml(node.astext(), as_block=node.tagname == "math_block"))
+    raise SkipNode
+
+
 def add_index(app: Any, exception: Exception | None) -> None:
     """The front page under the name that browsers and servers look for."""
     if exception is None:
@@ -88,6 +103,7 @@ def add_index(app: Any, exception: Exception | None) -> None:
 
 def setup(app: Any) -> None:
     """Connects the functions above."""
+    app.add_html_math_renderer("mathml", (add_math, None), (add_math, None))
     app.connect("source-read", add_to_source)
     app.connect("autodoc-process-signature", shorten)
     app.connect("build-finished", add_index)

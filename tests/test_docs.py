@@ -27,7 +27,7 @@ from experiments.compositions import FOLDER as COMPOSITIONS
 from experiments.compositions import find_method, takes_bits
 from experiments.overrides import check_command
 from experiments.tables import paired_change, read_rows
-from jquant import METHODS
+from jquant import METHODS, plot
 
 ROOT = Path(__file__).parents[1]
 DOCS = [page for pattern in ("*.md", "[!_]*/*.md") for page in sorted((ROOT / "docs").glob(pattern))]
@@ -222,10 +222,12 @@ def test_the_levels_drawn_are_those_that_weights_take(name):
 
 def test_the_api_pages_name_what_has_no_page_of_its_own():
     text = "".join(text for page, text in TEXT.items() if page.startswith("docs/api/"))
-    named = re.findall(r"^\.\. auto\w+:: jquant\.(?:\w+\.)?(\w+)$", text, re.MULTILINE)
-    assert len(named) == len({*named})
-    assert {*named}.isdisjoint(name for _, name in MEMBERS)
-    assert {*jquant.__all__} <= {*named, *(name for _, name in MEMBERS), "GGUF", "METHODS"}
+    paths = re.findall(r"^\.\. auto\w+:: jquant\.([\w.]+)$", text, re.MULTILINE)
+    assert len(paths) == len({*paths})
+    members = {name for _, name in MEMBERS}
+    assert {path.rpartition(".")[2] for path in paths}.isdisjoint(members)
+    assert {*jquant.__all__} <= {*paths, *members, "GGUF", "METHODS"}
+    assert {f"plot.{name}" for name in plot.__all__} <= {*paths}
 
 
 def test_the_site_builds_without_warnings(tmp_path):
