@@ -99,6 +99,12 @@ KINDS: dict[str, Kind] = {
     "journal.every": _whole(1),
     "journal.evaluate_every": _whole(1),
     "journal.tensorboard": SWITCH,
+    "tasks": ("takes cloze, a folder, the name of a task, or a list of these", TEXTS[1]),
+    "batch": _whole(1),
+    "cloze.data": ONE_TEXT,
+    "cloze.items": _whole(2),
+    "cloze.beginning": _whole(1),
+    "cloze.continuation": _whole(1),
     "cache.bits": _each(_whole(2)),
     "cache.group": _whole(1),
     "cache.keys": _each(_choice("token", "channel", "channel_before_rotary")),
@@ -150,7 +156,7 @@ def check(settings: Settings, kinds: Mapping[str, Kind] = KINDS) -> None:
             raise InputError(f"{name} has no value: give {name}=….")
         if value is not _find and not takes(value):
             raise InputError(f"{name} {says}, not {value!r}.")
-    for name in ("calibration.data", "training.data", "text.data", "evaluation.data"):
+    for name in ("calibration.data", "training.data", "text.data", "evaluation.data", "cloze.data"):
         texts = _find(settings, name)
         for text in texts if isinstance(texts, list) else [texts] * (texts not in (None, _find)):
             _check_text(name, text)

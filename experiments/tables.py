@@ -61,6 +61,11 @@ ROWS: dict[str, dict[str, Any]] = {
     "cache.jsonl": _ORIGIN
     | dict.fromkeys(("perplexity", "kl", "top1_agreement", "megabytes"), float)
     | {"change_percent": [float], "bits?": int, "keys?": str, "rotate?": bool, "recent?": int, "first?": int},
+    "downstream.jsonl": {key: shape for key, shape in _ORIGIN.items() if key != "protocol"}
+    | {"protocol": {"model": str, "weights_stored_as": str, "dtype": str, "data": str, "items_sha256": str}}
+    | {"items": int, "accuracy": float, "accuracy_norm": (float,), "correct": str, "correct_norm": (str,)}
+    | dict.fromkeys(("bits_per_weight", "quantize_seconds", "evaluate_seconds"), float)
+    | {"stored?": str},
     "outliers.jsonl": {"layer": int, "input": str, "fingerprint?": str, "device": str, "ratio": (float,)}
     | {"protocol": _PROTOCOL | {"bos": bool}, "config": {"threshold": float, "bits": int, "group": int}}
     | dict.fromkeys(("max", "median", "sink_energy", "first_token_energy", "massive_tokens"), float)

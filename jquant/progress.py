@@ -19,6 +19,7 @@ UNITS = {
     "quantize": "layers",
     "tune": "steps",
     "evaluate": "windows",
+    "answer": "texts",
     "generate": "tokens",
 }
 

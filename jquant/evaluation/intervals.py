@@ -1,13 +1,16 @@
-"""Confidence intervals of measurements on the same windows."""
+"""Confidence intervals of measurements on the same windows, or on the same items."""
 
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.special import stdtrit
+from scipy.special import ndtri, stdtrit
 
 
 class Change(NamedTuple):
-    """A change of perplexity in percent, and the ends of its 95 % interval; the ends are NaN for a single window."""
+    """A change of perplexity in percent, or of accuracy in percentage points, and the ends of its 95 % interval.
+
+    The ends are NaN for a single window.
+    """
 
     percent: float
     low: float
@@ -38,3 +41,23 @@ def paired_change(window_nll: Any, base: Any) -> Change:
     """
     mean, half = mean_and_half(np.subtract(window_nll, base))
     return Change(*(float(100 * np.expm1(mean + shift)) for shift in (0, -half, half)))
+
+
+def paired_accuracy(correct: Any, base: Any) -> Change:
+    """Change of accuracy against a base on the same items, percentage points, with its 95 % interval.
+
+    Only items on which the two differ tell anything: b that this model alone has right, c that the base alone has. The
+    change is (b − c) / n. The interval is Bonett and Price's (2012, doi:10.3102/1076998611411915): Wald's with one
+    item added to b and one to c. Wald's own has no width where b = c = 0, and covers too little for few such items.
+    Fagerland, Lydersen and Laake (2014, doi:10.1002/sim.6148) compare such intervals and recommend this one.
+
+    Args:
+      correct: whether each item is right, `[n]`.
+      base: the same of the base.
+    """
+    gap = np.asarray(correct, np.int64) - np.asarray(base, np.int64)
+    n, won, lost = len(gap), (gap > 0).sum(), (gap < 0).sum()
+    p, q = (won + 1) / (n + 2), (lost + 1) / (n + 2)
+    half = ndtri(0.975) * np.sqrt((p + q - (p - q) ** 2) / (n + 2))
+    ends = np.clip([p - q - half, p - q + half], -1, 1)
+    return Change(*(float(100 * value) for value in ((won - lost) / n, *ends)))
