@@ -29,13 +29,15 @@ def undeclared(folder: str, requirements: list[str]) -> dict[str, str]:
 
 
 def test_what_the_library_imports_is_a_dependency():
-    """The extra `tensorboard` is imported where a user asks for it, and missed in one sentence."""
-    assert not undeclared("jquant", PROJECT["dependencies"] + PROJECT["optional-dependencies"]["tensorboard"])
+    """The extras `tensorboard` and `harness` are imported where a user asks for them, and missed in one sentence."""
+    extras = PROJECT["optional-dependencies"]
+    assert not undeclared("jquant", PROJECT["dependencies"] + extras["tensorboard"] + extras["harness"])
 
 
 @pytest.mark.parametrize("folder", ["experiments", "paper_figures", "docs"])
 def test_what_the_experiments_import_is_a_dependency_or_in_their_extra(folder):
-    assert not undeclared(folder, PROJECT["dependencies"] + PROJECT["optional-dependencies"]["experiments"])
+    extras = PROJECT["optional-dependencies"]
+    assert not undeclared(folder, PROJECT["dependencies"] + extras["experiments"] + extras["harness"])
 
 
 def test_a_package_that_is_not_declared_is_found():
