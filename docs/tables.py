@@ -33,7 +33,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jquant.evaluation.intervals import paired_change
+from jquant.evaluation.intervals import paired_accuracy, paired_change
 from jquant.evaluation.rows import model, text
 
 Row = dict[str, Any]
@@ -135,7 +135,7 @@ def filled(form: str, row: Row) -> str:
 
 
 def read(path: Path, place: str) -> list[Row]:
-    """The rows of a results file; those with a perplexity also have `name`, `width`, `text`, `steps` and `change`."""
+    """The rows of a results file; those of methods also have `name`, `width`, `text`, `steps` and changes."""
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     measured = [line for line in lines if {"method", "protocol", "config"} <= line.keys()]
     for line in measured:
@@ -146,6 +146,8 @@ def read(path: Path, place: str) -> list[Row]:
         line["steps"] = "".join(re.findall(r"Search\(.*?steps=(\d+)", line["composition"]))
     for line in measured:
         line["change"] = change(line, measured)
+        for kind in ("accuracy", "accuracy_norm"):
+            line[f"{kind}_change"] = accuracy_change(line, measured, kind.replace("accuracy", "correct"))
     return [row for line in lines for row in inside(line, place)]
 
 
@@ -172,6 +174,14 @@ def change(row: Row, rows: list[Row]) -> str:
         return ""
     percent, low, high = paired_change(row["window_nll"], base[0]["window_nll"])
     return f"{percent:+,.1f} [{low:+,.1f}, {high:+,.1f}]"
+
+
+def accuracy_change(row: Row, rows: list[Row], correct: str) -> str:
+    """The change of the accuracy against the float model's on the same items, points, starred if it excludes zero."""
+    base = [r for r in rows if r["name"] == "fp32" and r["text"] == row["text"]]
+    if not base or base[0] is row or not row.get(correct):
+        return ""
+    return paired_accuracy([*map(int, row[correct])], [*map(int, base[0][correct])]).marked
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from experiments.settings import check, check_methods
 from jquant import InputError, LanguageModel, Method, Options, load_text
 from jquant.cache_folder import cache_dir
 from jquant.data import check_disjoint, check_unseen, sample_windows
-from jquant.evaluation.intervals import Change, paired_accuracy
+from jquant.evaluation.intervals import paired_accuracy
 from jquant.io.files import write_text
 from jquant.io.load import open_from_config
 from jquant.methods import Rules
@@ -110,14 +110,19 @@ def compare(settings: dict[str, Any]) -> None:
 # ---- tasks ----------------------------------------------------------------------------------------------------------
 
 
+def given_tasks(settings: dict[str, Any]) -> list[str]:
+    """What the settings name as tasks, as a list."""
+    return settings["tasks"] if isinstance(settings["tasks"], list) else [settings["tasks"]]
+
+
 def load_tasks(settings: dict[str, Any]) -> dict[str, Any]:
     """The harness's tasks by name, with their requests built.
 
     Raises:
       InputError: a folder without tasks, a broken task, an unknown name, a task that is not multiple choice.
     """
-    given, found = settings["tasks"], {}
-    for entry in given if isinstance(given, list) else [given]:
+    found = {}
+    for entry in given_tasks(settings):
         path = Path(entry).expanduser()
         if entry == CLOZE:
             made = settings["cloze"]
@@ -244,14 +249,14 @@ def quantize(
 
 def measure(model: LanguageModel, task: Any, batch: int, name: str) -> Row:
     """A model's accuracies on a task, and which items it has right: a digit each, in the task's order."""
-    from lm_eval import evaluate
+    from lm_eval.evaluator import evaluate
 
     from jquant.evaluation.harness import JquantLM
 
     begin = time.perf_counter()
     with progress_bars(name) as report, _quiet():
         served = JquantLM(model, batch=batch, progress=report)
-        results = evaluate(served, {"tasks": {task.task_name: task}}, bootstrap_iters=0)
+        results: Any = evaluate(served, {"tasks": {task.task_name: task}}, bootstrap_iters=0)
     samples = sorted(results["samples"][task.task_name], key=lambda sample: sample["doc_id"])
     seconds = time.perf_counter() - begin
     size, figures = size_of(model.decoder), {}
@@ -286,7 +291,7 @@ def describe(
         "weights_stored_as": model.stored_as,
         "dtype": str(model.decoder.dtype),
         "data": task[0],
-        "made_from": settings["cloze"] if task[0] == CLOZE else None,
+        "made_from": settings["cloze"] if task[0] == CLOZE and CLOZE in given_tasks(settings) else None,
         "examples": task[1].get_config("num_fewshot"),
         "items_sha256": provenance.fingerprint(asked),
         "lm_eval": version("lm-eval"),
@@ -300,22 +305,12 @@ def describe(
 # ---- the table ------------------------------------------------------------------------------------------------------
 
 
-def change(row: Row, rows: Sequence[Row], baseline: str | None, correct: str = "correct") -> Change | None:
-    """The row's accuracy against the baseline's, paired by item; None without one, or for the baseline itself."""
+def change(row: Row, rows: Sequence[Row], baseline: str | None, correct: str = "correct") -> str:
+    """The row's accuracy against the baseline's, paired by item; blank without one, or for the baseline itself."""
     base = None if baseline is None else tables.base_of(row, rows, baseline)
     if base is None or base is row or not row[correct] or not base[correct]:
-        return None
-    return paired_accuracy(*([int(digit) for digit in each[correct]] for each in (row, base)))
-
-
-def marked(found: Change | None) -> str:
-    """A change with its interval, starred where the interval excludes zero."""
-    return "" if found is None else f"{found.percent:+.1f} [{found.low:+.1f}, {found.high:+.1f}]{star(found)}"
-
-
-def star(found: Change) -> str:
-    """A star where zero is outside of the interval."""
-    return "*" if found.low > 0 or found.high < 0 else ""
+        return ""
+    return paired_accuracy(*([int(digit) for digit in each[correct]] for each in (row, base))).marked
 
 
 def table_of(rows: Sequence[Row], baseline: str | None) -> Table:
@@ -325,15 +320,14 @@ def table_of(rows: Sequence[Row], baseline: str | None) -> Table:
     columns = {
         "method": [tables.label(row) for row in rows],
         "acc %": [f"{100 * row['accuracy']:.1f}" for row in rows],
-        f"vs {baseline}": [marked(change(row, rows, baseline)) for row in rows],
+        f"vs {baseline}": [change(row, rows, baseline) for row in rows],
         "norm %": ["" if row["accuracy_norm"] is None else f"{100 * row['accuracy_norm']:.1f}" for row in rows],
-        f"norm vs {baseline}": [marked(change(row, rows, baseline, "correct_norm")) for row in rows],
+        f"norm vs {baseline}": [change(row, rows, baseline, "correct_norm") for row in rows],
         "bits/weight": [f"{row['bits_per_weight']:.3f}" for row in rows],
-        "eval s": [f"{row['evaluate_seconds']:.0f}" for row in rows],
     }
     columns = {heading: cells for heading, cells in columns.items() if any(cells)}
     for heading in columns:
-        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=heading == "method")
+        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     for cells in zip(*columns.values(), strict=True):
         table.add_row(*cells)
     return table

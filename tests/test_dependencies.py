@@ -30,13 +30,15 @@ def undeclared(folder: str, requirements: list[str]) -> dict[str, str]:
 
 
 def test_what_the_library_imports_is_a_dependency():
-    """The extras `tensorboard` and `plot` are imported where a user asks for them, and missed in one sentence."""
-    assert not undeclared("jquant", PROJECT["dependencies"] + EXTRAS["tensorboard"] + EXTRAS["plot"])
+    """The extras that are imported where a user asks for them, and missed in one sentence."""
+    extras = EXTRAS["tensorboard"] + EXTRAS["plot"] + EXTRAS["harness"]
+    assert not undeclared("jquant", PROJECT["dependencies"] + extras)
 
 
 @pytest.mark.parametrize("folder", ["experiments", "paper_figures", "docs"])
 def test_what_the_experiments_import_is_a_dependency_or_in_their_extra(folder):
-    extras = [requirement for name in ("experiments", "plot", "notebooks", "docs") for requirement in EXTRAS[name]]
+    names = ("experiments", "plot", "notebooks", "docs", "harness")
+    extras = [requirement for name in names for requirement in EXTRAS[name]]
     assert not undeclared(folder, [*PROJECT["dependencies"], *extras])
 
 

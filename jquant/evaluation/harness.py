@@ -156,7 +156,7 @@ class JquantLM(TemplateLM):
             by_options.setdefault(repr(sorted(request.args[1].items())), []).append(row)
         texts: dict[int, str] = {}
         for rows in by_options.values():
-            options = dict(normalize_gen_kwargs(requests[rows[0]].args[1], GENERATED))
+            options: dict[str, Any] = dict(normalize_gen_kwargs(requests[rows[0]].args[1], GENERATED))
             if unknown := options.keys() - OPTIONS:
                 raise InputError(
                     f"jquant generates without {unknown.pop()!r}; its options are {', '.join(sorted(OPTIONS))}."

@@ -20,6 +20,12 @@ class Change(NamedTuple):
         # No interval: one window, or a model beside itself.
         return f"{self.percent:+.2f}" + (f" [{self.low:+.2f}, {self.high:+.2f}]" if self.low < self.high else "")
 
+    @property
+    def marked(self) -> str:
+        """With one decimal, and a star where the interval excludes zero."""
+        star = "*" if self.low > 0 or self.high < 0 else ""
+        return f"{self.percent:+.1f} [{self.low:+.1f}, {self.high:+.1f}]{star}"
+
 
 def mean_and_half(values: Any) -> tuple[float, float]:
     """The mean of `[n]` values and half its 95 % interval: Student's t, n - 1 degrees of freedom; NaN for one value."""
