@@ -10,7 +10,7 @@ from test_structure import ROOT, imported, trees
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-OWN = ("jquant", "experiments", "paper_figures")
+OWN = ("jquant", "experiments", "paper_figures", "benchmarks")
 BROUGHT = packages_distributions()  # package -> the distributions that have it
 
 
@@ -36,7 +36,9 @@ def test_what_the_library_imports_is_a_dependency():
 
 @pytest.mark.parametrize("folder", ["experiments", "paper_figures", "docs"])
 def test_what_the_experiments_import_is_a_dependency_or_in_their_extra(folder):
-    assert not undeclared(folder, PROJECT["dependencies"] + EXTRAS["experiments"] + EXTRAS["plot"] + EXTRAS["notebooks"])
+    assert not undeclared(
+        folder, PROJECT["dependencies"] + EXTRAS["experiments"] + EXTRAS["plot"] + EXTRAS["notebooks"]
+    )
 
 
 def test_a_package_that_is_not_declared_is_found():

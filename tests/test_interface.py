@@ -459,7 +459,7 @@ def test_a_weight_is_found_by_its_name(model, kinds):
 @pytest.mark.parametrize("token_weights", ["uniform", "attention"])
 def test_the_gram_matrix_of_a_weights_inputs_is_the_one_that_it_is_rounded_by(model, token_weights):
     """Rounded by hand, the weight has the codes that `quantize` chooses."""
-    name, how = "layers.1.attention.v.kernel", {"samples": 4, "context": 32, "progress": False}
+    name, how = "layers.1.attention.v.kernel", {"samples": 4, "context": 32}
     gram = jquant.gram(model, name, TEXTS[0], token_weights=token_weights, **how)
     assert gram.shape == (64, 64)
     format, w = Int(3, 32), model.weight(name)

@@ -14,7 +14,7 @@ from jquant.io.language_model import LanguageModel
 from jquant.models.decoder import blocks
 from jquant.pipeline.blocks import seen_by
 from jquant.pipeline.plan import make_plan
-from jquant.progress import Progress, showing
+from jquant.progress import showing
 from jquant.rounding import GPTQ
 
 
@@ -26,8 +26,6 @@ def gram(
     samples: int = 128,
     context: int = 512,
     token_weights: Literal["attention", "loss", "norm", "uniform"] = "attention",
-    seed: int = 0,
-    progress: Progress | bool = True,
 ) -> Float[Array, "in in"]:
     """Mean x xᵀ over the inputs x of a weight, GPTQ's H: what `quantize` finds with `inputs="float"`.
 
@@ -38,21 +36,18 @@ def gram(
       samples: windows drawn from the text.
       context: tokens per window.
       token_weights: how tokens count (`Method`).
-      seed: of the windows' draw.
-      progress: see `Options`; a function is called with ("observe", layers done, layers in all).
 
     Raises:
       InputError: no such weight; what `quantize` finds of model and text.
     """
     check_whole(1, samples=samples, context=context)
-    check_whole(0, seed=seed)
     layer, path = model.place_of(weight)
     chosen = Method(Int(8, "channel"), rounding=GPTQ(), token_weights=token_weights)
     plan = make_plan(model.decoder, [(rf"^layers\.{layer}\.{path}$", chosen)])
-    tokens = sample_windows(model.tokenizer.encode(text), context, samples, seed)
+    tokens = sample_windows(model.tokenizer.encode(text), context, samples, seed=0)
     check_tokens(tokens, model.config, "Calibration windows")
     calibration = Calibration(model.decoder, plan.layers, tokens, Options(inputs="float"))
-    with showing(progress) as tell:
+    with showing(True) as tell:
         for number, block in enumerate(blocks(model.decoder)):
             tell("observe", number + 1, layer + 1)
             if number == layer:
