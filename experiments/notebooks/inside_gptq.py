@@ -95,8 +95,7 @@ for called, codes in rounded.items():
 #
 # GPTQ adds a multiple of the mean diagonal to $H$. This keeps the factorisation stable, and GPTQ from fitting the
 # calibration text too closely. The next cell rounds the same weight with several dampings, and measures the error
-# with
-# $H$ of the calibration text and with $H$ of another text.
+# with $H$ of the calibration text and with that of another text.
 
 # %%
 other = jquant.gram(model, name, text, **how)
@@ -117,7 +116,7 @@ for called, shares in lost.items():
 
 # %% [markdown]
 # On the calibration text, damping above 0.01 only costs. On the other text a little more of it helps: the best is
-# 0.1 for this weight and so few calibration tokens. Too much of it turns GPTQ into rounding to nearest.
+# 0.1 for this weight and so few calibration tokens. With too much, GPTQ is near to rounding to nearest.
 #
 # ## The attention sink
 #
