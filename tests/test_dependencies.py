@@ -10,7 +10,8 @@ from test_structure import ROOT, imported, trees
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-OWN = ("jquant", "experiments", "paper_figures", "members")  # members: docs/members.py, which docs/conf.py imports
+# The project's own; members is docs/members.py, which docs/conf.py imports.
+OWN = ("jquant", "experiments", "paper_figures", "benchmarks", "members")
 BROUGHT = packages_distributions()  # package -> the distributions that have it
 
 

@@ -35,7 +35,7 @@ def outliers(rows: Sequence[Row], ax: Axes | None = None) -> Axes:
     """
     if ax is None:
         return figure(rows, style.shown).axes[0]
-    _energy(ax, rows)
+    _energy(ax, rows, "")
     ax.legend(handles=_inputs())
     return ax
 
@@ -47,7 +47,7 @@ def figure(rows: Sequence[Row], new: Callable[..., Figure] = Figure) -> Figure:
     halves: Any = drawn.subfigures(2, 1, height_ratios=(1, 1.1))
     above, below = halves
     energy, attention, waste = above.subplots(1, 3)
-    _energy(energy, rows)
+    _energy(energy, rows, "¹")
     _attention(attention, rows)
     _waste(waste, rows)
     above.legend(handles=_inputs(), loc="outside lower center", ncols=len(LABELS))
@@ -75,15 +75,13 @@ def _footnote(rows: Sequence[Row]) -> str:
     )
 
 
-def _energy(axes: Axes, rows: Sequence[Row]) -> None:
+def _energy(axes: Axes, rows: Sequence[Row], note: str) -> None:
     for name, (_, color) in LABELS.items():
         axes.plot(*_series(rows, name, "sink_energy", 100.0), "o-", ms=2, lw=1, color=color)
     top = max((row for row in rows if row["input"] != "residual"), key=lambda row: row["sink_energy"])
     axes.plot(top["layer"], 100 * top["sink_energy"], "o", ms=8, mfc="none", mec="k", mew=1.2)
-    axes.set_title(
-        f"Energy (Gram trace) of the first token¹\nring: {100 * top['sink_energy']:.1f} % at layer {top['layer']}, "
-        f"{LABELS[top['input']][0]}"
-    )
+    ringed = f"{100 * top['sink_energy']:.1f} % at layer {top['layer']}, {LABELS[top['input']][0]}"
+    axes.set_title(f"Energy (Gram trace) of the first token{note}\nring: {ringed}")
     axes.set_ylim(-3, 106)
     _finish(axes, "% of all tokens'")
 

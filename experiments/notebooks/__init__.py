@@ -1,0 +1,1 @@
+"""Notebooks: scripts in jupytext's percent format, each beside the notebook that it was executed as."""
