@@ -165,6 +165,8 @@ def inside(line: Row, place: str) -> list[Row]:
 def change(row: Row, rows: list[Row]) -> str:
     """The change of the perplexity against the baseline, percent, with its 95 % interval, paired by window.
 
+    A star stands where it excludes zero.
+
     The baseline is the one that the row's settings name, else a method.
     """
     named = row["config"].get("baseline")
@@ -172,8 +174,7 @@ def change(row: Row, rows: list[Row]) -> str:
     base = [r for r in rows if r.get(key) == value and (r["width"], r["text"]) == (row["width"], row["text"])]
     if not base or base[0] is row or not row.get("window_nll") or row["composition"] == "None":
         return ""
-    percent, low, high = paired_change(row["window_nll"], base[0]["window_nll"])
-    return f"{percent:+,.1f} [{low:+,.1f}, {high:+,.1f}]"
+    return paired_change(row["window_nll"], base[0]["window_nll"]).text(1)
 
 
 def accuracy_change(row: Row, rows: list[Row], correct: str) -> str:
@@ -181,7 +182,7 @@ def accuracy_change(row: Row, rows: list[Row], correct: str) -> str:
     base = [r for r in rows if r["name"] == "fp32" and r["text"] == row["text"]]
     if not base or base[0] is row or not row.get(correct):
         return ""
-    return paired_accuracy([*map(int, row[correct])], [*map(int, base[0][correct])]).marked
+    return paired_accuracy([*map(int, row[correct])], [*map(int, base[0][correct])]).text(1)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from experiments.settings import check
 from experiments.tables import FLOAT
 from jquant import CacheFormat, Int, LanguageModel, Stored, load_text, with_cache
 from jquant.cache_folder import cache_dir
-from jquant.evaluation.intervals import paired_change
+from jquant.evaluation.intervals import Change, paired_change
 from jquant.evaluation.perplexity import Reference, evaluation_windows, score
 from jquant.io.files import write_text
 from jquant.io.load import open_from_config
@@ -126,14 +126,13 @@ def table(rows: list[Row]) -> Table:
         shown.add_column(heading, justify="left" if heading in ("cache", "keys by") else "right")
     shown.add_column(f"MB, {tokens:,} tokens", justify="right")
     for row in rows:
-        percent, low, high = row["change_percent"]
         shown.add_row(
             row["method"],
             row.get("keys", "").replace("_", " "),
             ("yes" if row["rotate"] else "no") if "rotate" in row else "",
             *(str(row.get(key, "")) for key in ("recent", "first")),
             f"{row['perplexity']:.3f}",
-            f"{percent:+.2f} [{low:+.2f}, {high:+.2f}]" if "bits" in row else "",
+            str(Change(*row["change_percent"])) if "bits" in row else "",
             f"{row['kl']:.4f}",
             f"{100 * row['top1_agreement']:.1f}",
             f"{row['megabytes']:.1f}",
@@ -147,8 +146,8 @@ def markdown(rows: list[Row]) -> str:
     return (
         f"{tables.as_markdown(table(rows))}\n{tables.protocol(rows[0])}. Asymmetric integers, {group} channels of a "
         f"token or tokens of a channel under one scale; values are rounded by token. Change of perplexity with its "
-        f"95 % interval (Student's t) paired by window; KL and top-1 agreement are to the float cache. MB: of one "
-        f"text's cache, with what is not rounded in 16 bits. {rows[0]['device']}.\n"
+        f"95 % interval (Student's t) paired by window; * where it excludes zero. KL and top-1 agreement are to the "
+        f"float cache. MB: of one text's cache, with what is not rounded in 16 bits. {rows[0]['device']}.\n"
     )
 
 

@@ -310,7 +310,7 @@ def change(row: Row, rows: Sequence[Row], baseline: str | None, correct: str = "
     base = None if baseline is None else tables.base_of(row, rows, baseline)
     if base is None or base is row or not row[correct] or not base[correct]:
         return ""
-    return paired_accuracy(*([int(digit) for digit in each[correct]] for each in (row, base))).marked
+    return paired_accuracy(*([int(digit) for digit in each[correct]] for each in (row, base))).text(1)
 
 
 def table_of(rows: Sequence[Row], baseline: str | None) -> Table:

@@ -366,7 +366,9 @@ def caption(rows: Sequence[Row], baseline: str | None = None) -> str:
         f"bits/weight counts codes, scales and zeros of the projections; MB is all weights, embedding, head and norms "
         f"in {dtypes}; peak MB is resident memory.",
         f"Seconds with /{together}: all {together} in one pass over float inputs." if together > 1 else "",
-        f"vs {baseline}: change of perplexity, its 95 % interval (Student's t) paired by window." if baseline else "",
+        f"vs {baseline}: change of perplexity, its 95 % interval (Student's t) paired by window; *: it excludes zero."
+        if baseline
+        else "",
         "; ".join(dict.fromkeys(row["device"] for row in rows)) + ".",
         *(f"Published: {what}. {note}" for what, note in others),
     ]

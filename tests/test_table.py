@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ import checkpoints
 import jax
 import numpy as np
 import pytest
+import scipy.stats
 from checkpoints import refused
 from commands import run_here, run_in_process_of_its_own
 from hydra import compose, initialize_config_dir
@@ -28,6 +30,7 @@ from safetensors.numpy import load_file, save_file
 from experiments import command_line, perplexity_table, sensitivity, tables
 from experiments.settings import check_table
 from jquant import InputError, method, open_model, quantize_to_folder
+from jquant.evaluation import intervals
 from jquant.io.load import QuantizedFile
 from paper_figures import perplexity_bits
 
@@ -338,6 +341,35 @@ def test_the_interval_holds_the_truth_in_95_of_100_samples_and_the_windows_own_s
     assert np.median(changes[:, 2] - changes[:, 1]) < 2
 
 
+def test_a_star_stands_where_the_interval_excludes_zero():
+    shown = lambda *figures: intervals.Change(*figures).text(1)  # noqa: E731
+    assert shown(2.04, 1.0, 3.0) == "+2.0 [+1.0, +3.0]*"
+    assert shown(-2.0, -1234.5, -0.01) == "-2.0 [-1,234.5, -0.0]*"
+    assert shown(2.0, -1.0, 3.0) == "+2.0 [-1.0, +3.0]"
+    assert shown(2.0, np.nan, np.nan) == shown(2.0, 2.0, 2.0) == "+2.0"
+
+
+def test_the_t_interval_agrees_with_a_bootstrap_on_the_kept_rows():
+    """Rows beside the row before them, over the same windows; where the two differ, t claims less."""
+    widths, excluded = [], []
+    for path in sorted((ROOT / "experiments/results").glob("*/table.jsonl")):
+        rows = [row for row in tables.read_rows(path.parent) if row.get("window_nll")]
+        of_text = lambda row: (row["protocol"]["evaluation_sha256"], len(row["window_nll"]))  # noqa: E731
+        for base, row in itertools.pairwise(sorted(rows, key=of_text)):
+            gaps = np.subtract(row["window_nll"], base["window_nll"]) if of_text(row) == of_text(base) else np.zeros(1)
+            if gaps.std() > 0:
+                change = tables.paired_change(row, base)
+                drawn = scipy.stats.bootstrap((gaps,), np.mean, rng=np.random.default_rng(0)).confidence_interval
+                low, high = 100 * np.expm1(drawn)
+                widths.append((len(gaps), (high - low) / (change.high - change.low)))
+                excluded.append((change.low > 0 or change.high < 0, low > 0 or high < 0))
+    ratios = {few: np.median([ratio for n, ratio in widths if (n < 32) == few]) for few in (False, True)}
+    assert 0.9 < ratios[False] < 1  # t's quantile for 31 degrees of freedom is 4 % above the normal one
+    assert 0.75 < ratios[True] < 0.9  # few windows: the bootstrap's intervals are known to be too narrow
+    assert (True, False) not in excluded
+    assert excluded.count((False, True)) < 0.15 * len(excluded)
+
+
 def test_one_window_tells_the_change_and_no_interval():
     change, low, high = tables.paired_change(row_of([2.0]), row_of([1.0]))
     assert change == pytest.approx(100 * (np.e - 1))
@@ -374,10 +406,10 @@ def test_old_rows_print_beside_new_ones_with_an_empty_cell_and_columns_that_none
     heading, _, *lines = [line.split("|")[1:-1] for line in (tmp_path / "table.md").read_text().splitlines()[:5]]
     assert heading[-1].strip() == "vs gptq %"
     assert not any("tok/s" in column or "published" in column for column in heading)
-    change, low, high = tables.paired_change(rows[2], rows[1])
-    assert [line[-1].strip() for line in lines] == ["", "+0.00", f"{change:+.2f} [{low:+.2f}, {high:+.2f}]"]
+    change = tables.paired_change(rows[2], rows[1])
+    assert [line[-1].strip() for line in lines] == ["", "+0.00", str(change)]
     with (tmp_path / "table.csv").open() as file:
-        assert [row["vs gptq %"] for row in csv.DictReader(file)] == ["", "0.0", str(change)]
+        assert [row["vs gptq %"] for row in csv.DictReader(file)] == ["", "0.0", str(change.percent)]
 
 
 def test_a_narrow_terminal_cuts_no_figure():

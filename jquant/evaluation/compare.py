@@ -112,8 +112,8 @@ class Comparison:
     def _caption(self) -> str:
         base = next(iter(self.models))
         return (
-            f"{rows.windows(self.protocol)}. Change (with its 95 % interval, paired by window), KL and top-1 agreement "
-            f"are to {base}."
+            f"{rows.windows(self.protocol)}. Change (its 95 % interval is paired by window; *: it excludes zero), KL "
+            f"and top-1 agreement are to {base}."
         )
 
 

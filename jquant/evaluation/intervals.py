@@ -17,14 +17,14 @@ class Change(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        # No interval: one window, or a model beside itself.
-        return f"{self.percent:+.2f}" + (f" [{self.low:+.2f}, {self.high:+.2f}]" if self.low < self.high else "")
+        return self.text()
 
-    @property
-    def marked(self) -> str:
-        """With one decimal, and a star where the interval excludes zero."""
-        star = "*" if self.low > 0 or self.high < 0 else ""
-        return f"{self.percent:+.1f} [{self.low:+.1f}, {self.high:+.1f}]{star}"
+    def text(self, decimals: int = 2) -> str:
+        """The change, its interval, and a star where the interval excludes zero."""
+        if not self.low < self.high:  # one window, or a model beside itself
+            return f"{self.percent:+,.{decimals}f}"
+        low, high = (f"{end:+,.{decimals}f}" for end in (self.low, self.high))
+        return f"{self.percent:+,.{decimals}f} [{low}, {high}]" + "*" * (self.low > 0 or self.high < 0)
 
 
 def mean_and_half(values: Any) -> tuple[float, float]:

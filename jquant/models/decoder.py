@@ -306,11 +306,8 @@ def causal_attention(
     Each chunk of queries reads the keys up to its own end. That takes half the products of the full square, and only
     one chunk's probabilities are in memory (1/16 of the square at 4,096 tokens).
     """
-    t = q.shape[2]
-    chunk = max(MIN_CHUNK, -(-t // MAX_CHUNKS))
-    outs, mass = [], jnp.zeros((q.shape[0], t), jnp.float32)
-    for begin in range(0, t, chunk):
-        end = min(begin + chunk, t)
+    outs, mass = [], jnp.zeros((q.shape[0], q.shape[2]), jnp.float32)
+    for begin, end in chunks(q.shape[2]):
         visible = jnp.arange(end) <= jnp.arange(begin, end)[:, None]
         sources = [*_sources(k, past_keys, begin, end), *_sources(v, past_values, begin, end)]
         out, received = _softmax_attention(q[:, :, begin:end], sources[:2], sources[2:], visible)
@@ -319,17 +316,24 @@ def causal_attention(
     return jnp.concatenate(outs, 2), mass
 
 
+def chunks(queries: int) -> list[tuple[int, int]]:
+    """Where each chunk of queries begins and ends."""
+    size = max(MIN_CHUNK, -(-queries // MAX_CHUNKS))
+    return [(begin, min(begin + size, queries)) for begin in range(0, queries, size)]
+
+
 def attend(
     q: Float[Array, "b h t d"], k: Float[Array, "b kv s d"], v: Float[Array, "b kv s d"], start: Int[Array, ""] | int
 ) -> Float[Array, "b h t d"]:
     """Attention of queries at positions start, start + 1, … to a cache of `s` slots; later slots are empty.
 
     A single query multiplies and sums. Batched matrix products would cost a CPU a quarter of the default model's
-    decoding step, for their set-up per head.
+    decoding step, for their set-up per head. Several queries come in chunks, as in `causal_attention`.
     """
     visible = jnp.arange(k.shape[2]) <= start + jnp.arange(q.shape[2])[:, None]
     if q.shape[2] > 1:
-        return _softmax_attention(q, (k, None), (v, None), visible)[0]
+        part = lambda begin, end: _softmax_attention(q[:, :, begin:end], (k, None), (v, None), visible[begin:end])[0]  # noqa: E731
+        return jnp.concatenate([part(*ends) for ends in chunks(q.shape[2])], 2)
     b, _, _, d = q.shape
     query = (q * d**-0.5).astype(jnp.float32).reshape(b, k.shape[1], -1, 1, d)
     scores = jnp.where(visible[0], jnp.sum(query * k[:, :, None], -1), -jnp.inf)
