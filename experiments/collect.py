@@ -35,7 +35,7 @@ SWEEP, TRIAL = "sweep.json", "trial.json"
 RUNNING = ".running.lock"  # in a trial's folder; held by the process that computes the trial
 Overrides = Sequence[str]  # of one trial, as on a command line
 # Settings that do not change a trial's results.
-ELSEWHERE = ("launcher", "name", "results")
+ELSEWHERE = ("launcher", "name", "results", "sweeper")
 FIRST = ("method", "bits")  # these settings come first in a folder's name
 # Heading -> what `average` takes means of, and how many digits it shows.
 AVERAGED = {

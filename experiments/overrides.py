@@ -22,8 +22,9 @@ from jquant.io.hub import load_config
 CONFIGS = Path(__file__).parents[1] / "configs"
 # Settings that are read although not every config has them.
 EXTRA = ("model.tokenizer", "model.source")
-# Launchers that the `sweep` extra installs.
+# Launchers and sweepers that the `sweep` extra installs.
 PLUGINS = {
+    "optuna": "hydra_plugins.hydra_optuna_sweeper",
     "ray": "hydra_plugins.hydra_ray_launcher",
     "submitit": "hydra_plugins.hydra_submitit_launcher",
     "submitit_local": "hydra_plugins.hydra_submitit_launcher",
@@ -126,15 +127,16 @@ def _check_choice(group: str, name: str) -> None:
     if group == "model" and (os.sep in name or name.endswith(".gguf")):
         raise InputError(f"model={name} is no name: a folder or a file is model=local model.path={name}.")
     load_config(group, name)
-    if group == "launcher" and name in PLUGINS and not find_spec(PLUGINS[name]):
-        raise InputError(f"launcher={name} needs the extra sweep: pip install -c constraints.txt -e '.[sweep]'.")
+    if group in ("launcher", "sweeper") and name in PLUGINS and not find_spec(PLUGINS[name]):
+        raise InputError(f"{group}={name} needs the extra sweep: pip install -c constraints.txt -e '.[sweep]'.")
 
 
 def _check_sweep(script: str, overrides: Sequence[Override], sweeps: bool, multirun: bool) -> None:
     swept = [str(given.input_line) for given in overrides if given.is_sweep_override()]
     if not sweeps:
         misplaced = ["--multirun"] * multirun + swept
-        misplaced += [given.input_line for given in overrides if given.key_or_group in ("launcher", "hydra/launcher")]
+        engines = ("launcher", "hydra/launcher", "sweeper", "hydra/sweeper")
+        misplaced += [given.input_line for given in overrides if given.key_or_group in engines]
         if misplaced:
             raise InputError(f"experiments.{script} runs once, without sweeps, so {misplaced[0]} can't be given.")
     elif swept and not multirun:

@@ -61,14 +61,14 @@ WHERE = ("method", "methods", "baseline", "name", "results", "checkpoints")
 
 
 @hydra.main(version_base=None, config_path=str(provenance.ROOT / "configs"), config_name="perplexity_table")
-def main(config: DictConfig) -> None:
-    """Hydra's entry point."""
+def main(config: DictConfig) -> float | None:
+    """Hydra's entry point; in a sweep it returns what a search minimizes."""
     settings: Any = OmegaConf.to_container(config, resolve=True)
     if in_sweep():
-        run_trial(settings, table_rows)
-        return
+        return run_trial(settings, table_rows)
     with one_sentence():
         make_table(settings)
+    return None
 
 
 def make_table(settings: dict[str, Any]) -> None:

@@ -7,12 +7,14 @@ all. Each trial has a folder for its row, its finished blocks, and its state, so
 `experiments.collect`, which also runs at the end, makes one table of the rows and names the trials without a row.
 """
 
+import math
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from filelock import Timeout
@@ -38,7 +40,7 @@ from experiments.collect import (
 )
 from experiments.command_line import console, one_sentence
 from experiments.settings import check_table
-from experiments.tables import locked
+from experiments.tables import locked, read_rows
 from jquant.errors import InputError
 from jquant.io.files import write_json, write_text
 
@@ -52,6 +54,9 @@ class Sweep(Callback):
         """Checks and lists the trials. Trials of an earlier sweep in the folder stay; failed ones are tried again."""
         with heard():
             folder = Path(config.results) / str(config.name)
+            if searches(config):  # trials are listed as they are chosen
+                list_trials(folder, [])
+                return
             in_config = [f"{key}={values}" for key, values in (config.hydra.sweeper.params or {}).items()]
             trials = expand([*in_config, *config.hydra.overrides.task])
             check_trials(config, trials)
@@ -78,6 +83,11 @@ def heard() -> Iterator[None]:
 def in_sweep() -> bool:
     """Whether this process's job is a trial of a sweep."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def searches(config: DictConfig) -> bool:
+    """Whether the sweep's next trial is chosen by the earlier ones' results."""
+    return not config.hydra.sweeper._target_.endswith("BasicSweeper")
 
 
 def expand(overrides: Sequence[str]) -> list[Overrides]:
@@ -130,8 +140,10 @@ def list_trials(folder: Path, trials: Sequence[Overrides]) -> None:
                 (place / TRIAL).unlink()
 
 
-def run_trial(settings: dict[str, Any], work: Callable[[dict[str, Any]], Sequence[dict[str, Any]]]) -> None:
+def run_trial(settings: dict[str, Any], work: Callable[[dict[str, Any]], Sequence[dict[str, Any]]]) -> float:
     """Computes a trial's rows into its folder, and records how it ended.
+
+    Returns what a search minimizes: the mean of the rows' KL divergence; infinity if the trial failed.
 
     It never raises, because an engine stops the other trials when one fails. After an error the trial is tried again
     from its last finished block, `ATTEMPTS` times in all. If the process dies, the engine begins the trial again, with
@@ -144,7 +156,10 @@ def run_trial(settings: dict[str, Any], work: Callable[[dict[str, Any]], Sequenc
     """
     hydra = HydraConfig.get()
     os.chdir(hydra.runtime.cwd)  # paths in settings are relative to where the sweep was started
-    folder = trial_folder(Path(settings["results"]).absolute() / str(settings["name"]), hydra.overrides.task)
+    sweep = Path(settings["results"]).absolute() / str(settings["name"])
+    folder = trial_folder(sweep, hydra.overrides.task)
+    if searches(OmegaConf.create({"hydra": hydra})):
+        list_trials(sweep, [hydra.overrides.task])
     own_settings = settings | {
         "results": str(folder.parent),
         "name": folder.name,
@@ -157,6 +172,8 @@ def run_trial(settings: dict[str, Any], work: Callable[[dict[str, Any]], Sequenc
         console.print(
             f"{' '.join(hydra.overrides.task)}: another process computes it.", highlight=False, soft_wrap=True
         )
+    rows = read_rows(folder) if "rows" in read_trial(folder) else []
+    return fmean(row["kl"] for row in rows) if rows and all(row["kl"] is not None for row in rows) else math.inf
 
 
 def _attempt(

@@ -20,7 +20,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import open_dict
+from omegaconf import OmegaConf, open_dict
 
 from experiments import tables
 from experiments.collect import RUNNING, TRIAL, average, collect, outcome, read_sweep, take_out, trial_folder
@@ -147,6 +147,22 @@ def test_a_config_can_be_a_sweep_and_the_command_line_changes_what_it_varies(fol
     assert status == 0, said
     found = {(row["config"]["bits"], row["config"]["group"]) for row in tables.read_rows(folder / "results/in_config")}
     assert found == {(2, 32), (8, 32)}
+
+
+def test_a_search_ends_with_the_best_of_its_trials_and_begun_again_computes_nothing(folder):
+    overrides = ["sweeper=optuna", "hydra.sweeper.n_trials=4", "method=rtn,nope", "bits=range(2,8)"]
+    status, said = ended(sweep(folder, "search", *overrides))
+    rows = tables.read_rows(folder / "results/search")
+    best = min(rows, key=lambda row: row["kl"])
+    found = OmegaConf.load(folder / "results/search/optimization_results.yaml")
+    assert (found.best_params.bits, found.best_value) == (best["config"]["bits"], pytest.approx(best["kl"]))
+    failed = [trial for trial in read_sweep(folder / "results/search") if "method=nope" in trial]
+    assert (status, len(rows)) == (1 if failed else 0, len(read_sweep(folder / "results/search")) - len(failed)), said
+    assert len({row["config"]["bits"] for row in rows}) > 1  # it searches
+    again = ended(sweep(folder, "search", *overrides))
+    assert again[0] == status
+    assert tables.read_rows(folder / "results/search") == rows
+    assert not (folder / "optimization_results.yaml").exists()
 
 
 def test_trials_are_those_that_hydra_runs():
