@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from experiments.overrides import check_command
+from experiments.tracking import trackers
 from jquant.errors import InputError
 from jquant.parallel.mesh import Devices
 from jquant.parallel.processes import join
@@ -29,6 +30,7 @@ def run(main: Callable[[], None]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     with one_sentence():
         check_command(Path(sys.argv[0]).stem, sys.argv[1:])
+        trackers()
         main()
 
 

@@ -79,12 +79,12 @@ def main(config: DictConfig) -> None:
 def measure(settings: dict[str, Any]) -> None:
     """Measures all cases, adds their rows, prints and writes the table."""
     check(settings)
-    formats = formats_of(settings, settings["methods"])
+    formats, examples = formats_of(settings, settings["methods"]), list(described(settings))
     folder, bits = Path(settings["results"]) / str(settings["name"]), settings["cache_bits"]
     stored = bits and Stored(Int(bits, settings["cache_group"]))
     rows = []
     with products(settings["products"]):
-        for case in [*loaded(formats, settings), *described(settings)]:
+        for case in [*loaded(formats, settings), *examples]:
             decoder = with_cache(case.decoder, stored and CacheFormat(stored, stored))
             sizes = {"formula": formula(case, stored), **measured(decoder, case.batch, case.context)}
             figures = {way: found and {part: found[part] / 1e6 for part in PARTS} for way, found in sizes.items()}
@@ -121,6 +121,8 @@ def loaded(formats: Mapping[str, Format | None], settings: dict[str, Any]) -> It
 def described(settings: dict[str, Any]) -> Iterator[Case]:
     """Models by their shapes alone."""
     for name, example in (settings["examples"] or {}).items():
+        if example is None:
+            continue
         config = config_from_hf(example["config"], f"examples.{name}.config")
         decoder = nnx.eval_shape(lambda config=config: Decoder(config, nnx.Rngs(0)))
         decoder = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), decoder)

@@ -135,6 +135,11 @@ KINDS: dict[str, Kind] = {
     "evaluation.context": _whole(2),
     "evaluation.stride": _or_null(_whole(1)),  # null: windows don't overlap
     "evaluation.bos": SWITCH,
+    "batches": _each(_whole(1)),
+    "contexts": _each(_whole(1)),
+    "cache_bits": _or_null(_whole(2)),
+    "cache_group": _whole(1),
+    "examples": _or_null(SECTION),
     "timing.contexts": _each(_whole(1)),
     "timing.batches": _each(_whole(1)),
     "timing.tokens": _whole(1),

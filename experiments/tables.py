@@ -14,6 +14,7 @@ from rich import box
 from rich.table import Table
 
 from experiments.compositions import leaves_open, takes_bits
+from experiments.tracking import track
 from jquant.errors import InputError
 from jquant.evaluation import intervals
 from jquant.evaluation.intervals import Change
@@ -237,7 +238,7 @@ def add_rows(folder: Path, rows: Sequence[Row], name: str = "table.jsonl", witho
       without: fingerprints of rows to take out.
 
     Raises:
-      InputError: the folder can't be written, or the file is damaged.
+      InputError: the folder can't be written, or the file is damaged; a tracker did not take the rows, which are kept.
     """
     replaced = {row["fingerprint"] for row in rows}.union(without)
     if not replaced:
@@ -245,6 +246,7 @@ def add_rows(folder: Path, rows: Sequence[Row], name: str = "table.jsonl", witho
     with locked(folder):
         kept = [row for row in read_rows(folder, name) if row.get("fingerprint") not in replaced]
         write_text(folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [*kept, *rows]))
+    track(folder, rows)
 
 
 @contextmanager
