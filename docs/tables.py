@@ -137,7 +137,9 @@ def filled(form: str, row: Row) -> str:
 def read(path: Path, place: str) -> list[Row]:
     """The rows of a results file; those of methods also have `name`, `width`, `text`, `steps` and changes."""
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-    measured = [line for line in lines if {"method", "protocol", "config"} <= line.keys()]
+    measured = [
+        line for line in lines if {"method", "protocol", "config"} <= line.keys() and "data" in line["protocol"]
+    ]
     for line in measured:
         name, _, width = line["method"].rpartition("-")
         line["name"] = name if width.isdecimal() else line["method"]
