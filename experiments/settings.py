@@ -68,6 +68,7 @@ KINDS: dict[str, Kind] = {
     "results": TEXT,
     "output": TEXT,
     "start": TEXT,
+    "kept": TEXT,
     "about": _or_null(TEXT),
     "baseline": _or_null(TEXT),
     "tuning": _or_null(SECTION),

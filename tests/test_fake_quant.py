@@ -268,7 +268,8 @@ def test_no_gradient_underflows_through_float16_scales(seed, bits, tiny):
     size = 1e-12 if tiny else 1.0
     slope = jnp.asarray(rng.normal(size=w.shape), jnp.float32)
     gradient = lambda g: jax.vjp(lambda s: fake_quant(w, s, None, format), scale)[1](g)[0]  # noqa: E731
-    np.testing.assert_allclose(gradient(slope * size), gradient(slope) * size, rtol=1e-5)
+    # Sums of 8 products of order `size` may cancel: each is rounded at 6e-8 of that.
+    np.testing.assert_allclose(gradient(slope * size), gradient(slope) * size, rtol=1e-5, atol=1e-6 * size)
 
 
 def test_a_scale_of_zero_has_no_gradient():
