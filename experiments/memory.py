@@ -197,7 +197,7 @@ def measured(decoder: Decoder, batch: int, context: int) -> dict[str, Sizes | No
     tokens = jax.ShapeDtypeStruct((batch, context), jnp.int32)
     program = step.lower(structure, leaves, tokens, jax.eval_shape(empty)).compile()
     cache = float(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(empty).layers)))
-    memory = program.memory_analysis()
+    memory: Any = program.memory_analysis()
     arguments = memory.argument_size_in_bytes - cache - 4 * batch * context
     compiled = {"weights": arguments, "cache": cache, "activations": memory.temp_size_in_bytes}
     if not there or not Path("/proc/self/clear_refs").exists():
