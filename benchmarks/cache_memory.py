@@ -8,12 +8,8 @@ value; a scale of 16 bits and a zero of 8 for each group of 32; tokens that are 
 JSON.
 """
 
-import ctypes
-import gc
 import json
 import statistics
-import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -21,6 +17,7 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
+from experiments.memory import resident
 from experiments.provenance import versions
 from jquant import CacheFormat, Int, Stored, with_cache
 from jquant.evaluation.generation import empty_cache, in_steps, step
@@ -74,18 +71,6 @@ def measured(decoder: Decoder, text: np.ndarray) -> tuple[int, int]:
         counted = cache.nbytes
         del cache
     return int(statistics.median(grown)), counted
-
-
-def resident() -> int:
-    """Bytes of this process in memory, after freed ones were given back."""
-    gc.collect()
-    sizes: list[int] = []
-    while len(sizes) < 4 or len(set(sizes[-4:])) > 1:  # XLA frees temporaries after its results are ready
-        time.sleep(0.2)
-        ctypes.CDLL(None).malloc_trim(0)
-        lines = Path("/proc/self/status").read_text().splitlines()
-        sizes.append(int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) * 1024)
-    return sizes[-1]
 
 
 def formula(bits: int | None, recent: int, first: int) -> float:

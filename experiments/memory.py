@@ -89,8 +89,8 @@ def measure(settings: dict[str, Any]) -> None:
             sizes = {"formula": formula(case, stored), **measured(decoder, case.batch, case.context)}
             figures = {way: found and {part: found[part] / 1e6 for part in PARTS} for way, found in sizes.items()}
             rows.append(identified(case, settings) | figures)
+            tables.add_rows(folder, rows[-1:], FILE)
             console.print(f"{case.model} {case.method} {case.batch} × {case.context}", highlight=False)
-    tables.add_rows(folder, rows, FILE)
     write_text(folder / "memory.md", f"{tables.as_markdown(table(rows))}\n{caption(rows)}\n")
     console.print(table(rows))
     console.print(caption(rows), highlight=False, soft_wrap=True)

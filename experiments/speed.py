@@ -59,7 +59,7 @@ def measure(settings: dict[str, Any]) -> None:
     longest = max(timing["contexts"]) + timing["tokens"] + 1
     if longest > model.config.context_length:
         raise InputError(f"{longest} tokens exceed the model's context of {model.config.context_length}.")
-    rows = []
+    rows: list[dict[str, Any]] = []
     with products(settings["products"]), progress_bars("speed") as report:
         grid = [(batch, context) for batch in timing["batches"] for context in timing["contexts"]]
         for count, (batch, context) in enumerate(grid, 1):
@@ -70,8 +70,8 @@ def measure(settings: dict[str, Any]) -> None:
                 rows.append(
                     {"method": name, **shape, **figures} | described(name, methods[name], model, settings, shape)
                 )
+            tables.add_rows(folder, rows[-len(found) :], FILE)
             report("time", count, len(grid))
-    tables.add_rows(folder, rows, FILE)
     write_text(folder / "speed.md", f"{tables.as_markdown(table(rows))}\n{caption(rows, settings)}\n")
     console.print(table(rows))
     console.print(caption(rows, settings), highlight=False, soft_wrap=True)
