@@ -25,7 +25,7 @@ from dataclasses import fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, TypedDict, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Any, Literal, NotRequired, TypedDict, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +65,7 @@ class TokenizerFacts(TypedDict):
     eos_ids: list[int]
     add_bos: bool
     chat_template: str | None
+    pre: NotRequired[str | None]
 
 
 class Manifest(TypedDict):
@@ -330,7 +331,11 @@ def fits(value: Any, kind: Any) -> bool:
         return True
     if is_typeddict(kind):
         keys = get_type_hints(kind)
-        return type(value) is dict and all(key in value and fits(value[key], keys[key]) for key in keys)
+        return (
+            type(value) is dict
+            and kind.__required_keys__ <= value.keys()
+            and all(fits(value[key], keys[key]) for key in keys.keys() & value.keys())
+        )
     if origin in (Union, UnionType):
         return any(fits(value, item) for item in arguments)
     if origin is Literal:
@@ -368,7 +373,8 @@ def read_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
         if not isinstance(broken, Exception) and type(broken).__name__ != "PanicException":
             raise
         raise InputError(f"{path} can't be read ({_first_line(broken)}).") from None
-    return Tokenizer(backend, facts["bos_id"], tuple(facts["eos_ids"]), facts["add_bos"], facts["chat_template"])
+    eos_ids, rest = tuple(facts["eos_ids"]), (facts["add_bos"], facts["chat_template"], facts.get("pre"))
+    return Tokenizer(backend, facts["bos_id"], eos_ids, *rest)
 
 
 def read_seen(folder: Path, manifest: Manifest) -> np.ndarray | None:

@@ -35,6 +35,7 @@ class Tokenizer:
         eos_ids: the ids at which generation stops.
         add_bos: whether the model expects `bos_id` before a text; `encode` never adds it, the caller decides.
         chat_template: the Jinja source that lays out a conversation, if the file carries one.
+        pre: the name by which a GGUF file says how text is cut before byte pairs are merged, if the file is one.
     """
 
     backend: tokenizers.Tokenizer = field(repr=False)
@@ -42,6 +43,7 @@ class Tokenizer:
     eos_ids: tuple[int, ...] = ()
     add_bos: bool = False
     chat_template: str | None = field(default=None, repr=False)
+    pre: str | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -131,7 +133,7 @@ class _Pre(NamedTuple):
 # Two names follow transformers' GGUF loader and not llama.cpp. `smollm`: llama.cpp first cuts out each digit, so that
 # "\n\n1" begins with one token, not two; that gives 304,978 ids for WikiText-2 (joined), but the reference figures have
 # 304,986. `default`: llama.cpp has its own rule for unknown origins.
-_PRE_TOKENIZERS = {
+PRE_TOKENIZERS = {
     "gpt-2": _Pre(_GPT2),
     "default": _Pre(_GPT2),
     "smollm": _Pre(_GPT2),
@@ -178,6 +180,7 @@ def tokenizer_from_gguf(path: str | os.PathLike[str]) -> Tokenizer:
         eos_ids=tuple(dict.fromkeys(i for i in eos if i is not None)),
         add_bos=fields.get("add_bos_token", bool, add_bos),
         chat_template=template if isinstance(template, str) else None,
+        pre=fields.get("pre", str) if kind == "gpt2" else None,
     )
 
 
@@ -222,10 +225,10 @@ class _Fields(NamedTuple):
 def _byte_level(fields: _Fields, vocab: dict[str, int]) -> tuple[tokenizers.Tokenizer, bool]:
     """Byte-level BPE (GPT-2 and its descendants), and whether texts begin with BOS by default."""
     name = fields.get("pre", str)
-    if name not in _PRE_TOKENIZERS:
-        known = ", ".join(_PRE_TOKENIZERS)
+    if name not in PRE_TOKENIZERS:
+        known = ", ".join(PRE_TOKENIZERS)
         raise InputError(f"{fields.path} uses the pre-tokenizer {name!r}; jquant knows {known}; {_WAY_OUT}")
-    pre = _PRE_TOKENIZERS[name]
+    pre = PRE_TOKENIZERS[name]
     merges = [tuple(merge.split(" ")) for merge in fields.get("merges", list)]
     backend = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=pre.ignore_merges))
     if pre.nfc:

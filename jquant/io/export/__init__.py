@@ -1,0 +1,1 @@
+"""Writing models as files that other tools load; one file a format."""

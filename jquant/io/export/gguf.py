@@ -1,0 +1,261 @@
+"""Models as GGUF files for llama.cpp. Quantized weights keep their bits; only floats are rounded, to 16 bits."""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from jquant.errors import InputError
+from jquant.formats import GGUF, Int
+from jquant.io.export.vocabulary import vocabulary
+from jquant.io.files import sync
+from jquant.io.gguf.blocks import block_size, to_blocks
+from jquant.io.tokenizer import Tokenizer
+from jquant.models.config import DecoderConfig
+from jquant.models.decoder import Decoder, blocks, outside_of
+from jquant.models.families import family_of
+from jquant.models.params import flat_params, weight_name
+from jquant.parts import brief
+from jquant.qtensor import QTensor, Transposed
+
+FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+ROTARY = ("attention.q.kernel", "attention.k.kernel")
+OUTSIDE = ("embedding", "norm.scale", "head.kernel")  # not in a block
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A model in memory or on disk, block by block."""
+
+    @property
+    def name(self) -> str:
+        """What the user called it."""
+        ...
+
+    @property
+    def config(self) -> DecoderConfig:
+        """The decoder's shape."""
+        ...
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Text to ids and back."""
+        ...
+
+
+class Entry(NamedTuple):
+    """A tensor of the file: its name, type and shape `[out, in]`, and a function that makes its rows of bytes."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    rows: Callable[[], UInt8[np.ndarray, "..."]]
+
+
+def write_gguf(model: Source, path: str | Path, floats: str = "F16", force: bool = False) -> None:
+    """Writes a model as a GGUF file, completely or not at all.
+
+    Weights whose format is one of llama.cpp's (`jquant.GGUF`) keep codes and scales bit for bit; so do integers without
+    zeros, or with float zeros, in groups of a multiple of 32. Norms are float32.
+
+    Args:
+      model: a `LanguageModel`, or what `open_model` returns; that is read block by block, twice.
+      path: of the file, `model.gguf`, say.
+      floats: how weights that are not quantized are stored: F16, BF16 or F32.
+      force: whether an existing file is replaced.
+
+    Raises:
+      InputError: the file exists or can't be written; another family; a weight, rotation, rotary embedding or tokenizer
+        that a GGUF file can't hold; the message says which.
+    """
+    path = Path(path).expanduser()
+    if floats not in FLOATS:
+        raise InputError(f"A GGUF file's floats are {', '.join(FLOATS)}, not {floats!r}.")
+    if path.is_dir() or (path.exists() and not force):
+        raise InputError(f"{path} exists already: give another name, or force=True to replace the file.")
+    entries = list(_entries(model, floats))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    writer = gguf.GGUFWriter(temporary, "llama")
+    for key, value in _metadata(model, [entry.kind for entry in entries if len(entry.shape) > 1]).items():
+        _add(writer, key, value)
+    for entry in entries:
+        kind = gguf.GGMLQuantizationType[entry.kind]
+        shape = gguf.quant_shape_to_byte_shape(entry.shape, kind)
+        writer.add_tensor_info(entry.name, shape, np.dtype(np.uint8), int(np.prod(shape)), kind)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for entry in _entries(model, floats):
+            writer.write_tensor_data(entry.rows())
+        writer.close()
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    except OSError as failed:
+        raise InputError(f"{path} can't be written ({failed.strerror or failed}).") from None
+    finally:
+        writer.close()
+        temporary.unlink(missing_ok=True)
+
+
+# ---- tensors --------------------------------------------------------------------------------------------------------
+
+
+def _entries(model: Any, floats: str) -> Iterator[Entry]:
+    """The file's tensors, in its order: embedding, blocks, last norm, head."""
+    names, config = family_of(model.config).gguf, model.config
+    outside, layers = _parts(model)
+    if outside.norm.rotation is not None:
+        raise InputError("The model's residual stream is rotated, which GGUF can't say: model.save(folder) can.")
+    params = flat_params(outside)
+    yield _entry("embedding", names["embedding"], params["embedding"], config, floats)
+    if config.rope_divisors is not None:
+        factors = np.asarray(config.rope_divisors, np.float32)
+        yield Entry("rope_freqs.weight", "F32", factors.shape, lambda: factors.view(np.uint8))
+    for layer, block in enumerate(layers):
+        if block.mlp.rotation is not None:
+            raise InputError(
+                f"layers.{layer}.mlp.down.kernel reads rotated inputs, which GGUF can't say: rotate with mlp=False, or "
+                f"write model.save(folder)."
+            )
+        for path, leaf in flat_params(block).items():
+            yield _entry(weight_name(layer, path), names[f"layers.{path}"].format(layer), leaf, config, floats)
+    for name in OUTSIDE[1:]:
+        if name in params:
+            yield _entry(name, names[name], params[name], config, floats)
+
+
+def _parts(model: Any) -> tuple[Decoder, Iterator[Any]]:
+    """The decoder without its blocks, and these one by one."""
+    if hasattr(model, "decoder"):
+        return outside_of(model.decoder), blocks(model.decoder)
+    return model.outside(), model.blocks()
+
+
+def _entry(weight: str, name: str, leaf: Any, config: DecoderConfig, floats: str) -> Entry:
+    """The tensor of a parameter; `weight` is its name in errors."""
+    leaf = leaf.weight if isinstance(leaf, Transposed) else leaf
+    order = _interleaved(leaf.shape[-1], config) if weight.endswith(ROTARY) else None
+    if isinstance(leaf, QTensor):
+        kind, q = as_kind(weight, leaf)
+        columns = lambda a: a if order is None else a[..., order]  # noqa: E731
+        return Entry(name, kind, q.shape[::-1], lambda: to_blocks(jax.tree.map(columns, q), kind))
+    if not hasattr(leaf, "astype"):
+        raise InputError(f"{weight} is {type(leaf).__name__}, which GGUF can't hold: merge_adapters(model) first.")
+    if leaf.ndim == 1:
+        return Entry(name, "F32", leaf.shape, lambda: np.asarray(leaf, np.float32).view(np.uint8))
+    turn = weight.endswith("kernel")
+    shape = leaf.shape[::-1] if turn else leaf.shape
+
+    def rows() -> np.ndarray:
+        values = np.asarray(leaf, np.float32)
+        values = values.T if turn else values
+        return _bytes(weight, values if order is None else values[order], floats)
+
+    return Entry(name, floats, shape, rows)
+
+
+def _interleaved(width: int, config: DecoderConfig) -> np.ndarray:
+    """For each row of q or k in the file, which of ours it is: llama.cpp's heads have their rotary pairs side by side.
+
+    Our rows (i, i + d/2) of a head are its rows (2i, 2i + 1).
+    """
+    head = config.head_dim
+    return np.arange(width).reshape(-1, 2, head // 2).swapaxes(1, 2).reshape(-1)
+
+
+def _bytes(weight: str, values: Float[np.ndarray, "out in"], floats: str) -> UInt8[np.ndarray, "out bytes"]:
+    with np.errstate(over="ignore"):
+        stored = np.ascontiguousarray(values, FLOATS[floats])
+    if not np.isfinite(stored).all():
+        raise InputError(f"{weight} holds values up to {np.abs(values).max():g}, more than {floats} can: take F32.")
+    return stored.view(np.uint8)
+
+
+def as_kind(weight: str, q: QTensor) -> tuple[str, QTensor]:
+    """llama.cpp's type that holds a weight `[in, out]` exactly, and the weight in that type's format.
+
+    Args:
+      weight: its name in errors.
+      q: in a format of `jquant.GGUF`, or integers in groups of a multiple of 32 whose scales are float16.
+
+    Raises:
+      InputError: no type holds it.
+    """
+    q = replace(q, activation=None, input_scale=None)
+    for kind, format in GGUF.items():
+        if q.in_features % block_size(kind)[0]:
+            continue
+        if q.format == format:
+            return kind, q
+        if isinstance(format, Int) and isinstance(q.format, Int) and isinstance(format.scale, str):
+            # Ties and the range of codes decide how weights were rounded, not what codes mean.
+            same = replace(q.format, group=format.group, ties=format.ties, full_range=format.full_range) == format
+            if same and isinstance(q.format.group, int) and q.format.group % 32 == 0:
+                return kind, _in_blocks(q, format)
+    raise InputError(
+        f"{weight} is {brief(q.format)} with rows of {q.in_features}, which no type of llama.cpp holds: quantize to "
+        f"one of {', '.join(GGUF)} (gguf_mix), or export in another format."
+    )
+
+
+def _in_blocks(q: QTensor, format: Int) -> QTensor:
+    """The same weight with a scale for each block of 32."""
+    assert isinstance(q.format, Int)
+    assert isinstance(q.format.group, int)
+    times, blocks = q.format.group // 32, q.in_features // 32
+    repeated = lambda v: None if v is None else jnp.repeat(v, times, axis=0)[:blocks]  # noqa: E731
+    return QTensor(q.codes, repeated(q.scale), repeated(q.zero), format, q.in_features)
+
+
+# ---- metadata -------------------------------------------------------------------------------------------------------
+
+
+def _metadata(model: Source, kinds: list[str]) -> dict[str, Any]:
+    """The file's keys; `kinds` are the types of its matrices."""
+    config = model.config
+    if config.family != "llama":
+        raise InputError(f"GGUF export knows the family llama, not {config.family}.")
+    if config.rope_magnitude != 1:
+        raise InputError("The model's rotary embedding is YaRN's, which jquant can't write as GGUF yet.")
+    common = max(dict.fromkeys(kinds), key=kinds.count)
+    return {
+        "general.type": "model",
+        "general.name": model.name,
+        "general.quantized_by": "jquant",
+        "general.quantization_version": gguf.GGML_QUANT_VERSION,
+        "general.file_type": int(_file_type(common)),
+        "llama.vocab_size": config.vocab_size,
+        "llama.context_length": config.context_length,
+        "llama.embedding_length": config.hidden,
+        "llama.block_count": config.layers,
+        "llama.feed_forward_length": config.ffn,
+        "llama.attention.head_count": config.heads,
+        "llama.attention.head_count_kv": config.kv_heads,
+        "llama.attention.key_length": config.head_dim,
+        "llama.attention.value_length": config.head_dim,
+        "llama.attention.layer_norm_rms_epsilon": float(config.norm_eps),
+        "llama.rope.dimension_count": config.head_dim,
+        "llama.rope.freq_base": float(config.rope_base),
+        **vocabulary(model.tokenizer, config.vocab_size),
+    }
+
+
+def _file_type(kind: str) -> gguf.LlamaFileType:
+    """What llama.cpp calls a file most of whose matrices have this type; it is shown, and decides nothing."""
+    named = {"F32": "ALL_F32", "Q3_K": "MOSTLY_Q3_K_M", "Q4_K": "MOSTLY_Q4_K_M", "Q5_K": "MOSTLY_Q5_K_M"}
+    return gguf.LlamaFileType[named.get(kind, f"MOSTLY_{kind}")]
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    add.get(type(value), writer.add_array)(key, value)
