@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: table test reproduce figures notebooks docs setup lint slow fuzz mutants pods clean
+.PHONY: table test reproduce figures notebooks docs setup lint slow interop fuzz mutants pods clean
 
 table: setup
 	$(BIN)/python -m experiments.perplexity_table $(ARGS)
@@ -23,6 +23,10 @@ fuzz: .venv/test
 # How strong the tests are: changes of the core, and whether a test fails (docs/mutants.md).
 mutants: .venv/test .venv/mutants
 	$(BIN)/python tests/mutants.py $(ARGS)
+
+# Exported files, loaded by the tools that own their formats.
+interop: .venv/test .venv/interop
+	$(BIN)/python -m pytest -n 0 -m "slow or not slow" tests/test_gguf_export.py $(ARGS)
 
 # What TPUs run, compiled by their compiler, which needs no TPU. An environment of its own: libtpu would look for a TPU in
 # every other command.

@@ -9,6 +9,7 @@ from typing import Any
 from experiments.compositions import find_method, needs_of
 from experiments.tables import FLOAT
 from jquant.errors import InputError
+from jquant.io.export import FORMATS
 from jquant.io.hub import load_config
 from jquant.io.load import DTYPES
 from jquant.methods import Method, Rules
@@ -147,6 +148,10 @@ KINDS: dict[str, Kind] = {
     "timing.rounds": _whole(1),
     "generation.tokens": _whole(0),
     "generation.prompt": TEXT,
+    "format": _choice("gguf", *FORMATS),
+    "mixture": _or_null(NAME),
+    "rounding": _choice("nearest", "gptq"),
+    "force": SWITCH,
 }
 
 

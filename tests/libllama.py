@@ -11,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-CONTEXT, BATCH, MICRO_BATCH, THREADS, BATCH_THREADS = 0, 1, 2, 7, 8  # places among the context's parameters
+# Places among the context's parameters, in words of 32 bits.
+CONTEXT, BATCH, MICRO_BATCH, THREADS, BATCH_THREADS, FLASH, KEYS, VALUES = 0, 1, 2, 7, 8, 13, 26, 27
+F32, F16 = 0, 1
 
 
 class Parameters(ctypes.Structure):
@@ -79,7 +81,11 @@ class Model:
         if not self.model:
             raise ValueError(f"llama.cpp does not load {path}")
         parameters = self.lib.llama_context_default_params()
+        assert list(parameters.words[KEYS : VALUES + 1]) == [F16, F16]
         for place, value in (
+            (FLASH, 0),  # which would round to 16 bits
+            (KEYS, F32),
+            (VALUES, F32),
             (CONTEXT, context),
             (BATCH, context),
             (MICRO_BATCH, min(context, 512)),

@@ -22,7 +22,20 @@ from omegaconf import OmegaConf
 from tokenizers import decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE, WordLevel
 
-from jquant import GGUF, GPTQ, NF4, Int, LlamaCpp, Method, load_model, open_model, perplexity, quantize, rotate
+from jquant import (
+    GGUF,
+    GPTQ,
+    NF4,
+    Activation,
+    Int,
+    LlamaCpp,
+    Method,
+    load_model,
+    open_model,
+    perplexity,
+    quantize,
+    rotate,
+)
 from jquant.io.export.gguf import write_gguf
 from jquant.io.export.vocabulary import vocabulary
 from jquant.io.gguf.blocks import block_size
@@ -130,8 +143,9 @@ def test_integers_without_integer_zeros_are_exact_in_a_block_type(tmp_path, wide
 
 def test_gptq_onto_a_mixture_is_written_and_its_logits_are_those_in_memory(tmp_path, wide):
     rules = gguf_mix("q4_k_m", wide.config, lambda format: Method(format, LlamaCpp(importance=True), GPTQ()))
-    tokens = np.random.default_rng(0).integers(0, checkpoints.VOCAB, (16, 64), np.int32)
-    q = quantize(wide, rules, calibration=tokens, progress=False)
+    tokens = np.random.default_rng(0).integers(0, checkpoints.VOCAB, (1, 64), np.int32)
+    text = checkpoints.random_text(3000, seed=1)
+    q = quantize(wide, rules, calibration=text, samples=16, context=64, progress=False)
     write_gguf(q, tmp_path / "x.gguf", floats="F32")
     again = load_model(tmp_path / "x.gguf", progress=False)
     found, expected = (np.asarray(forward(model.decoder, tokens[:1])) for model in (again, q))
@@ -273,10 +287,10 @@ def test_the_default_models_tokenizer_is_described_as_in_its_file(default_model,
 
 def test_what_gguf_cannot_hold_is_refused_and_nothing_is_written(tmp_path, wide):
     path = tmp_path / "x.gguf"
-    with refused("layers.0.mlp.up.kernel", "NF4", "Q4_K"):
+    with refused("layers.0.mlp.up.kernel", "Codebook", "Q4_K"):
         write_gguf(quantize(wide, [("mlp.up", Method(NF4()))], progress=False), path)
     with refused("layers.0.attention.q.kernel", "Int"):
-        write_gguf(quantize(wide, "rtn", bits=4, group=32, progress=False), path)
+        write_gguf(quantize(wide, [("attention.q", "rtn")], bits=4, group=32, progress=False), path)
     with refused("rotated", "residual"):
         write_gguf(replace(wide, decoder=rotate(wide.decoder, heads=False, mlp=False)), path)
     with refused("layers.0.mlp.down.kernel", "mlp=False"):
@@ -364,27 +378,33 @@ def test_llama_cpp_computes_our_logits(tmp_path, changes):
     tokens = np.random.default_rng(1).integers(0, checkpoints.VOCAB, 200).astype(np.int32)
     with libllama.Model(tmp_path / "x.gguf", 256) as theirs:
         found, ids = theirs.logits(tokens), theirs.encode(TEXT)
-    assert checkpoints.relative(found, np.asarray(forward(model.decoder, tokens[None]))[0]) <= 2e-3  # a float16 cache
+    assert checkpoints.relative(found, np.asarray(forward(model.decoder, tokens[None]))[0]) <= 1e-4
     assert ids.tolist() == model.tokenizer.encode(TEXT).tolist()
 
 
 @with_llama_cpp
 @pytest.mark.parametrize("kind", GGUF)
 def test_llama_cpp_computes_with_our_blocks(tmp_path, wide, kind):
-    q = quantize(wide, [("embedding", kind.lower()), ("", kind.lower())], progress=False)
-    write_gguf(q, tmp_path / "x.gguf")
+    group = 256 if kind.endswith("_K") else 32
+    inputs = Activation(Int(8, group, symmetric=True, scale="float32", ties="away"))  # llama.cpp's, too, are rounded
+    q = quantize(wide, Method(GGUF[kind], activation=inputs), progress=False)
+    write_gguf(q, tmp_path / "x.gguf", "F32")
     tokens = np.random.default_rng(1).integers(0, checkpoints.VOCAB, 200).astype(np.int32)
     with libllama.Model(tmp_path / "x.gguf", 256) as theirs:
         found = theirs.logits(tokens)
-    # It multiplies by inputs that are rounded to 8 bits.
-    assert checkpoints.relative(found, np.asarray(forward(q.decoder, tokens[None]))[0]) <= 3e-2
+    ours = np.asarray(forward(q.decoder, tokens[None]))[0]
+    # Inputs near a tie get codes that differ by one; weights in a wrong place would give an error of about 1.
+    assert np.linalg.norm(found - ours) <= 0.05 * np.linalg.norm(ours)
 
 
+@pytest.mark.slow
 @with_llama_cpp
 def test_perplexity_of_the_default_model_by_llama_cpp(tmp_path, default_model):
     """8 windows of 1,024 tokens; as mixture Q4_K_M."""
     text = wikitext("wiki.test.noblank.raw")
-    q = quantize(default_model, gguf_mix("Q4_K_M", default_model.config), progress=False)
+    inputs = Activation(Int(8, 32, symmetric=True, ties="away"))  # llama.cpp's, too, are rounded so
+    method = lambda format: Method(format, LlamaCpp(), activation=inputs)  # noqa: E731
+    q = quantize(default_model, gguf_mix("Q4_K_M", default_model.config, method), progress=False)
     write_gguf(q, tmp_path / "x.gguf")
     windows = default_model.tokenizer.encode(text)[: 8 * 1024].reshape(8, 1024)
     ours = perplexity(q, text, windows=8, progress=False).value
