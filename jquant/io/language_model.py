@@ -39,8 +39,8 @@ class LanguageModel:
       report: (layer, path) -> SolveInfo of each quantized weight; empty for a float model.
       calibrated_on: hashes (`data.run_hashes`) of the calibration texts' runs of tokens; `perplexity` refuses these
         texts. None without calibration.
-      source_files: texts of the small files beside the original weights, by name, which exports hand on: config.json and
-        the tokenizer's settings. Empty for a .gguf file.
+      source_files: texts of the small files beside the original weights, by name, which exports hand on: config.json
+        and the tokenizer's settings. Empty for a .gguf file.
     """
 
     decoder: Decoder

@@ -26,8 +26,8 @@ def read_source_files(model: Path, words: Path | None) -> dict[str, str]:
       words: a folder with a tokenizer.
     """
     found = {}
-    for folder, names in ((model, MODEL), (words, WORDS)):
-        for name in names if folder else ():
+    for folder, names in ((model, MODEL), (words or model, WORDS)):
+        for name in names:
             try:
                 if check_plain(folder / name) <= LIMIT:
                     found[name] = (folder / name).read_text(encoding="utf-8")

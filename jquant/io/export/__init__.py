@@ -1,4 +1,4 @@
-"""Models as Hugging Face folders that other tools load, and back (`jquant.io.export.read`): codes, scales, zeros as they are.
+"""Models as Hugging Face folders that other tools load, and back (`jquant.io.export.read`), without requantizing.
 
 A format is a file: `to_tensors` and `from_tensors` move one weight's bits, `why_not` says what the format can't hold.
 """

@@ -31,8 +31,8 @@ class FolderFormat:
       why_not: why a weight `[in, out]` can't be written so, as the end of a sentence; None if it can.
       to_tensors: (weight, dtype of the model) -> the tensors that hold it, by the end of their name.
       quantization_config: (modules with a quantized weight -> that weight, perhaps with shapes for arrays; names of the
-        linear modules that stay float) -> the entry of config.json, or None. Raises InputError for weights that can't be
-        in one file.
+        linear modules that stay float) -> the entry of config.json, or None. Raises InputError for weights that can't
+        be in one file.
     """
 
     why_not: Callable[[QTensor], str | None]

@@ -15,7 +15,7 @@ from jquant.io.tokenizer import Tokenizer
 from jquant.models.config import DecoderConfig, config_from_hf, llama3_divisors
 
 CONFIG, GENERATION, WORDS_CONFIG = "config.json", "generation_config.json", "tokenizer_config.json"
-# The factors of Llama 3.1 and 3.2; the releases have the other settings in common. A GGUF file stores the divisors only.
+# The factors of Llama 3.1 and 3.2, and what both releases have in common. A GGUF file stores the divisors only.
 LLAMA3_FACTORS = (8.0, 32.0)
 LLAMA3_REST = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -127,7 +127,7 @@ def _rope(config: DecoderConfig) -> dict[str, Any]:
         return base | {"rope_type": "linear", "factor": divisors[0]}
     for factor in LLAMA3_FACTORS if config.rope_magnitude == 1 else ():
         known = llama3_divisors(config.rope_base, config.head_dim, factor, *LLAMA3_REST.values())
-        if np.array_equal(np.float32(known), np.float32(divisors)):
+        if np.array_equal(np.array(known, np.float32), np.array(divisors, np.float32)):
             return base | {"rope_type": "llama3", "factor": factor, **LLAMA3_REST}
     raise InputError(
         "The model's rotary scaling (rope_divisors) came without a config.json, and is neither linear nor that of a "

@@ -70,7 +70,7 @@ def to_tensors(q: QTensor, dtype: str) -> Tensors:
         nested: Any = q.scale
         tensors["weight.absmax"] = np.asarray(nested.codes).reshape(-1)
         tensors["weight.nested_absmax"] = np.asarray(nested.scale).reshape(-1)
-        tensors["weight.nested_quant_map"] = np.float32(dynamic_levels())
+        tensors["weight.nested_quant_map"] = np.array(dynamic_levels(), np.float32)
         state |= {"nested_blocksize": NESTED, "nested_dtype": "float32", "nested_offset": float(nested.zero.item())}
     else:
         tensors["weight.absmax"] = transposed(q.scale).reshape(-1)
@@ -107,7 +107,7 @@ def from_tensors(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], s
         expected["weight.nested_absmax"] = (("float32",), (-(-blocks // NESTED),))
         expected["weight.nested_quant_map"] = (("float32",), (256,))
     check_tensors(tensors, expected)
-    tables = {"quant_map": _values(kind), "nested_quant_map": np.float32(dynamic_levels())}
+    tables = {"quant_map": _values(kind), "nested_quant_map": np.array(dynamic_levels(), np.float32)}
     for name, values in list(tables.items())[: 1 + nested]:
         if not np.array_equal(tensors[f"weight.{name}"], values):
             raise InputError(f"{name} holds other values than bitsandbytes' {kind}")
@@ -149,7 +149,7 @@ def _kind(q: QTensor) -> str:
 
 def _values(kind: str) -> Float32[np.ndarray, "16"]:
     """bitsandbytes' table: the value of each code."""
-    return np.float32(LEVELS[kind])[FROM_CODE[kind]]
+    return np.array(LEVELS[kind], np.float32)[FROM_CODE[kind]]
 
 
 def _state(stored: UInt8[np.ndarray, " n"]) -> dict[str, Any]:

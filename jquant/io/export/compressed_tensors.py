@@ -1,17 +1,17 @@
 """The formats of the compressed-tensors library, which vLLM and transformers read.
 
-| format in the file | weights | tensors |
+| format in the file | weights | tensors beside weight_scale `[out, groups]` |
 |---|---|---|
-| pack-quantized | `Int` | weight_packed int32 `[out, in · bits / 32]`, a bit stream along `in`; weight_shape int64; zeros packed along `out` |
+| pack-quantized | `Int` | weight_packed int32 `[out, in · bits / 32]`, a bit stream along `in`; weight_shape int64 |
 | int-quantized | `Int(8)` with 8-bit inputs | weight int8 `[out, in]`, codes − 128 |
 | float-quantized | `Float(4, 3)` | weight float8_e4m3 `[out, in]` |
-| mxfp8-quantized | `MXFP8_E4M3` | the same, weight_scale uint8 with exponents |
-| mxfp4-pack-quantized | `MXFP4` | weight_packed uint8 `[out, in / 2]`, the first of two in the low 4 bits; weight_scale uint8 |
-| nvfp4-pack-quantized | `NVFP4` | the same with weight_scale float8_e4m3 `[out, in / 16]`, weight_global_scale float32 `[1]` |
+| mxfp8-quantized | `MXFP8_E4M3` | the same; scales are uint8 exponents |
+| mxfp4-pack-quantized | `MXFP4` | weight_packed uint8 `[out, in / 2]`, the first of two lower; scales as before |
+| nvfp4-pack-quantized | `NVFP4` | the same; scales are float8_e4m3, with weight_global_scale float32 `[1]` |
 
-weight_scale is `[out, groups]`. The library's integers are signed: it packs code − 2^(bits − 1) with that offset added,
-which are our codes. All directions move bits, but one: weight_global_scale is the reciprocal of our tensor's scale, so
-that scale may come back changed in its last bit.
+weight_zero_point is `[out, groups]`, packed along `out` where weights are packed. The library's integers are signed: it
+packs code − 2^(bits − 1) with that offset added, which are our codes. All directions move bits, but one:
+weight_global_scale is the reciprocal of our tensor's scale, so that scale may come back changed in its last bit.
 
 Source: compressed-tensors 0.20, `compressors/`. Earlier versions pack widths that do not divide 32 in another way.
 """
@@ -86,7 +86,7 @@ def to_tensors(q: QTensor) -> Tensors:
         tensors = {"weight": transposed(q.codes).view(FLOAT8)}
     if kind == "nvfp4-pack-quantized":
         tensors["weight_scale"] = transposed(q.scale.codes).view(FLOAT8)
-        return tensors | {"weight_global_scale": np.float32([_reciprocal(q.scale.scale)])}
+        return tensors | {"weight_global_scale": np.array([_reciprocal(q.scale.scale)], np.float32)}
     scale = transposed(q.scale)
     scale = scale.view(np.uint8) if scale.dtype == E8M0 else scale
     return tensors | {"weight_scale": scale.reshape(-1) if group == "tensor" else scale}

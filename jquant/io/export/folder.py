@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
@@ -132,7 +133,8 @@ def _tensors(model: Any, format: FolderFormat, dtype: str) -> Iterator[tuple[str
 
 
 def _named(name: str, path: str, leaf: Any, format: FolderFormat, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of one parameter."""
+    """The tensors of one parameter, whose arrays are in this process."""
+    leaf = jax.tree.map(jnp.asarray, leaf)
     if isinstance(leaf, Transposed):
         yield name, np.ascontiguousarray(format.to_tensors(leaf.weight, dtype)["weight"])
     elif isinstance(leaf, QTensor):

@@ -101,7 +101,7 @@ def from_tensors(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], s
     )
     if not np.array_equal(tensors["g_idx"], np.arange(rows) // (rows // groups)):
         raise InputError(
-            "g_idx puts the rows into groups in an order of its own (desc_act), and jquant's groups are consecutive rows"
+            "g_idx puts the rows into groups in an order of its own (desc_act), and jquant's are consecutive rows"
         )
     zeros = np.asarray(_unpacked(tensors["qzeros"], bits, out)).T
     if _version(config) == 1:
