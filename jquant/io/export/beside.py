@@ -77,9 +77,10 @@ def _config(origin: Origin, dtype: str) -> dict[str, Any]:
     """config.json without quantization: the original one, or what the decoder's configuration says."""
     text = origin.source_files.get(CONFIG)
     try:
-        raw: Any = json.loads(text) if text else _from_decoder(origin.config, origin.tokenizer)
+        raw: Any = json.loads(text) if text else None
     except (ValueError, RecursionError):
         raise InputError(f"{origin.name}: the config.json that it was read with is no JSON.") from None
+    raw = _from_decoder(origin.config, origin.tokenizer) if raw is None else raw
     raw.pop("quantization_config", None)
     read = config_from_hf(raw, CONFIG)
     if text and read != origin.config:
