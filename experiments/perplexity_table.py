@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import hydra
 import jax
@@ -105,15 +105,16 @@ def table_rows(settings: dict[str, Any]) -> list[dict[str, Any]]:
 def refuse_quantized(source: ModelFile | QuantizedFile) -> None:
     """Raises InputError for a quantized model, before it is loaded."""
     if is_quantized(source):
+        where = source.folder if isinstance(source, QuantizedFile) else source.name
         raise InputError(
-            f"{source.folder} is quantized already: quantize the float model, or evaluate this one by "
+            f"{where} is quantized already: quantize the float model, or evaluate this one by "
             f"experiments.evaluate or the table's methods=[fp32]."
         )
 
 
-def is_quantized(source: ModelFile | QuantizedFile) -> TypeGuard[QuantizedFile]:
-    """Whether a model on disk is quantized; jquant can also have saved a float model."""
-    return isinstance(source, QuantizedFile) and source.quantized
+def is_quantized(source: ModelFile | QuantizedFile) -> bool:
+    """Whether a model on disk is quantized: by jquant, which can also have saved a float model, or by another tool."""
+    return source.quantized
 
 
 def one_text_each(settings: dict[str, Any]) -> list[dict[str, Any]]:
@@ -256,12 +257,12 @@ def quantize_all(
     return results, seconds
 
 
-def as_stored(source: QuantizedFile, figures: dict[str, Any]) -> dict[str, Any]:
+def as_stored(source: ModelFile | QuantizedFile, figures: dict[str, Any]) -> dict[str, Any]:
     """The fields of a quantized model's row, which has no float model to compare with."""
     return {**dict.fromkeys(("perplexity_change_percent", "kl", "top1_agreement")), "stored": stored(source, figures)}
 
 
-def stored(source: QuantizedFile, figures: dict[str, Any]) -> str:
+def stored(source: ModelFile | QuantizedFile, figures: dict[str, Any]) -> str:
     """How a quantized model's weights are stored."""
     return f"packed codes of {figures['bits_per_weight']:.3f} bits a weight, quantized from {source.stored_as}"
 

@@ -35,6 +35,8 @@ from jquant.formats import (
     double_quantized,
 )
 from jquant.io.adapters import load_adapters, save_adapters
+from jquant.io.export import export
+from jquant.io.gguf.mixes import gguf_mix
 from jquant.io.language_model import LanguageModel
 from jquant.io.load import load_model, open_model
 from jquant.kernels.choose import products
@@ -121,8 +123,10 @@ __all__ = [
     "compare",
     "dequantize",
     "double_quantized",
+    "export",
     "generate",
     "generate_many",
+    "gguf_mix",
     "gram",
     "load_adapters",
     "load_model",

@@ -2,6 +2,7 @@
 
     manifest.json      what the checkpoint holds and was made from
     tokenizer.json
+    source.json               the small files of the original model's folder, for exports (`source_files`)
     calibration.safetensors   hashes of the runs of tokens that the weights were fitted to (`data.run_hashes`)
     outside/ …         embedding, last norm and head, an item each
     blocks/00000/ …    a block's parameters, packed as they are in memory
@@ -10,7 +11,7 @@ An item is a folder of arrays written by Orbax (zarr: read lazily, and onto any 
 formats, size and SHA-256 of every file, and the report of quantization. An item is written under another name, synced
 and renamed, so a process may die at any moment.
 
-manifest.json has size and SHA-256 of the two files beside it. Both kinds of JSON end with a checksum of themselves.
+manifest.json has size and SHA-256 of the files beside it. Both kinds of JSON end with a checksum of themselves.
 Arrays must also have the shapes and dtypes that the model's configuration asks for: a file with forged checksums ends
 in an error message, too.
 """
@@ -49,6 +50,7 @@ VERSION = 3
 CHUNK = 1 << 26  # bytes of an array in one file
 MANIFEST, TOKENIZER, ITEM = "manifest.json", "tokenizer.json", "item.json"
 SEEN = "calibration.safetensors"
+SOURCE = "source.json"
 OUTSIDE, BLOCKS = "outside", "blocks"
 SPECS = {kind.__name__: kind for kind in (Int, UInt, Codebook, Float, Activation, Rotation)}
 PARTS = ("codes", "scale", "zero", "input_scale")
@@ -395,6 +397,23 @@ def read_seen(folder: Path, manifest: Manifest) -> np.ndarray | None:
     if runs.ndim != 1 or runs.dtype != np.uint64:
         raise damaged(path, f"its runs are {runs.dtype} of shape {runs.shape}")
     return runs
+
+
+def read_source(folder: Path, manifest: Manifest) -> dict[str, str]:
+    """Texts of the original folder's small files by name; empty if it had none.
+
+    Raises:
+      InputError: the file is missing, changed or broken.
+    """
+    if SOURCE not in manifest["files"]:
+        return {}
+    path = folder / SOURCE
+    if checksum(path) != manifest["files"][SOURCE]:
+        raise damaged(path, "its checksum differs")
+    files = read_json(path)
+    if not fits(files, dict[str, str]):
+        raise damaged(path, "it is no object of texts")
+    return files
 
 
 def _handler() -> ocp.PyTreeCheckpointHandler:

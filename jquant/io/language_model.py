@@ -2,6 +2,7 @@
 
 import difflib
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -38,6 +39,8 @@ class LanguageModel:
       report: (layer, path) -> SolveInfo of each quantized weight; empty for a float model.
       calibrated_on: hashes (`data.run_hashes`) of the calibration texts' runs of tokens; `perplexity` refuses these
         texts. None without calibration.
+      source_files: texts of the small files beside the original weights, by name, which exports hand on: config.json
+        and the tokenizer's settings. Empty for a .gguf file.
     """
 
     decoder: Decoder
@@ -46,6 +49,7 @@ class LanguageModel:
     stored_as: str
     report: Report = field(default_factory=Report)
     calibrated_on: np.ndarray | None = field(default=None, repr=False, compare=False)
+    source_files: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def config(self) -> DecoderConfig:

@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -18,10 +18,12 @@ from jax import Array
 
 from jquant.errors import InputError
 from jquant.io import checkpoint
+from jquant.io.export.read import PackedCheckpoint
 from jquant.io.gguf import GGUFCheckpoint
 from jquant.io.hub import fetch_repo, fetch_wheel_member, load_config, text_fields
 from jquant.io.language_model import LanguageModel
 from jquant.io.safetensors import SafetensorsCheckpoint
+from jquant.io.source_files import read_source_files
 from jquant.io.tokenizer import Tokenizer, tokenizer_from_folder, tokenizer_from_gguf
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Block, Decoder, with_blocks
@@ -48,21 +50,25 @@ class Checkpoint(Protocol):
     format: str
     files: list[Path]
     shapes: dict[str, tuple[int, ...]]
+    quantized: bool
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor by its name in the file."""
+    def read(self, name: str) -> Any:
+        """One tensor by its name in the file: an array, kernels `[out, in]`, or a QTensor `[in, out]`."""
         ...
 
 
 @dataclass(frozen=True)
 class ModelFile:
-    """A float model on disk, read all at once or, if it does not fit into memory, block by block.
+    """A model of another tool on disk, read all at once or, if it does not fit into memory, block by block.
+
+    Its weights are floats, or packed as they are in the file where jquant has their format (`jquant.io.export`).
 
     Attributes:
       checkpoint: the opened file or folder.
       tokenizer: text to ids and back.
       name: what the user called it.
       dtype: of weights and activations, one of DTYPES.
+      source_files: see `LanguageModel`.
 
     Raises:
       InputError: another dtype; a tensor is missing, has another shape than the configuration asks for, or would not
@@ -73,6 +79,7 @@ class ModelFile:
     tokenizer: Tokenizer
     name: str
     dtype: str
+    source_files: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -132,6 +139,11 @@ class ModelFile:
         return self.checkpoint.description
 
     @property
+    def quantized(self) -> bool:
+        """Whether the file holds packed weights."""
+        return self.checkpoint.quantized
+
+    @property
     def _names(self) -> dict[str, str]:
         return getattr(family_of(self.config), self.checkpoint.format)
 
@@ -147,6 +159,9 @@ class ModelFile:
         Raises:
           InputError: a tensor holds NaN or infinite values, or values beyond the dtype's range.
         """
+        if self.quantized:
+            model = LanguageModel(_joined(self, progress, devices), self.tokenizer, self.name, self.stored_as)
+            return replace(model, source_files=self.source_files)
         shapes = _shapes(self.config)
         done, total = 0, sum(self.config.layers if _stacked(param) else 1 for param in shapes)
         params = {}
@@ -160,7 +175,8 @@ class ModelFile:
                 # The host copy is never written again, so the CPU backend may alias it.
                 params[param] = devices.cut(param, values) if devices else jax.device_put(values)
         decoder = with_params(nnx.eval_shape(lambda: Decoder(self.config, nnx.Rngs(0))), params)
-        return LanguageModel(decoder, self.tokenizer, self.name, self.checkpoint.description)
+        model = LanguageModel(decoder, self.tokenizer, self.name, self.checkpoint.description)
+        return replace(model, source_files=self.source_files)
 
     def outside(self) -> Decoder:
         """The decoder without its blocks: embedding, last norm and head. Errors as of `load`."""
@@ -194,13 +210,15 @@ class ModelFile:
                     digest.update(handle.read(SAMPLE))
         return digest.hexdigest()[:16]
 
-    def _put(self, param: str, layer: Any) -> Array:
+    def _put(self, param: str, layer: Any) -> Array | QTensor:
         return jax.device_put(self._read(param, layer))
 
-    def _read(self, param: str, layer: Any) -> np.ndarray:
-        """One parameter in the model's dtype; its shape was checked when the file was opened."""
+    def _read(self, param: str, layer: Any) -> Any:
+        """One parameter, packed or in the model's dtype; its shape was checked when the file was opened."""
         name, transposed = self._name_of(param, layer)
         stored = self.checkpoint.read(name)
+        if isinstance(stored, QTensor):
+            return stored
         return _cast(name, stored.T if transposed else stored, self.dtype)
 
 
@@ -294,6 +312,15 @@ class QuantizedFile:
         """
         return checkpoint.read_seen(self.folder, self.manifest)
 
+    @cached_property
+    def source_files(self) -> dict[str, str]:
+        """See `LanguageModel`.
+
+        Raises:
+          InputError: their file is missing, changed or broken.
+        """
+        return checkpoint.read_source(self.folder, self.manifest)
+
     def outside(self) -> Decoder:
         """The decoder without its blocks.
 
@@ -338,15 +365,9 @@ class QuantizedFile:
         With `devices` it is cut over them (`Devices.spread`), block by block; stacking these takes its bytes twice for
         a moment. Errors as of `outside`.
         """
-        layers = []
-        with showing(progress) as tell:
-            for block in self.blocks():
-                layers.append(devices.spread(block) if devices else block)
-                tell("load", len(layers), self.config.layers)
-        decoder = with_blocks(self.outside(), layers)
-        decoder = devices.spread(decoder) if devices else decoder
+        decoder = _joined(self, progress, devices)
         model = LanguageModel(decoder, self.tokenizer, self.name, self.manifest["stored_as"], self.report())
-        return replace(model, calibrated_on=self.calibrated_on)
+        return replace(model, calibrated_on=self.calibrated_on, source_files=self.source_files)
 
     def report(self) -> Report:
         """(layer, path) -> SolveInfo of every weight of the finished blocks.
@@ -376,6 +397,17 @@ class QuantizedFile:
                 raise checkpoint.damaged(item, f"{checkpoint.MANIFEST} has no place for it")
             finished[layer] = item
         return finished
+
+
+def _joined(file: ModelFile | QuantizedFile, progress: Progress | bool, devices: Devices | None) -> Decoder:
+    """The decoder of a file that is read block by block; calls `progress` with ("load", blocks done, blocks in all)."""
+    layers = []
+    with showing(progress) as tell:
+        for block in file.blocks():
+            layers.append(devices.spread(block) if devices else block)
+            tell("load", len(layers), file.config.layers)
+    decoder = with_blocks(file.outside(), layers)
+    return devices.spread(decoder) if devices else decoder
 
 
 def _cast(name: str, stored: np.ndarray, dtype: str) -> np.ndarray:
@@ -419,6 +451,9 @@ def load_model(
     model: str | Path, *, dtype: str | None = None, devices: Devices | None = None, progress: Progress | bool = True
 ) -> LanguageModel:
     """Loads a named model (configs/model/), a Hugging Face folder, a .gguf file, or a folder that jquant wrote.
+
+    Weights of a folder whose config.json has a quantization_config stay packed: GPTQ, AWQ, compressed-tensors and
+    bitsandbytes' 4 bits.
 
     Args:
       model: `"smollm2_135m"`, `"path/to/folder"` or `"path/to/file.gguf"`.
@@ -474,7 +509,13 @@ def open_from_config(config: dict[str, Any], *, dtype: str | None = None) -> Mod
 
 def _open(path: Path, name: str, dtype: str, tokenizer: Path | None = None) -> ModelFile:
     """A folder or a .gguf file; `tokenizer` is another folder with tokenizer.json, if the file has none."""
-    checkpoint = SafetensorsCheckpoint(path) if path.is_dir() else GGUFCheckpoint(path)
+    checkpoint: Checkpoint
+    if path.is_dir():
+        checkpoint = SafetensorsCheckpoint(path)
+        if checkpoint.quantization is not None:
+            checkpoint = PackedCheckpoint(checkpoint)
+    else:
+        checkpoint = GGUFCheckpoint(path)
     folder = tokenizer or (path if path.is_dir() else None)
     words = tokenizer_from_folder(folder) if folder else tokenizer_from_gguf(path)
-    return ModelFile(checkpoint, words, name, dtype)
+    return ModelFile(checkpoint, words, name, dtype, read_source_files(path, folder))

@@ -1,5 +1,6 @@
 """Hugging Face folders: config.json and safetensors files, sharded or not, memory-mapped."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from jquant.io.files import check_plain, read_json
 from jquant.models.config import DecoderConfig, config_from_hf
 
 # ml_dtypes comes with jax and teaches NumPy bfloat16.
+FLOAT8 = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2, "F8_E8M0": ml_dtypes.float8_e8m0fnu}
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
 
 
@@ -24,6 +26,7 @@ class SafetensorsCheckpoint:
       description: how the weights are stored, e.g. "safetensors BF16".
       files: all that it consists of.
       shapes: its tensors' shapes by name, kernels `[out, in]`.
+      quantization: quantization_config of config.json, if it has one; `jquant.io.export.read` reads such tensors.
 
     Raises:
       InputError: a file is missing, truncated or of another type; a tensor that two shards hold, or that is not where
@@ -31,10 +34,13 @@ class SafetensorsCheckpoint:
     """
 
     format = "hf"
+    quantized = False
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.config: DecoderConfig = config_from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
+        raw = read_json(folder / "config.json")
+        self.quantization: Any = raw.pop("quantization_config", None)
+        self.config: DecoderConfig = config_from_hf(raw, str(folder / "config.json"))
         index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
         placed: dict[str, Path] = {}
         if index.exists():
@@ -87,9 +93,24 @@ class SafetensorsCheckpoint:
         """
         if name not in self._tensors:
             raise InputError(f"{self.folder} lacks the tensor {name}.")
-        shard, kind = self._tensors[name]
-        if kind not in DTYPES:
+        if not self.is_float(name):
+            kind = self._tensors[name][1]
             raise InputError(f"{self.folder}: {name} is stored as {kind}; jquant reads float checkpoints.")
+        return self.read_any(name)
+
+    def is_float(self, name: str) -> bool:
+        """Whether one of its tensors is stored as floats of 16 bits or more."""
+        return self._tensors[name][1] in DTYPES
+
+    def file_of(self, name: str) -> Path:
+        """The file that holds one of its tensors."""
+        return self._tensors[name][0]
+
+    def read_any(self, name: str) -> np.ndarray:
+        """One of its tensors in its stored dtype, whatever that is."""
+        shard, kind = self._tensors[name]
+        if kind in FLOAT8:
+            return _read_float8(shard, name, FLOAT8[kind])
         # Opened for each tensor: all pages read from one open mapping would count as this process's memory.
         with open_safetensors(shard) as handle:
             return handle.get_tensor(name)
@@ -106,3 +127,14 @@ def open_safetensors(path: Path) -> Any:
         return safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as broken:
         raise InputError(f"{path} is not a whole safetensors file ({str(broken)[:200]}).") from None
+
+
+def _read_float8(path: Path, name: str, dtype: Any) -> np.ndarray:
+    """A tensor of 8-bit floats, for which safetensors' own reader finds no type in NumPy."""
+    open_safetensors(path)  # checks that header and offsets fit the file
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        entry = json.loads(file.read(size))[name]
+        begin, end = entry["data_offsets"]
+        file.seek(8 + size + begin)
+        return np.frombuffer(file.read(end - begin), dtype).reshape(entry["shape"])

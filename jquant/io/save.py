@@ -18,6 +18,7 @@ from jquant.io.checkpoint import (
     MANIFEST,
     OUTSIDE,
     SEEN,
+    SOURCE,
     TOKENIZER,
     VERSION,
     Manifest,
@@ -31,6 +32,7 @@ from jquant.io.checkpoint import (
     write_sealed,
 )
 from jquant.io.files import check_new, sync, write_bytes
+from jquant.io.source_files import to_bytes
 from jquant.io.tokenizer import Tokenizer
 from jquant.models.adapters import first_adapted
 from jquant.models.config import DecoderConfig
@@ -67,10 +69,17 @@ class Origin(Protocol):
         """Text to ids and back."""
         ...
 
+    @property
+    def source_files(self) -> Mapping[str, str]:
+        """See `LanguageModel`."""
+        ...
 
-def files_beside(tokenizer: Tokenizer, calibrated_on: np.ndarray | None) -> dict[str, bytes]:
-    """The files beside the manifest, by name: the tokenizer, and hashes of the calibration texts."""
-    files = {TOKENIZER: tokenizer.backend.to_str().encode()}
+
+def files_beside(origin: Origin, calibrated_on: np.ndarray | None) -> dict[str, bytes]:
+    """The files beside the manifest, by name: the tokenizer, the source's files, hashes of the calibration texts."""
+    files = {TOKENIZER: origin.tokenizer.backend.to_str().encode()}
+    if origin.source_files:
+        files[SOURCE] = to_bytes(origin.source_files)
     return files if calibrated_on is None else files | {SEEN: safetensors.numpy.save({"runs": calibrated_on})}
 
 
@@ -114,7 +123,7 @@ def save_model(
             f"{name} has an adapter, which a checkpoint can't hold: save_adapters(folder, model) saves adapters, "
             f"merge_adapters(model) gives a float model without."
         )
-    files = files_beside(origin.tokenizer, calibrated_on)
+    files = files_beside(origin, calibrated_on)
     manifest = new_manifest(origin, files, None)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     on_first(partial(_begin, folder, temporary))

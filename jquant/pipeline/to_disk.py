@@ -97,9 +97,10 @@ def quantize_stream(
     memory_gb: float | int | None = None,
 ) -> Iterator[int]:
     """`quantize_to_folder` step by step: yields each layer once its block is on disk."""
-    if isinstance(source, QuantizedFile):
+    if isinstance(source, QuantizedFile) or source.quantized:
         problem = "is quantized already" if source.quantized else "was saved by jquant, and is only quantized in memory"
-        raise InputError(f"{source.folder} {problem}: give the float model's own files.")
+        where = source.folder if isinstance(source, QuantizedFile) else source.name
+        raise InputError(f"{where} {problem}: give the float model's own files.")
     folder = Path(folder)
     plan = make_plan(nnx.eval_shape(lambda: Decoder(source.config, nnx.Rngs(0))), method)
     _check_streams(plan)
@@ -251,7 +252,7 @@ def _begin(
     folder: Path, source: ModelFile, run: dict[str, Any], outside: Decoder, tokens: Int[np.ndarray, "n context"] | None
 ) -> None:
     """Writes the files that are missing, except the blocks; the manifest first."""
-    beside = files_beside(source.tokenizer, None if tokens is None else run_hashes(tokens))
+    beside = files_beside(source, None if tokens is None else run_hashes(tokens))
     for name in (MANIFEST, *beside):
         for unfinished in folder.glob(f".{name}.*"):  # of a process that died while it wrote
             unfinished.unlink()

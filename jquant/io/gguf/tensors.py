@@ -29,6 +29,7 @@ class GGUFCheckpoint:
     """
 
     format = "gguf"
+    quantized = False
 
     def __init__(self, path: Path):
         self.path, self.files = path, [path]
