@@ -288,7 +288,7 @@ def test_bitsandbytes_reads_our_weights_and_we_its(format):
 # ---- any weight ------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     st.sampled_from([("gptq", 2), ("gptq", 4), ("gptq_v2", 3), ("gptq_v2", 8), ("awq", 4), ("compressed-tensors", 3)]),
     st.booleans(),

@@ -116,7 +116,7 @@ def _from_decoder(config: DecoderConfig, tokenizer: Tokenizer) -> dict[str, Any]
 
 
 def _rope(config: DecoderConfig) -> dict[str, Any]:
-    """Rotary settings that give the decoder's divisors again, to float32.
+    """Rotary settings that give the decoder's divisors again, to the rounding of float32 of .gguf files.
 
     Raises:
       InputError: there are none among the default, linear scaling and the released Llama 3.
@@ -128,7 +128,7 @@ def _rope(config: DecoderConfig) -> dict[str, Any]:
         return base | {"rope_type": "linear", "factor": divisors[0]}
     for factor in LLAMA3_FACTORS if config.rope_magnitude == 1 else ():
         known = llama3_divisors(config.rope_base, config.head_dim, factor, *LLAMA3_REST.values())
-        if np.array_equal(np.array(known, np.float32), np.array(divisors, np.float32)):
+        if divisors and np.allclose(known, divisors, rtol=1e-5, atol=0):
             return base | {"rope_type": "llama3", "factor": factor, **LLAMA3_REST}
     raise InputError(
         "The model's rotary scaling (rope_divisors) came without a config.json, and is neither linear nor that of a "
