@@ -52,7 +52,51 @@ def llama(seed: int = 0, **changes) -> transformers.LlamaForCausalLM:
     return model.eval()
 
 
-def save(folder: Path, model: transformers.LlamaForCausalLM, **options) -> Path:
+# Families, as config.json names them: their configuration, and what makes tiny models of them show every difference.
+# Windows are shorter than the texts compared; Gemma's soft-caps and scales are strong enough to matter.
+SLIDING = ["sliding_attention", "full_attention"]
+GEMMA = {"head_dim": 16, "sliding_window": 24, "query_pre_attn_scalar": 24, "num_hidden_layers": 3} | {
+    "layer_types": [*SLIDING, "sliding_attention"], "tie_word_embeddings": True
+}  # fmt: skip
+FAMILIES: dict[str, tuple[type, dict]] = {
+    "mistral": (transformers.MistralConfig, {"sliding_window": 24}),
+    "qwen2": (transformers.Qwen2Config, {}),
+    "qwen3": (transformers.Qwen3Config, {"head_dim": 24}),
+    "smollm3": (transformers.SmolLM3Config, {"num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 1]}),
+    "gemma2": (
+        transformers.Gemma2Config,
+        GEMMA | {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 3.0},
+    ),
+    "gemma3_text": (
+        transformers.Gemma3TextConfig,
+        GEMMA
+        | {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            }
+        },
+    ),
+    "phi3": (transformers.Phi3Config, {"sliding_window": None}),
+}
+
+
+def of_family(name: str, seed: int = 0, **changes) -> transformers.PreTrainedModel:
+    """A random float32 model of a family, its norms and biases random too, with eager attention."""
+    kind, own = FAMILIES[name]
+    config = kind(**(BASE | {"pad_token_id": 0} | own | changes))
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    offset = 1.0 if name.startswith("gemma") else 0.0
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5 - offset, 1.5 - offset)
+        elif name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model.float().eval()
+
+
+def save(folder: Path, model: transformers.PreTrainedModel, **options) -> Path:
     """Writes a folder with config.json, safetensors and tokenizer.json; `options` go to `save_pretrained`."""
     model.save_pretrained(folder, **options)
     tokenizer().save(str(folder / "tokenizer.json"))
@@ -79,7 +123,7 @@ def random_text(words: int, seed: int) -> str:
     return " ".join("".join(rng.choice(list("abcdefghij"), 4)) for _ in range(words))
 
 
-def logits(model: transformers.LlamaForCausalLM, tokens: np.ndarray) -> np.ndarray:
+def logits(model: transformers.PreTrainedModel, tokens: np.ndarray) -> np.ndarray:
     """The oracle's next-token logits, `[b, t, vocab]`."""
     with torch.no_grad():
         return model(torch.as_tensor(np.asarray(tokens, np.int64))).logits.numpy()
