@@ -27,10 +27,20 @@ from jquant.learning.losses import head_of
 from jquant.methods import method
 from jquant.models.cache import CacheFormat, Stored
 from jquant.models.config import DecoderConfig, config_from_gguf, config_from_hf
-from jquant.models.decoder import Decoder, Scores, attend, blocks, causal_attention, with_blocks, with_cache
+from jquant.models.decoder import (
+    Block,
+    Decoder,
+    Scores,
+    attend,
+    blocks,
+    causal_attention,
+    outside_of,
+    with_blocks,
+    with_cache,
+)
 from jquant.models.families import FAMILIES, family_of
 from jquant.models.folding import permute_mlp, rotate
-from jquant.models.params import flat_params
+from jquant.models.params import flat_params, with_params
 from jquant.models.rotary import rotary_table
 from jquant.pipeline.in_memory import quantize_decoder
 from jquant.pipeline.to_disk import quantize_to_folder
@@ -129,20 +139,13 @@ def test_the_fields_that_tell_families_apart_matter(saved):
 
 def with_config(decoder: Decoder, config: DecoderConfig) -> Decoder:
     """The decoder with another configuration and the same parameters."""
-    other = Decoder(config, nnx.Rngs(0))
-    layers = []
-    for layer, block in enumerate(blocks(decoder)):
-        fresh = list(blocks(other))[layer]
-        nnx.update(fresh, nnx.state(block))
-        layers.append(fresh)
-    outside = {name: leaf for name, leaf in flat_params(decoder).items() if not name.startswith("segments.")}
-    other = with_blocks(other, layers)
-    for name, leaf in outside.items():
-        module = other
-        for part in name.split(".")[:-1]:
-            module = getattr(module, part)
-        getattr(module, name.split(".")[-1]).set_value(leaf)
-    return other
+    outside = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0)))
+    outside.segments = nnx.List([])
+    layers = [
+        with_params(nnx.eval_shape(lambda layer=layer: Block(config, nnx.Rngs(0), layer)), flat_params(block))
+        for layer, block in enumerate(blocks(decoder))
+    ]
+    return with_blocks(with_params(outside, flat_params(outside_of(decoder))), layers)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16"])
@@ -215,7 +218,7 @@ def test_gguf_settings_of_gemma_that_llama_cpp_fixes():
     assert third.windows == (32,) * 5 + (None, 32)
     assert (third.local_rope_base, third.rope_base, third.logits_softcap) == (1e4, 1e4, None)
     assert read("gemma3", 2, **{"attention.sliding_window_pattern": np.array([False, True])}).windows == (None, 32)
-    with refused("x.gguf", "sliding_window_pattern", "3", "2"):
+    with refused("x.gguf", "sliding_window_pattern", "2 layers"):
         read("gemma3", 2, **{"attention.sliding_window_pattern": np.array([False, True, True])})
 
 
@@ -432,6 +435,13 @@ def test_adapters_of_fused_projections_are_refused(saved, tmp_path):
         ("gemma2", {"sliding_window": 0}, ["sliding_window"]),
         ("gemma2", {"query_pre_attn_scalar": "16"}, ["query_pre_attn_scalar"]),
         ("mistral", {"layer_types": [FULL, FULL]}, ["layer_types"]),
+        ("qwen2", {"layer_types": 3}, ["layer_types", "3"]),
+        ("qwen2", {"use_sliding_window": "yes"}, ["use_sliding_window", "'yes'"]),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 9, "layer_types": None, "max_window_layers": "1"},
+            ["max_window_layers"],
+        ),
         ("qwen2", {"layer_types": [FULL, SLIDING]}, ["layer_types", "sliding_window"]),
         ("qwen3", {"attention_bias": True}, ["attention_bias", "qwen3"]),
         ("smollm3", {"no_rope_layers": [1, 0]}, ["no_rope_layers"]),

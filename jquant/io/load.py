@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -94,7 +94,7 @@ class ModelFile:
                 place = self._place(param, layer)
                 layer_shape = shape[1:] if _stacked(param) else shape
                 asked = layer_shape[::-1] if place.transposed else layer_shape
-                needed[place.name] = (place.rows or asked[0], *asked[1:])
+                needed[place.name] = (place.all_rows or asked[0], *asked[1:])
                 if place.name not in stored:
                     raise InputError(
                         f"{where.parent if where.suffix == '.json' else where} lacks the tensor {place.name}."
@@ -147,19 +147,19 @@ class ModelFile:
         return self.config.runs[int(param.split(".")[1])] if _stacked(param) else [...]
 
     def _place(self, param: str, layer: Any) -> "_Place":
-        """Where a parameter of a layer is in the file; a layer from the stack's first on."""
-        family, name = family_of(self.config), param
-        if _stacked(param):
-            name = f"layers.{_path(param)}"
+        """Where a parameter of a layer is in the file."""
+        family, format = family_of(self.config), self.checkpoint.format
+        name = f"layers.{_path(param)}" if _stacked(param) else param
+        tensor, transposed = self._names[name].format(layer), param.endswith("kernel")
+        offset = family.hf_norm_offset if format == "hf" and param.endswith("scale") else 0.0
+        fused = family.fused_with(format, name)
+        if len(fused) == 1:
+            return _Place(tensor, transposed, offset)
         shapes = _shapes(self.config)
-        width = lambda other: shapes[f"{BLOCKS}0.{other.removeprefix('layers.')}"][-1]  # noqa: E731
-        together = family.fused_with(self.checkpoint.format, name)
-        offset = family.hf_norm_offset if self.checkpoint.format == "hf" and param.endswith("scale") else 0.0
-        if len(together) == 1:
-            return _Place(self._names[name].format(layer), param.endswith("kernel"), offset)
-        widths = [width(other) for other in together]
-        before = sum(widths[: together.index(name)])
-        return _Place(self._names[name].format(layer), True, offset, before, before + width(name), sum(widths))
+        widths = [shapes[other.replace("layers.", f"{BLOCKS}0.")][-1] for other in fused]
+        begin = sum(widths[: fused.index(name)])
+        rows = slice(begin, begin + widths[fused.index(name)])
+        return _Place(tensor, transposed, offset, rows, sum(widths))
 
     def load(self, progress: Progress | bool = True, devices: Devices | None = None) -> LanguageModel:
         """The model in memory; a function as `progress` is called with ("load", tensors done, tensors in all).
@@ -224,7 +224,7 @@ class ModelFile:
     def _read(self, param: str, layer: Any) -> np.ndarray:
         """One parameter in the model's dtype; its shape was checked when the file was opened."""
         place = self._place(param, layer)
-        stored = self.checkpoint.read(place.name)[place.begin : place.end]
+        stored = self.checkpoint.read(place.name)[place.rows]
         if place.offset:
             stored = np.asarray(stored, np.float32) + np.float32(place.offset)
         return _cast(place.name, stored.T if place.transposed else stored, self.dtype)
@@ -238,17 +238,15 @@ class _Place:
       name: of the tensor.
       transposed: whether it is stored `[out, in]`.
       offset: what is added to its values.
-      begin: its first row, where the tensor holds several parameters.
-      end: the row after its last.
-      rows: of the tensor; None if it holds one parameter.
+      rows: its rows in the tensor.
+      all_rows: how many rows the tensor has; None if it holds no other parameter.
     """
 
     name: str
     transposed: bool
     offset: float = 0.0
-    begin: int | None = None
-    end: int | None = None
-    rows: int | None = None
+    rows: slice = field(default_factory=lambda: slice(None))
+    all_rows: int | None = None
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, fields
 from itertools import groupby
 from typing import Any
 
+import numpy as np
+
 from jquant.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -454,36 +456,44 @@ def _known(value: Any, families: Collection[str], name: str) -> str:
 
 def _hf_layers(raw: Mapping[str, Any], layers: int, source: str) -> dict[str, Any]:
     """The fields `windows` and `no_rope`; `raw` has the family's defaults."""
-    no_rope: tuple[int, ...] = ()
-    if "no_rope_layers" in raw:
-        interval = _whole(raw, "no_rope_layer_interval", source)
-        rotary = raw["no_rope_layers"]
-        if rotary is None:
-            rotary = [int((layer + 1) % interval != 0) for layer in range(layers)]
-        if not isinstance(rotary, list) or len(rotary) < layers or not all(item in (0, 1) for item in rotary):
-            raise InputError(f"{source}: no_rope_layers takes 0 or 1 for each layer, not {reprlib.repr(rotary)}.")
-        no_rope = tuple(layer for layer in range(layers) if not rotary[layer])
-    if raw.get("sliding_window") is None or not raw.get("use_sliding_window", True):
-        if _SLIDING in (raw.get("layer_types") or []):
-            raise InputError(f"{source}: layer_types has {_SLIDING!r}, but no sliding_window is set.")
-        return {"no_rope": no_rope}
-    window, kinds = _whole(raw, "sliding_window", source), raw.get("layer_types")
-    if kinds is None:
-        if "no_rope_layers" in raw:
-            slides = [layer in no_rope for layer in range(layers)]
-        elif "sliding_window_pattern" in raw:
-            pattern = _whole(raw, "sliding_window_pattern", source)
-            slides = [(layer + 1) % pattern != 0 for layer in range(layers)]
-        else:
-            slides = [layer >= (raw.get("max_window_layers") or 0) for layer in range(layers)]
-    elif isinstance(kinds, list) and len(kinds) == layers and all(kind in (_SLIDING, _FULL) for kind in kinds):
-        slides = [kind == _SLIDING for kind in kinds]
-    else:
+    no_rope = _hf_no_rope(raw, layers, source)
+    used, kinds = raw.get("use_sliding_window", True), raw.get("layer_types")
+    if type(used) is not bool:
+        raise InputError(f"{source}: use_sliding_window takes true or false, not {reprlib.repr(used)}.")
+    if kinds is not None and not (
+        isinstance(kinds, list) and len(kinds) == layers and all(kind in (_SLIDING, _FULL) for kind in kinds)
+    ):
         raise InputError(
             f"{source}: layer_types takes {_FULL!r} or {_SLIDING!r} for each of {layers} layers, not "
             f"{reprlib.repr(kinds)}."
         )
-    return {"no_rope": no_rope, "windows": _windows(slides, window)}
+    if raw.get("sliding_window") is None or not used:
+        if kinds and _SLIDING in kinds:
+            raise InputError(f"{source}: layer_types has {_SLIDING!r}, but no sliding_window is set.")
+        return {"no_rope": no_rope}
+    if kinds is not None:
+        slides = [kind == _SLIDING for kind in kinds]
+    elif "no_rope_layers" in raw:
+        slides = [layer in no_rope for layer in range(layers)]
+    elif "sliding_window_pattern" in raw:
+        pattern = _whole(raw, "sliding_window_pattern", source)
+        slides = [(layer + 1) % pattern != 0 for layer in range(layers)]
+    else:
+        first = _number(raw, "max_window_layers", source, 0, MOST["layers"], 0)
+        slides = [layer >= first for layer in range(layers)]
+    return {"no_rope": no_rope, "windows": _windows(slides, _whole(raw, "sliding_window", source))}
+
+
+def _hf_no_rope(raw: Mapping[str, Any], layers: int, source: str) -> tuple[int, ...]:
+    """The layers without rotary positions: those with a 0, or every so many layers one."""
+    if "no_rope_layers" not in raw:
+        return ()
+    interval, rotary = _whole(raw, "no_rope_layer_interval", source), raw["no_rope_layers"]
+    if rotary is None:
+        return tuple(range(interval - 1, layers, interval))
+    if not isinstance(rotary, list) or len(rotary) < layers or not all(item in (0, 1) for item in rotary):
+        raise InputError(f"{source}: no_rope_layers takes 0 or 1 for each layer, not {reprlib.repr(rotary)}.")
+    return tuple(layer for layer in range(layers) if not rotary[layer])
 
 
 def _windows(slides: Iterable[Any], window: int) -> tuple[int | None, ...] | None:
@@ -493,7 +503,8 @@ def _windows(slides: Iterable[Any], window: int) -> tuple[int | None, ...] | Non
 
 def _whole(raw: Mapping[str, Any], key: str, name: str) -> int:
     if type(value := raw[key]) is not int or not 1 <= value <= MOST["context_length"]:
-        raise InputError(f"{name}: {key} takes a whole number from 1, not {reprlib.repr(value)}.")
+        name = name if name.endswith(".") else f"{name}: "
+        raise InputError(f"{name}{key} takes a whole number from 1, not {reprlib.repr(value)}.")
     return value
 
 
@@ -714,22 +725,25 @@ def _gguf_special(own: Mapping[str, Any], shape: Mapping[str, Any], family: str,
     """The fields beyond Llama's; `own` has the family's defaults, and 0 in it stands for none."""
     read: dict[str, Any] = {}
     layers, variant = shape["layers"], _VARIANTS[family]
+    unset = lambda key: type(own[key]) in (int, float) and own[key] == 0  # noqa: E731
     takes = {"attn_logit_softcapping": "attention_softcap", "final_logit_softcapping": "logits_softcap"}
     for key, to in (takes | {"rope.freq_base_swa": "local_rope_base"}).items():
-        if key in variant.gguf and own[key] != 0:
+        if key in variant.gguf and not unset(key):
             read[to] = _check(to, own[key], name + key)
     if "no_rope_layer_interval" in variant.gguf:
         interval = variant.gguf["no_rope_layer_interval"]
         read["no_rope"] = tuple(range(interval - 1, layers, interval))
-    if "attention.sliding_window" in variant.gguf and own["attention.sliding_window"] != 0:
-        window = _whole(own, "attention.sliding_window", name.removesuffix("."))
-        pattern = own.get("attention.sliding_window_pattern", 0)
-        if isinstance(pattern, int):  # every so many layers one sees all; 0: none does
+    if "attention.sliding_window" in variant.gguf and not unset("attention.sliding_window"):
+        window, key = _whole(own, "attention.sliding_window", name), "attention.sliding_window_pattern"
+        pattern = own.get(key, 0)
+        if type(pattern) is int and pattern >= 0:  # every so many layers one sees all; 0: none does
             slides = [not pattern or (layer + 1) % pattern != 0 for layer in range(layers)]
+        elif isinstance(pattern, np.ndarray) and pattern.shape == (layers,):
+            slides = pattern.tolist()
         else:
-            slides = list(pattern)
-        if len(slides) != layers:
-            raise InputError(f"{name}attention.sliding_window_pattern has {len(slides)} entries for {layers} layers.")
+            raise InputError(
+                f"{name}{key} takes a number, or one value for each of {layers} layers, not {reprlib.repr(pattern)}."
+            )
         read["windows"] = _windows(slides, window)
     if variant.fields.get("post_norms"):
         read["embedding_scale"] = shape["hidden"] ** 0.5
