@@ -19,7 +19,6 @@ from flax import nnx
 
 from jquant import AWQ, LanguageModel, LoRA, Method, SmoothQuant, add_adapters, load_adapters, load_model, save_adapters
 from jquant.calibration.options import Options
-from jquant.composition import Tuning
 from jquant.evaluation.generation import empty_cache, in_steps, step
 from jquant.formats import Int
 from jquant.io.load import open_model
@@ -284,11 +283,12 @@ def test_channel_scales_leave_the_logits(saved, monkeypatch, name):
     monkeypatch.setattr("jquant.pipeline.blocks.round_weight", lambda w, seen, chosen: (w, nothing, True))
     monkeypatch.setattr("jquant.pipeline.blocks.check_scales", lambda *_: None)
     exact = forward(loaded.decoder, TOKENS)
-    for transform in (AWQ(4), SmoothQuant()):
+    before = flat_params(next(blocks(loaded.decoder)))
+    for transform, least in ((AWQ(4), 1), (SmoothQuant(), len(family_of(loaded.config).weights))):
         scaled, _ = quantize_decoder(loaded.decoder, Method(Int(4, 32), transform=transform), TOKENS, Options(batch=2))
-        kernels, before = [flat_params(next(blocks(d))) for d in (scaled, loaded.decoder)]
-        for path in family_of(loaded.config).weights:
-            assert difference(kernels[path], before[path]) > 1e-3, path
+        after = flat_params(next(blocks(scaled)))
+        # AWQ may leave an input as it is; SmoothQuant scales them all.
+        assert sum(difference(after[path], before[path]) > 1e-3 for path in family_of(loaded.config).weights) >= least
         assert difference(forward(scaled, TOKENS), exact) <= 1e-4
     assert difference(theirs_with_our_weights(model, scaled), exact) <= 1e-4
 
@@ -379,8 +379,7 @@ def test_windows_and_caps_equal_the_oracle_across_chunk_borders(scores):
         np.testing.assert_allclose(np.asarray(out)[0].transpose(1, 0, 2), expected[begin:], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("before_rotary", [False, True])
-@pytest.mark.parametrize("name", ["gemma3_text", "smollm3"])
+@pytest.mark.parametrize(("name", "before_rotary"), [("gemma3_text", True), ("smollm3", True), ("gemma2", False)])
 def test_a_rounded_cache_is_read_alike_in_a_text_and_token_by_token(saved, name, before_rotary):
     """The prompt is read as a text there, whatever the windows and ropes of the layers."""
     keys = Stored(Int(4, 8), "channel")
@@ -397,7 +396,6 @@ def test_a_rounded_cache_is_read_alike_in_a_text_and_token_by_token(saved, name,
 def test_training_caps_the_logits(saved):
     decoder = saved("gemma2")[2].decoder
     states = decoder.hidden(jnp.asarray(TOKENS))
-    assert difference(head_of(decoder, Tuning().compute)(states[0]), decoder.logits(states)[0]) <= 1e-2
     assert difference(head_of(decoder, "float32")(states[0]), decoder.logits(states)[0]) <= 1e-5
 
 
