@@ -177,7 +177,7 @@ def observing(config: DecoderConfig, devices: Devices) -> Any:
     block = nnx.eval_shape(lambda: Block(config, nnx.Rngs(0)))
     block = jax.tree.map(lambda leaf: array(devices, leaf, dtype=jnp.bfloat16), block)
     like = jax.ShapeDtypeStruct((BATCH * devices.count, CONTEXT, config.hidden), jnp.bfloat16)
-    rotary = jax.ShapeDtypeStruct((CONTEXT, config.head_dim // 2, 2), jnp.float32)
+    rotary = jax.ShapeDtypeStruct((1, CONTEXT, config.head_dim // 2, 2), jnp.float32)
     pieces = jax.eval_shape(lambda: scatter(no_stats(choices, config, False), devices.count))
     pieces = jax.tree.map(lambda leaf: array(devices, leaf, BOTH), pieces)
     batch = Batch(array(devices, like, BOTH), array(devices, rotary), {}, None)

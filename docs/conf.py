@@ -24,7 +24,7 @@ exclude_patterns = [".*", "docs/_build"]
 NOTEBOOKS = ("quantize_in_five_minutes", "your_own_rounding", "inside_gptq", "below_three_bits", "eight_devices")
 CONTENTS = {
     "Guide": [
-        f"docs/{page}" for page in ("tour", "methods", "extending", "training", "interop", "sweeps-and-pods", "speed")
+        f"docs/{page}" for page in ("tour", "methods", "interop", "extending", "training", "sweeps-and-pods", "speed")
     ],
     "Notebooks": [f"experiments/notebooks/{name}" for name in NOTEBOOKS],
     "Measured": [f"docs/{page}" for page in ("results", "reproducing", "benchmarks", "pods")],

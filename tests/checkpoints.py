@@ -52,7 +52,51 @@ def llama(seed: int = 0, **changes) -> transformers.LlamaForCausalLM:
     return model.eval()
 
 
-def save(folder: Path, model: transformers.LlamaForCausalLM, **options) -> Path:
+# Families, as config.json names them: their configuration, and what makes tiny models of them show every difference.
+# Windows are shorter than the texts compared; Gemma's soft-caps and scales are strong enough to matter.
+SLIDING = ["sliding_attention", "full_attention"]
+GEMMA = {"head_dim": 16, "sliding_window": 24, "query_pre_attn_scalar": 24, "num_hidden_layers": 3} | {
+    "layer_types": [*SLIDING, "sliding_attention"], "tie_word_embeddings": True
+}  # fmt: skip
+FAMILIES: dict[str, tuple[type, dict]] = {
+    "mistral": (transformers.MistralConfig, {"sliding_window": 24}),
+    "qwen2": (transformers.Qwen2Config, {}),
+    "qwen3": (transformers.Qwen3Config, {"head_dim": 24}),
+    "smollm3": (transformers.SmolLM3Config, {"num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 1]}),
+    "gemma2": (
+        transformers.Gemma2Config,
+        GEMMA | {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 3.0},
+    ),
+    "gemma3_text": (
+        transformers.Gemma3TextConfig,
+        GEMMA
+        | {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            }
+        },
+    ),
+    "phi3": (transformers.Phi3Config, {"sliding_window": None}),
+}
+
+
+def of_family(name: str, seed: int = 0, **changes) -> transformers.PreTrainedModel:
+    """A random float32 model of a family, its norms and biases random too, with eager attention."""
+    kind, own = FAMILIES[name]
+    config = kind(**(BASE | {"pad_token_id": 0} | own | changes))
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    offset = 1.0 if name.startswith("gemma") else 0.0
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5 - offset, 1.5 - offset)
+        elif name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model.float().eval()
+
+
+def save(folder: Path, model: transformers.PreTrainedModel, **options) -> Path:
     """Writes a folder with config.json, safetensors and tokenizer.json; `options` go to `save_pretrained`."""
     model.save_pretrained(folder, **options)
     tokenizer().save(str(folder / "tokenizer.json"))
@@ -79,7 +123,7 @@ def random_text(words: int, seed: int) -> str:
     return " ".join("".join(rng.choice(list("abcdefghij"), 4)) for _ in range(words))
 
 
-def logits(model: transformers.LlamaForCausalLM, tokens: np.ndarray) -> np.ndarray:
+def logits(model: transformers.PreTrainedModel, tokens: np.ndarray) -> np.ndarray:
     """The oracle's next-token logits, `[b, t, vocab]`."""
     with torch.no_grad():
         return model(torch.as_tensor(np.asarray(tokens, np.int64))).logits.numpy()
@@ -123,20 +167,32 @@ def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, 2, len(weight) // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
 
-def gguf_tensors(model: transformers.LlamaForCausalLM) -> dict[str, np.ndarray]:
-    """The model's tensors under llama.cpp's names, float32, rotary rows interleaved."""
+# llama.cpp's names of architectures, where they differ from config.json's.
+ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}
+
+
+def gguf_tensors(model: transformers.PreTrainedModel) -> dict[str, np.ndarray]:
+    """The model's tensors as llama.cpp's converter writes them, float32.
+
+    Its names are those of the gguf package. Models that it converts as Llama (SmolLM3 is one) have
+    their rotary rows interleaved; Gemma's norms become gains.
+    """
     config, tensors = model.config, {}
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    architecture = ARCHITECTURES.get(config.model_type, config.model_type)
+    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     for name, value in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         array = value.numpy()
-        if "q_proj" in name:
+        if architecture in ("llama", "smollm3") and "q_proj" in name:
             array = interleaved(array, config.num_attention_heads)
-        if "k_proj" in name:
+        if architecture in ("llama", "smollm3") and "k_proj" in name:
             array = interleaved(array, config.num_key_value_heads)
-        tensors[names.get_name(name, try_suffixes=(".weight",))] = array
-    if config.rope_parameters["rope_type"] == "llama3":
+        if architecture.startswith("gemma") and name.endswith("norm.weight"):
+            array = array + 1
+        tensors[names.get_name(name, try_suffixes=(".weight", ".bias"))] = array
+    if config.rope_parameters.get("rope_type") == "llama3":
         half = model.config.head_dim // 2
         plain = config.rope_parameters["rope_theta"] ** (-np.arange(half) / half)
         tensors["rope_freqs.weight"] = (plain / model.model.rotary_emb.inv_freq.numpy()).astype(np.float32)
@@ -145,7 +201,7 @@ def gguf_tensors(model: transformers.LlamaForCausalLM) -> dict[str, np.ndarray]:
 
 def write_gguf(
     path: Path,
-    model: transformers.LlamaForCausalLM,
+    model: transformers.PreTrainedModel,
     tensors: dict[str, np.ndarray | tuple[np.ndarray, gguf.GGMLQuantizationType]] | None = None,
     architecture: str = "llama",
     without: tuple[str, ...] = (),
@@ -162,10 +218,12 @@ def write_gguf(
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    writer.add_rope_freq_base(rope["rope_theta"])
     vocabulary = tokenizer().get_vocab()
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")

@@ -377,7 +377,11 @@ def _log_softmax(logits: Float[np.ndarray, "... vocab"]) -> Float[np.ndarray, ".
 
 
 def _attention_weights(
-    q: Float[np.ndarray, "tokens query_heads dim"], k: Float[np.ndarray, "tokens kv_heads dim"]
+    q: Float[np.ndarray, "tokens query_heads dim"],
+    k: Float[np.ndarray, "tokens kv_heads dim"],
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
 ) -> Float[np.ndarray, "query_heads tokens tokens"]:
     """Return the causal attention matrix of each query head, rows being queries (see `attention`)."""
     q, k = np.asarray(q, np.float64), np.asarray(k, np.float64)
@@ -386,8 +390,11 @@ def _attention_weights(
     weights = np.zeros((heads, tokens, tokens))
     for h in range(heads):
         for t in range(tokens):
-            scores = k[: t + 1, h // shared] @ q[t, h] / np.sqrt(dim)
-            weights[h, t, : t + 1] = np.exp(_log_softmax(scores))
+            first = 0 if window is None else max(0, t - window + 1)
+            scores = k[first : t + 1, h // shared] @ q[t, h] * (1 / np.sqrt(dim) if scale is None else scale)
+            if softcap is not None:
+                scores = softcap * np.tanh(scores / softcap)
+            weights[h, t, first : t + 1] = np.exp(_log_softmax(scores))
     return weights
 
 
@@ -395,26 +402,32 @@ def attention(
     q: Float[np.ndarray, "tokens query_heads dim"],
     k: Float[np.ndarray, "tokens kv_heads dim"],
     v: Float[np.ndarray, "tokens kv_heads dim"],
+    **options: float | int | None,
 ) -> Float[np.ndarray, "tokens query_heads dim"]:
     """Causal scaled dot-product attention in float64 (arXiv 1706.03762, Eq. 1), with 1 / sqrt(dim).
 
     Grouped queries (arXiv 2305.13245): query head h reads key/value head h // (query_heads / kv_heads).
+
+    Options: another `scale`; `softcap`, scores s become c tanh(s / c) (Gemma 2, arXiv 2408.00118, Sec. 2); `window`, a
+    query sees so many tokens, its own among them (Mistral, arXiv 2310.06825, Sec. 2, and transformers' masks).
     """
-    weights = _attention_weights(q, k)
+    weights = _attention_weights(q, k, **options)
     v = np.asarray(v, np.float64)
     shared = len(weights) // v.shape[1]
     return np.stack([weights[h] @ v[:, h // shared] for h in range(len(weights))], axis=1)
 
 
 def attention_mass(
-    q: Float[np.ndarray, "tokens query_heads dim"], k: Float[np.ndarray, "tokens kv_heads dim"]
+    q: Float[np.ndarray, "tokens query_heads dim"],
+    k: Float[np.ndarray, "tokens kv_heads dim"],
+    **options: float | int | None,
 ) -> Float[np.ndarray, " tokens"]:
     """Return the attention each key token receives, summed over queries and averaged over query heads.
 
     The entries sum to the number of tokens. No equation of a paper; the attention-concentration weights of RSQ
     (arXiv 2503.01820) are a relative.
     """
-    return _attention_weights(q, k).sum(axis=1).mean(axis=0)
+    return _attention_weights(q, k, **options).sum(axis=1).mean(axis=0)
 
 
 def rope(

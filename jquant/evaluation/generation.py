@@ -268,12 +268,16 @@ def in_steps(decoder: Decoder) -> tuple[Decoder, tuple[Block, ...]]:
 
 def _put_together(module: Any, names: tuple[str, ...]) -> None:
     """Linear layers of the same input as one, where the device's kernel takes their weights side by side."""
-    kernels = [getattr(module, name).kernel.get_value() for name in names]
+    linears = [getattr(module, name) for name in names]
+    kernels = [linear.kernel.get_value() for linear in linears]
     together = side_by_side(kernels)
     if together is None:
         return
     ends = tuple(np.cumsum([kernel.shape[1] for kernel in kernels[:-1]]).tolist())
-    module.together = nnx.data(SideBySide(together, ends))
+    biases = [linear.bias.get_value() for linear in linears if linear.bias is not None]
+    if len(biases) not in (0, len(linears)):
+        return
+    module.together = nnx.data(SideBySide(together, ends, jnp.concatenate(biases) if biases else None))
     for name in names:
         setattr(module, name, None)
 

@@ -115,8 +115,18 @@ def load_adapters(model: LanguageModel, folder: str | Path) -> LanguageModel:
 
 
 def _module(config: DecoderConfig, layer: int, path: str) -> str:
-    """A projection's name in transformers, e.g. "model.layers.3.self_attn.q_proj"."""
-    return family_of(config).hf[f"layers.{path}"].format(layer).removesuffix(".weight")
+    """A projection's name in transformers, e.g. "model.layers.3.self_attn.q_proj".
+
+    Raises:
+      InputError: transformers holds it in one weight with others.
+    """
+    family, name = family_of(config), f"layers.{path}"
+    if len(fused := family.fused_with("hf", name)) > 1:
+        raise InputError(
+            f"transformers holds {', '.join(fused)} of {config.family} as one weight, so PEFT has no adapter of each: "
+            f"merge_adapters(model) and save the model."
+        )
+    return family.hf[name].format(layer).removesuffix(".weight")
 
 
 def _modules(config: DecoderConfig) -> dict[str, str]:

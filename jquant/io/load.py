@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
@@ -37,7 +37,7 @@ from jquant.report import Report
 from jquant.rounding import SolveInfo
 
 DTYPES = ("float32", "bfloat16", "float16")
-BLOCKS = "segments.0."  # prefix of the stacked layers' parameters
+BLOCKS = "segments."  # prefix of the stacked layers' parameters
 SAMPLE = 1 << 20  # bytes of a file read at a time for its fingerprint
 
 
@@ -97,18 +97,25 @@ class ModelFile:
         stored, where = self.checkpoint.shapes, self.checkpoint.files[0]
         needed: dict[str, tuple[int, ...]] = {}
         for param, shape in _shapes(self.config).items():
-            for layer in range(self.config.layers) if _stacked(param) else [...]:
-                name, transposed = self._name_of(param, layer)
+            for layer in self._layers(param):
+                place = self._place(param, layer)
                 layer_shape = shape[1:] if _stacked(param) else shape
-                needed[name] = layer_shape[::-1] if transposed else layer_shape
-                if name not in stored:
-                    raise InputError(f"{where.parent if where.suffix == '.json' else where} lacks the tensor {name}.")
-                if stored[name] != needed[name]:
-                    raise InputError(f"{name} has shape {stored[name]}; the model's header asks for {needed[name]}.")
+                asked = layer_shape[::-1] if place.transposed else layer_shape
+                needed[place.name] = (place.all_rows or asked[0], *asked[1:])
+                if place.name not in stored:
+                    raise InputError(
+                        f"{where.parent if where.suffix == '.json' else where} lacks the tensor {place.name}."
+                    )
+                if stored[place.name] != needed[place.name]:
+                    raise InputError(
+                        f"{place.name} has shape {stored[place.name]}; the model's header asks for "
+                        f"{needed[place.name]}."
+                    )
         if unused := [name for name in stored if name not in needed and not self._idle(name)]:
             more = f" and {len(unused) - 1} more tensors" if unused[1:] else ""
             raise InputError(
-                f"{where}: {unused[0]}{more} would not be used: a Llama decoder of {self.config.layers} layers, "
+                f"{where}: {unused[0]}{more} would not be used: a {self.config.family} decoder of "
+                f"{self.config.layers} layers, "
                 f"{'tied' if self.config.tied else 'not tied'}, has no such weights here."
             )
 
@@ -147,9 +154,24 @@ class ModelFile:
     def _names(self) -> dict[str, str]:
         return getattr(family_of(self.config), self.checkpoint.format)
 
-    def _name_of(self, param: str, layer: Any) -> tuple[str, bool]:
-        """A parameter's name in the file, and whether it is stored transposed."""
-        return self._names[param.replace(BLOCKS, "layers.")].format(layer), param.endswith("kernel")
+    def _layers(self, param: str) -> Sequence[Any]:
+        """The layers that a parameter stacks; [...] outside the blocks."""
+        return self.config.runs[int(param.split(".")[1])] if _stacked(param) else [...]
+
+    def _place(self, param: str, layer: Any) -> "_Place":
+        """Where a parameter of a layer is in the file."""
+        family, format = family_of(self.config), self.checkpoint.format
+        name = f"layers.{_path(param)}" if _stacked(param) else param
+        tensor, transposed = self._names[name].format(layer), param.endswith("kernel")
+        offset = family.hf_norm_offset if format == "hf" and param.endswith("scale") else 0.0
+        fused = family.fused_with(format, name)
+        if len(fused) == 1:
+            return _Place(tensor, transposed, offset)
+        shapes = _shapes(self.config)
+        widths = [shapes[other.replace("layers.", f"{BLOCKS}0.")][-1] for other in fused]
+        begin = sum(widths[: fused.index(name)])
+        rows = slice(begin, begin + widths[fused.index(name)])
+        return _Place(tensor, transposed, offset, rows, sum(widths))
 
     def load(self, progress: Progress | bool = True, devices: Devices | None = None) -> LanguageModel:
         """The model in memory; a function as `progress` is called with ("load", tensors done, tensors in all).
@@ -163,13 +185,14 @@ class ModelFile:
             model = LanguageModel(_joined(self, progress, devices), self.tokenizer, self.name, self.stored_as)
             return replace(model, source_files=self.source_files)
         shapes = _shapes(self.config)
-        done, total = 0, sum(self.config.layers if _stacked(param) else 1 for param in shapes)
+        done, total = 0, sum(len(self._layers(param)) for param in shapes)
         params = {}
         with showing(progress) as tell:
             for param, shape in shapes.items():
                 values = np.empty(shape, jnp.dtype(self.dtype))
-                for layer in range(self.config.layers) if _stacked(param) else [...]:
-                    values[layer] = self._read(param, layer)
+                layers = self._layers(param)
+                for index, layer in enumerate(layers):
+                    values[index if _stacked(param) else ...] = self._read(param, layer)
                     done += 1
                     tell("load", done, total)
                 # The host copy is never written again, so the CPU backend may alias it.
@@ -185,10 +208,11 @@ class ModelFile:
 
     def blocks(self, first: int = 0) -> Iterator[Block]:
         """Blocks from layer `first` on; the next one is read while one is in use. Errors as of `load`."""
-        abstract = _abstract_block(self.config)
 
         def read(layer: int) -> Block:
-            return with_params(abstract, {path: self._put(BLOCKS + path, layer) for path in flat_params(abstract)})
+            abstract = _abstract_block(self.config, layer)
+            paths = flat_params(abstract)
+            return with_params(abstract, {path: self._put(f"{BLOCKS}0.{path}", layer) for path in paths})
 
         with ThreadPoolExecutor(1) as pool:
             coming = pool.submit(read, first) if first < self.config.layers else None
@@ -215,11 +239,33 @@ class ModelFile:
 
     def _read(self, param: str, layer: Any) -> Any:
         """One parameter, packed or in the model's dtype; its shape was checked when the file was opened."""
-        name, transposed = self._name_of(param, layer)
-        stored = self.checkpoint.read(name)
+        place = self._place(param, layer)
+        stored = self.checkpoint.read(place.name)
         if isinstance(stored, QTensor):
             return stored
-        return _cast(name, stored.T if transposed else stored, self.dtype)
+        stored = stored[place.rows]
+        if place.offset:
+            stored = np.asarray(stored, np.float32) + np.float32(place.offset)
+        return _cast(place.name, stored.T if place.transposed else stored, self.dtype)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a parameter is in a file.
+
+    Attributes:
+      name: of the tensor.
+      transposed: whether it is stored `[out, in]`.
+      offset: what is added to its values.
+      rows: its rows in the tensor.
+      all_rows: how many rows the tensor has; None if it holds no other parameter.
+    """
+
+    name: str
+    transposed: bool
+    offset: float = 0.0
+    rows: slice = field(default_factory=lambda: slice(None))
+    all_rows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -340,13 +386,13 @@ class QuantizedFile:
     def blocks(self, first: int = 0) -> Iterator[Block]:
         """Blocks from layer `first` on. Errors as of `outside`."""
         finished = self._finished()
-        shapes = {p.removeprefix(BLOCKS): s[1:] for p, s in _shapes(self.config).items() if _stacked(p)}
+        shapes = {_path(p): s[1:] for p, s in _shapes(self.config).items() if p.startswith(f"{BLOCKS}0.")}
         for layer in range(first, self.config.layers):
             item = checkpoint.block_folder(self.folder, layer)
             if layer not in finished:
                 raise InputError(f"{self.folder} is not finished: {item.name} is its first missing block.")
             params = checkpoint.read_item(item, shapes)
-            block = _abstract_block(self.config)
+            block = _abstract_block(self.config, layer)
             block.mlp.rotation = checkpoint.read_rotation(item, self.config.ffn)
             yield with_params(block, self._in_dtype(params, f"layers.{layer}."))
 
@@ -428,7 +474,10 @@ def _cast(name: str, stored: np.ndarray, dtype: str) -> np.ndarray:
 
 @lru_cache(8)
 def _shapes(config: DecoderConfig) -> Mapping[str, tuple[int, ...]]:
-    """The shape of each of a decoder's parameters, layers stacked on axis 0, e.g. of "segments.0.mlp.up.kernel"."""
+    """The shape of each of a decoder's parameters, layers stacked on axis 0, e.g. of "segments.0.mlp.up.kernel".
+
+    Layers in the configuration's first run have the parameters of all layers.
+    """
     decoder = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0)))
     return {name: leaf.shape for name, leaf in flat_params(decoder).items()}
 
@@ -437,8 +486,13 @@ def _stacked(name: str) -> bool:
     return name.startswith(BLOCKS)
 
 
-def _abstract_block(config: DecoderConfig) -> Block:
-    return nnx.eval_shape(lambda: Block(config, nnx.Rngs(0)))
+def _path(name: str) -> str:
+    """A stacked parameter's path within its block."""
+    return name.split(".", 2)[2]
+
+
+def _abstract_block(config: DecoderConfig, layer: int) -> Block:
+    return nnx.eval_shape(lambda: Block(config, nnx.Rngs(0), layer))
 
 
 def _abstract_outside(config: DecoderConfig) -> Decoder:

@@ -152,7 +152,7 @@ def _items(decoder: Decoder, report: Mapping) -> Iterator[tuple[Path, Params, Fa
     layer = -1
     for layer, block in enumerate(blocks(decoder)):
         check_storable(flat_params(block), f"layers.{layer}.")
-        rebuilt = nnx.eval_shape(lambda: Block(decoder.config, nnx.Rngs(0)))
+        rebuilt = nnx.eval_shape(lambda layer=layer: Block(decoder.config, nnx.Rngs(0), layer))
         rebuilt.mlp.rotation, rebuilt.attention.cached = block.mlp.rotation, block.attention.cached
         _check_described(block, rebuilt, f"layers.{layer}")
         infos = {path: info for (number, path), info in report.items() if number == layer}

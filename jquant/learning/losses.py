@@ -1,6 +1,6 @@
 """The loss of training through the whole model: shares of forward and reverse KL divergence and of cross-entropy."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +16,10 @@ from jquant.activations import fake_quant_inputs
 from jquant.composition import Tuning
 from jquant.kernels.bfloat16 import matmul_in
 from jquant.learning.objectives import map_rows
-from jquant.models.decoder import Decoder
+from jquant.models.decoder import Decoder, soft_capped
 from jquant.qtensor import QTensor, dequantize
+
+Head = Callable[[Float[Array, "rows d"]], Float[Array, "rows vocab"]]
 
 
 def model_loss(learned: Any, frozen: Any, batch: Any, tuning: Tuning) -> Float[Array, ""]:
@@ -37,21 +39,26 @@ def model_loss(learned: Any, frozen: Any, batch: Any, tuning: Tuning) -> Float[A
     else:
         states = computing_in(tuning.compute, teacher).hidden(tokens)
         known = (jax.lax.stop_gradient(states[:, :-1]),)
-    head = head_of(teacher).astype(tuning.compute)  # once, not for every chunk of tokens
+    head = head_of(teacher, tuning.compute)
     states = student.module(learned, tuning.compute).hidden(tokens, remat=True)
     return _loss(states[:, :-1], tokens[:, 1:], known, head, tuning)
 
 
-def head_of(decoder: Decoder) -> Float[Array, "d vocab"]:
-    """The head's weight. Embedding and head are not quantized: student and teacher share them."""
-    return decoder.embedding.get_value().T if decoder.head is None else decoder.head.kernel.get_value()
+def head_of(decoder: Decoder, compute: str) -> Head:
+    """A function from final states to logits, its products' factors in `compute`.
+
+    Embedding and head are not quantized: student and teacher share them.
+    """
+    w = decoder.embedding.get_value().T if decoder.head is None else decoder.head.kernel.get_value()
+    w = w.astype(compute)  # once, not for every chunk of tokens
+    return lambda states: soft_capped(matmul_in(compute, states, w), decoder.config.logits_softcap)
 
 
 def _loss(
     states: Float[Array, "b t d"],
     targets: Int[Array, "b t"],
     known: tuple[Array, ...],
-    head: Float[Array, "d vocab"],
+    head: Head,
     tuning: Tuning,
 ) -> Float[Array, ""]:
     """The loss of the student's states; `known` is nothing, the teacher's states, or its likeliest tokens.
@@ -61,16 +68,16 @@ def _loss(
     """
     text, share = tuning.text, tuning.reverse
     if share == "confidence":
-        share = jnp.mean(jnp.exp(map_rows(lambda s, t: _of(_log_softmax(s, head, tuning), t), *known, targets)))
+        share = jnp.mean(jnp.exp(map_rows(lambda s, t: _of(jax.nn.log_softmax(head(s)), t), *known, targets)))
 
     def rows(states: Array, targets: Array, *known: Array) -> Float[Array, " rows"]:
-        log_q = _log_softmax(states, head, tuning)
+        log_q = jax.nn.log_softmax(head(states))
         # optax's cross-entropy would normalise the logits a second time.
         of_text = -text * _of(log_q, targets) if text else jnp.zeros(len(states))
         if text == 1:
             return of_text
         if tuning.top_k is None:
-            log_p = _log_softmax(known[0], head, tuning)
+            log_p = jax.nn.log_softmax(head(known[0]))
         else:
             log_p, ids = known
             log_p, log_q = _with_others(log_p), _with_others(jnp.take_along_axis(log_q, ids, -1))
@@ -86,12 +93,6 @@ def _loss(
     values, slopes = map_rows(rows_and_slopes, fixed, targets, *known)
     # states - fixed is 0, and has the gradient of the states.
     return jnp.mean(values) + jnp.sum(jax.lax.stop_gradient(slopes / values.size) * (states - fixed))
-
-
-def _log_softmax(
-    states: Float[Array, "rows d"], head: Float[Array, "d vocab"], tuning: Tuning
-) -> Float[Array, "rows vocab"]:
-    return jax.nn.log_softmax(matmul_in(tuning.compute, states, head))
 
 
 def _of(log: Float[Array, "rows vocab"], targets: Int[Array, " rows"]) -> Float[Array, " rows"]:

@@ -18,7 +18,6 @@ from jaxtyping import Float, Int
 from jquant.composition import Tuning
 from jquant.errors import InputError
 from jquant.io.kept import Kept
-from jquant.kernels.bfloat16 import matmul_in
 from jquant.learning.losses import computing_in, head_of
 from jquant.learning.objectives import map_rows, top_k
 from jquant.models.config import DecoderConfig
@@ -95,10 +94,10 @@ def _predictions(teacher: Decoder, tokens: np.ndarray, k: int, compute: str) -> 
 
 @partial(jax.jit, static_argnames=("k", "compute"))
 def _top(teacher: Decoder, tokens: Int[Array, "b t"], k: int, compute: str) -> tuple[Array, Array]:
-    head = head_of(teacher).astype(compute)
+    head = head_of(teacher, compute)
 
     def rows(states: Array) -> tuple[Array, Array]:
-        logits = matmul_in(compute, states, head)
+        logits = head(states)
         values, ids = top_k(logits, k)
         return values - jax.nn.logsumexp(logits, -1, keepdims=True), ids.astype(jnp.int32)
 

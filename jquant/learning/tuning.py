@@ -130,7 +130,7 @@ def tune_block(
     quantized: Block,
     inputs: Float[Array, "n context d"],
     outputs: Float[Array, "n context d"],
-    rotary: Float[Array, "context half 2"],
+    rotary: Float[Array, "ropes context half 2"],
     tuning: Tuning,
     exact: Block | None = None,
 ) -> Block:

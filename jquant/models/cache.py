@@ -237,7 +237,7 @@ class Cache:
 
 
 def extended(
-    cache: tuple[Any, Any], new: tuple[Heads, Heads], rotary: Float[Array, "t half 2"], start: Any, cached: Any
+    cache: tuple[Any, Any], new: tuple[Heads, Heads], rotary: Float[Array, "t half 2"] | None, start: Any, cached: Any
 ) -> tuple[Any, Any]:
     """One layer's keys and values with those of new tokens from position `start` on.
 
@@ -246,7 +246,7 @@ def extended(
     Args:
       cache: of this layer, as in `Cache.layers`.
       new: keys before their rotary embedding, and values.
-      rotary: the new tokens' embedding.
+      rotary: the new tokens' embedding, if there is one.
       start: position of the first of them.
       cached: a `CacheFormat`, or None.
     """
@@ -265,19 +265,23 @@ def extended(
     return extend(cache[0], keys, cached.keys), extend(cache[1], values, cached.values)
 
 
-def read(cache: tuple[Any, Any], length: Any, config: DecoderConfig, cached: Any) -> tuple[Heads, Heads]:
-    """One layer's keys, with their rotary embedding, and values, of all slots."""
+def read(
+    cache: tuple[Any, Any], length: Any, config: DecoderConfig, cached: Any, rope: int | None = 0
+) -> tuple[Heads, Heads]:
+    """One layer's keys, with their rotary embedding (`DecoderConfig.rope`), and values, of all slots."""
     if cached is None:
         return cache
     kinds = zip(cache, (cached.keys, cached.values), strict=True)
     keys, values = (kept if stored is None else kept.read(length, cached, stored) for kept, stored in kinds)
     slots = min(keys.shape[2], values.shape[2])  # whole blocks, of either size, reach beyond the last slot
     keys, values = keys[:, :, :slots], values[:, :, :slots]
-    return rotate(keys, rotary_table(config, jnp.arange(slots))) if cached.before_rotary else keys, values
+    if cached.before_rotary and rope is not None:
+        keys = rotate(keys, rotary_table(config, jnp.arange(slots))[rope])
+    return keys, values
 
 
 def rounded_past(
-    k: Heads, v: Heads, rotary: Float[Array, "t half 2"], cached: Any
+    k: Heads, v: Heads, rotary: Float[Array, "t half 2"] | None, cached: Any
 ) -> tuple["Past | None", "Past | None"]:
     """Keys and values of a whole text as past tokens, each None if they stay as they are; `k` as for `extended`."""
     if cached is None:
@@ -288,7 +292,7 @@ def rounded_past(
     return keys, cached.in_text(v, cached.values)
 
 
-def _as_cached(k: Heads, rotary: Array, cached: Any) -> Heads:
+def _as_cached(k: Heads, rotary: Array | None, cached: Any) -> Heads:
     return k if cached is not None and cached.before_rotary else rotate(k, rotary)
 
 

@@ -8,8 +8,11 @@ import logging
 import math
 import reprlib
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from itertools import groupby
 from typing import Any
+
+import numpy as np
 
 from jquant.errors import InputError
 
@@ -27,7 +30,20 @@ MOST = {
     "head_dim": 1 << 13,
     "context_length": 1 << 30,
 }
-REAL = {"norm_eps": (0.0, 1.0), "rope_base": (1.0, 1e12), "rope_magnitude": (0.01, 100.0)}
+REAL = {
+    "norm_eps": (0.0, 1.0),
+    "rope_base": (1.0, 1e12),
+    "rope_magnitude": (0.01, 100.0),
+    "local_rope_base": (1.0, 1e12),
+    "attention_scale": (1e-6, 1e3),
+    "attention_softcap": (1e-3, 1e6),
+    "logits_softcap": (1e-3, 1e6),
+    "embedding_scale": (1e-3, 1e6),
+}
+OPTIONAL = ("local_rope_base", "attention_scale", "attention_softcap", "logits_softcap")
+ACTIVATIONS = ("silu", "gelu_tanh")
+QKV = ("attention.q", "attention.k", "attention.v")
+PROJECTIONS = {*QKV, "attention.o", "mlp.gate", "mlp.up", "mlp.down"}
 
 
 @dataclass(frozen=True)
@@ -39,6 +55,21 @@ class DecoderConfig:
     `rope_divisors` divides each of the head_dim / 2 rotary frequencies: linear scaling, YaRN, Llama-3's rule and a GGUF
     file's rope_freqs tensor can all be written so. `rope_magnitude` multiplies the rotated
     queries and keys (YaRN).
+
+    Attributes:
+      biases: the projections that have a bias, e.g. "attention.q".
+      qk_norm: whether each head's queries and keys are normalised before their rotary embedding.
+      post_norms: whether the outputs of attention and MLP are normalised before they enter the residual stream.
+      activation: of the MLP's gate, one of ACTIVATIONS.
+      windows: for each layer the number of tokens that a query sees, its own among them, or None for all; None if all
+        layers see all.
+      local_rope_base: the rotary base of layers with a window, which then scale no frequency; None if all layers have
+        the same.
+      no_rope: the layers without rotary positions.
+      attention_scale: what scores are multiplied by; None for 1/√head_dim.
+      attention_softcap: scores s become c · tanh(s / c).
+      logits_softcap: logits likewise.
+      embedding_scale: what embeddings are multiplied by.
 
     Raises:
       InputError: a field of another type, or out of range.
@@ -58,10 +89,25 @@ class DecoderConfig:
     context_length: int
     rope_magnitude: float = 1.0
     family: str = "llama"
+    biases: tuple[str, ...] = ()
+    qk_norm: bool = False
+    post_norms: bool = False
+    activation: str = "silu"
+    windows: tuple[int | None, ...] | None = None
+    local_rope_base: float | None = None
+    no_rope: tuple[int, ...] = ()
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    logits_softcap: float | None = None
+    embedding_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            _check(field.name, getattr(self, field.name), field.name)
+        for item in fields(self):
+            _check(item.name, getattr(self, item.name), item.name)
+        if self.windows is not None and len(self.windows) != self.layers:
+            raise InputError(f"{len(self.windows)} windows are not one for each of {self.layers} layers.")
+        if any(layer >= self.layers for layer in self.no_rope):
+            raise InputError(f"no_rope names layer {max(self.no_rope)}; there are {self.layers}.")
         if self.heads % self.kv_heads:
             raise InputError(f"{self.heads} attention heads cannot share {self.kv_heads} key/value heads evenly.")
         if self.head_dim % 2:
@@ -72,6 +118,38 @@ class DecoderConfig:
                 f"pairs of rotary channels."
             )
 
+    def window(self, layer: int) -> int | None:
+        """How many tokens a layer's queries see, their own among them; None for all."""
+        return None if self.windows is None else self.windows[layer]
+
+    @property
+    def ropes(self) -> tuple["Rope", ...]:
+        """The rotary embeddings of the layers, each once."""
+        usual = Rope(self.rope_base, self.rope_divisors, self.rope_magnitude)
+        return (usual,) if self.local_rope_base is None else (usual, Rope(self.local_rope_base))
+
+    def rope(self, layer: int) -> int | None:
+        """Which of `ropes` a layer has; None if it has no rotary positions."""
+        if layer in self.no_rope:
+            return None
+        return int(self.local_rope_base is not None and self.window(layer) is not None)
+
+    @property
+    def runs(self) -> tuple[range, ...]:
+        """The layers, in runs of equal window and rotary embedding."""
+        runs = groupby(range(self.layers), key=lambda layer: (self.window(layer), self.rope(layer)))
+        ends = [list(run)[-1] + 1 for _, run in runs]
+        return tuple(range(begin, end) for begin, end in zip([0, *ends], ends, strict=False))
+
+
+@dataclass(frozen=True)
+class Rope:
+    """A rotary embedding; fields as in `DecoderConfig`."""
+
+    base: float
+    divisors: tuple[float, ...] | None = None
+    magnitude: float = 1.0
+
 
 def _check(field: str, value: Any, name: str) -> Any:
     """The value if it can be a DecoderConfig's `field`; errors call it `name`."""
@@ -81,13 +159,30 @@ def _check(field: str, value: Any, name: str) -> Any:
         expected = f"a whole number from 1 to {MOST[field]}"
     elif field in REAL:
         least, most = REAL[field]
+        if field in OPTIONAL and value is None:
+            return value
         if type(value) in (int, float) and least <= value <= most:
             return float(value)
         expected = f"a number from {least:g} to {most:g}"
-    elif field == "tied":
+    elif field in ("tied", "qk_norm", "post_norms"):
         if type(value) is bool:
             return value
         expected = "true or false"
+    elif field == "activation":
+        if value in ACTIVATIONS:
+            return value
+        expected = _list(ACTIVATIONS)
+    elif field == "biases":
+        if isinstance(value, tuple) and set(value) <= PROJECTIONS:
+            return value
+        expected = "names of projections"
+    elif field in ("windows", "no_rope"):
+        least, none = (1, (None,)) if field == "windows" else (0, ())
+        whole = lambda item: type(item) is int and least <= item <= MOST["context_length"]  # noqa: E731
+        absent = field == "windows" and value is None
+        if absent or (isinstance(value, tuple) and all(item in none or whole(item) for item in value)):
+            return value
+        expected = "whole numbers"
     elif field == "family":
         if isinstance(value, str) and value.isidentifier():
             return value
@@ -187,19 +282,20 @@ _HF = {
 }
 # Keys that change what the model computes, with the values at which they do not.
 _HF_FIXED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("llama",),
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
     "mlp_bias": (False,),
     "quantization_config": (),
     "sliding_window": (),
     "use_sliding_window": (False,),
+    "layer_types": (),
     "partial_rotary_factor": (1.0,),
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
     "rope_interleaved": (False,),
     "attn_logit_softcapping": (),
     "final_logit_softcapping": (),
+    "use_bidirectional_attention": (False,),
     "attention_multiplier": (),
     "residual_multiplier": (1.0,),
     "embedding_multiplier": (1.0,),
@@ -209,7 +305,8 @@ _HF_FIXED: dict[str, tuple[Any, ...]] = {
 }
 # Keys that change nothing here: settings of training, running, sampling or labels.
 _HF_IDLE = frozenset(
-    """architectures attention_dropout auto_map attn_implementation _attn_implementation bos_token_id eos_token_id
+    """model_type architectures attention_dropout auto_map attn_implementation _attn_implementation bos_token_id
+    eos_token_id cache_implementation _sliding_window_pattern resid_pdrop embd_pdrop
     pad_token_id unk_token_id sep_token_id cls_token_id decoder_start_token_id chunk_size_feed_forward dtype torch_dtype
     initializer_range is_decoder id2label label2id is_llama_config name_or_path _name_or_path output_attentions
     output_hidden_states pretraining_tp prefix problem_type return_dict task_specific_params tokenizer_class torchscript
@@ -233,6 +330,81 @@ _ROPE_KINDS = {
 }
 
 
+@dataclass(frozen=True)
+class _Variant:
+    """How a family's files differ from Llama's.
+
+    Attributes:
+      fields: of DecoderConfig, which the files do not say.
+      defaults: config.json's keys beyond Llama's, or with other defaults: what transformers takes if they are missing.
+      fixed: replaces entries of `_HF_FIXED`.
+      rope_kinds: the kinds of rope scaling.
+      gguf: likewise `defaults`, of a GGUF header's keys without the architecture.
+    """
+
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    rope_kinds: Collection[str] = tuple(_ROPE_KINDS)
+    gguf: Mapping[str, Any] = field(default_factory=dict)
+
+
+_QWEN_WINDOWS = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
+_GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "head_dim": 256, "query_pre_attn_scalar": 256} | {
+    "sliding_window": 4096, "layer_types": None, "final_logit_softcapping": None, "tie_word_embeddings": True
+}  # fmt: skip
+_GELU = ("gelu_pytorch_tanh",)
+_VARIANTS = {
+    "llama": _Variant(),
+    "mistral": _Variant(defaults={"sliding_window": 4096}),
+    "qwen2": _Variant({"biases": QKV}, _QWEN_WINDOWS),
+    "qwen3": _Variant({"qk_norm": True}, _QWEN_WINDOWS | {"head_dim": 128}),
+    "smollm3": _Variant(
+        defaults={
+            "use_sliding_window": False,
+            "sliding_window": None,
+            "layer_types": None,
+            "no_rope_layers": None,
+            "no_rope_layer_interval": 4,
+            "rope_theta": 2e6,
+            "tie_word_embeddings": True,
+        },
+        gguf={"no_rope_layer_interval": 4},  # fixed in llama.cpp
+    ),
+    "gemma2": _Variant(
+        {"post_norms": True, "activation": "gelu_tanh"},
+        _GEMMA
+        | {"sliding_window_pattern": 2, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        {"hidden_act": _GELU, "hidden_activation": _GELU},
+        gguf={
+            "attention.sliding_window": 4096,
+            "attention.sliding_window_pattern": 2,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+    ),
+    "gemma3_text": _Variant(
+        {"post_norms": True, "activation": "gelu_tanh", "qk_norm": True},
+        _GEMMA | {"sliding_window_pattern": 6, "rope_theta": 1e6, "rope_local_base_freq": 1e4},
+        {"hidden_act": _GELU, "hidden_activation": _GELU},
+        gguf={
+            "attention.sliding_window": 0,
+            "attention.sliding_window_pattern": 6,
+            "final_logit_softcapping": 0.0,
+            "rope.freq_base_swa": 1e4,
+        },
+    ),
+    # transformers takes Phi-3's "yarn" for "longrope".
+    "phi3": _Variant(
+        defaults={"sliding_window": None}, rope_kinds=("default",), gguf={"attention.sliding_window": 0}
+    ),
+}  # fmt: skip
+HF_FAMILIES = tuple(_VARIANTS)
+# llama.cpp's architectures; its converter writes Mistral as llama.
+GGUF_FAMILIES = {"gemma3": "gemma3_text"} | {name: name for name in _VARIANTS if name not in ("mistral", "gemma3_text")}
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+
+
 def config_from_hf(raw: Mapping[str, Any], source: str) -> DecoderConfig:
     """Reads a parsed config.json; `source` names the file in errors.
 
@@ -240,13 +412,15 @@ def config_from_hf(raw: Mapping[str, Any], source: str) -> DecoderConfig:
       InputError: another architecture, an unsupported variant of it, or a field that is missing, of another type, or
         out of range.
     """
-    _refuse_variants(raw, _HF_FIXED, source, required=("model_type",))
-    known = {*_HF, *_HF_FIXED, *_HF_IDLE, "rope_parameters", "rope_scaling", "original_max_position_embeddings"}
-    _warn(raw.keys() - known, source)
+    family = _known(raw.get("model_type"), HF_FAMILIES, f"{source}: model_type")
+    variant = _VARIANTS[family]
+    fixed = {key: of for key, of in _HF_FIXED.items() if key not in variant.defaults} | dict(variant.fixed)
+    _refuse_variants(raw, fixed, source, family)
+    rope_keys = {"rope_parameters", "rope_scaling", "original_max_position_embeddings"}
+    _warn(raw.keys() - {*_HF, *fixed, *_HF_IDLE, *variant.defaults, *rope_keys}, source)
+    raw = {**variant.defaults, **raw}
     # transformers writes null for a field that is not set.
-    read = {
-        field: _check(field, raw[key], f"{source}: {key}") for key, field in _HF.items() if raw.get(key) is not None
-    }
+    read = {name: _check(name, raw[key], f"{source}: {key}") for key, name in _HF.items() if raw.get(key) is not None}
     for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
         if _HF[key] not in read:
             raise InputError(f"{source} lacks {key!r}.")
@@ -260,10 +434,111 @@ def config_from_hf(raw: Mapping[str, Any], source: str) -> DecoderConfig:
         "tied": False,
         "context_length": 2048,
     } | read
-    return DecoderConfig(**settled | _hf_rope(raw, settled, source))
+    ropes = _hf_ropes(raw, settled, variant, source)
+    special = _hf_layers(raw, settled["layers"], source) | _hf_scales(raw, settled["hidden"], source)
+    return _settled(settled, ropes, special, variant.fields, {"family": family})
 
 
-def _hf_rope(raw: Mapping[str, Any], shape: Mapping[str, Any], source: str) -> dict[str, Any]:
+def _settled(*parts: Mapping[str, Any]) -> DecoderConfig:
+    """The configuration that parts of it make up, the later ones first."""
+    values: dict[str, Any] = {}
+    for part in parts:
+        values |= part
+    return DecoderConfig(**values)
+
+
+def _known(value: Any, families: Collection[str], name: str) -> str:
+    """A family's name in a file, if it is one of those that load."""
+    if not isinstance(value, str) or value not in families:
+        raise InputError(f"{name} is {reprlib.repr(value)}; jquant loads {', '.join(families)}.")
+    return value
+
+
+def _hf_layers(raw: Mapping[str, Any], layers: int, source: str) -> dict[str, Any]:
+    """The fields `windows` and `no_rope`; `raw` has the family's defaults."""
+    no_rope = _hf_no_rope(raw, layers, source)
+    used, kinds = raw.get("use_sliding_window", True), raw.get("layer_types")
+    if type(used) is not bool:
+        raise InputError(f"{source}: use_sliding_window takes true or false, not {reprlib.repr(used)}.")
+    if kinds is not None and not (
+        isinstance(kinds, list) and len(kinds) == layers and all(kind in (_SLIDING, _FULL) for kind in kinds)
+    ):
+        raise InputError(
+            f"{source}: layer_types takes {_FULL!r} or {_SLIDING!r} for each of {layers} layers, not "
+            f"{reprlib.repr(kinds)}."
+        )
+    if raw.get("sliding_window") is None or not used:
+        if kinds and _SLIDING in kinds:
+            raise InputError(f"{source}: layer_types has {_SLIDING!r}, but no sliding_window is set.")
+        return {"no_rope": no_rope}
+    if kinds is not None:
+        slides = [kind == _SLIDING for kind in kinds]
+    elif "no_rope_layers" in raw:
+        slides = [layer in no_rope for layer in range(layers)]
+    elif "sliding_window_pattern" in raw:
+        pattern = _whole(raw, "sliding_window_pattern", source)
+        slides = [(layer + 1) % pattern != 0 for layer in range(layers)]
+    else:
+        first = _number(raw, "max_window_layers", source, 0, MOST["layers"], 0)
+        slides = [layer >= first for layer in range(layers)]
+    return {"no_rope": no_rope, "windows": _windows(slides, _whole(raw, "sliding_window", source))}
+
+
+def _hf_no_rope(raw: Mapping[str, Any], layers: int, source: str) -> tuple[int, ...]:
+    """The layers without rotary positions: those with a 0, or every so many layers one."""
+    if "no_rope_layers" not in raw:
+        return ()
+    interval, rotary = _whole(raw, "no_rope_layer_interval", source), raw["no_rope_layers"]
+    if rotary is None:
+        return tuple(range(interval - 1, layers, interval))
+    if not isinstance(rotary, list) or len(rotary) < layers or not all(item in (0, 1) for item in rotary):
+        raise InputError(f"{source}: no_rope_layers takes 0 or 1 for each layer, not {reprlib.repr(rotary)}.")
+    return tuple(layer for layer in range(layers) if not rotary[layer])
+
+
+def _windows(slides: Iterable[Any], window: int) -> tuple[int | None, ...] | None:
+    windows = tuple(window if sliding else None for sliding in slides)
+    return windows if any(windows) else None
+
+
+def _whole(raw: Mapping[str, Any], key: str, name: str) -> int:
+    if type(value := raw[key]) is not int or not 1 <= value <= MOST["context_length"]:
+        name = name if name.endswith(".") else f"{name}: "
+        raise InputError(f"{name}{key} takes a whole number from 1, not {reprlib.repr(value)}.")
+    return value
+
+
+def _hf_scales(raw: Mapping[str, Any], hidden: int, source: str) -> dict[str, Any]:
+    """The fields that Gemma's scales and caps set."""
+    read: dict[str, Any] = {}
+    for key, name in (("attn_logit_softcapping", "attention_softcap"), ("final_logit_softcapping", "logits_softcap")):
+        if raw.get(key) is not None:
+            read[name] = _check(name, raw[key], f"{source}: {key}")
+    if raw.get("query_pre_attn_scalar") is not None:
+        read["attention_scale"] = _number(raw, "query_pre_attn_scalar", source, 1e-3, 1e6) ** -0.5
+        read["embedding_scale"] = hidden**0.5
+    return read
+
+
+def _hf_ropes(raw: Mapping[str, Any], shape: Mapping[str, Any], variant: _Variant, source: str) -> dict[str, Any]:
+    """The rope fields; Gemma 3 has two kinds of layers, whose settings transformers 5 writes by the layers' kind."""
+    if "rope_local_base_freq" not in raw:
+        return _hf_rope(raw, shape, source, variant.rope_kinds)
+    by_kind = raw.get("rope_parameters")
+    if not isinstance(by_kind, dict) or not by_kind.keys() & {_SLIDING, _FULL}:
+        base = _check("local_rope_base", raw["rope_local_base_freq"], f"{source}: rope_local_base_freq")
+        return _hf_rope(raw, shape, source, variant.rope_kinds) | {"local_rope_base": base}
+    if surplus := by_kind.keys() - {_SLIDING, _FULL}:
+        raise InputError(f"{source}: rope_parameters has no place for {_list(sorted(surplus))}.")
+    ropes = {}
+    for kind, base in ((_FULL, shape["rope_base"]), (_SLIDING, raw["rope_local_base_freq"])):
+        kinds = variant.rope_kinds if kind == _FULL else ("default",)
+        own = {**raw, "rope_parameters": by_kind.get(kind), "rope_scaling": None}
+        ropes[kind] = _hf_rope(own, {**shape, "rope_base": base}, f"{source}: {kind}", kinds)
+    return ropes[_FULL] | {"local_rope_base": ropes[_SLIDING]["rope_base"]}
+
+
+def _hf_rope(raw: Mapping[str, Any], shape: Mapping[str, Any], source: str, kinds: Collection[str]) -> dict[str, Any]:
     """The three rope fields; a top-level rope_theta is used if rope_parameters has none, as in transformers."""
     objects = {key: raw[key] for key in ("rope_parameters", "rope_scaling") if raw.get(key) is not None}
     for key, value in objects.items():
@@ -275,10 +550,10 @@ def _hf_rope(raw: Mapping[str, Any], shape: Mapping[str, Any], source: str) -> d
     rope = {key: value for part in objects.values() for key, value in part.items() if value is not None}
     name = f"{source}: {next(iter(objects), 'rope_parameters')}"
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if not isinstance(kind, str) or kind not in _ROPE_KINDS:
-        raise InputError(f"{name}: rope_type {reprlib.repr(kind)} is not supported; jquant knows {_list(_ROPE_KINDS)}.")
+    if not isinstance(kind, str) or kind not in kinds:
+        raise InputError(f"{name}: rope_type {reprlib.repr(kind)} is not supported; jquant knows {_list(kinds)}.")
     base = _check("rope_base", rope.get("rope_theta", shape.get("rope_base", 10000.0)), f"{name}: rope_theta")
-    _refuse_variants(rope, {"partial_rotary_factor": (1.0,)}, name)
+    _refuse_variants(rope, {"partial_rotary_factor": (1.0,)}, name, str(raw["model_type"]))
     idle = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"}
     if surplus := rope.keys() - idle - _ROPE_KINDS[kind]:
         raise InputError(f"{name}: rope_type {kind!r} does not take {_list(sorted(surplus))}.")
@@ -316,16 +591,14 @@ def _scaling(
     return yarn_divisors(base, head_dim, factor, context, (fast, slow), truncate), magnitude
 
 
-def _refuse_variants(
-    values: Mapping[str, Any], fixed: Mapping[str, Collection[Any]], source: str, required: Iterable[str] = ()
-) -> None:
+def _refuse_variants(values: Mapping[str, Any], fixed: Mapping[str, Collection[Any]], source: str, family: str) -> None:
     """Raises InputError for a key that asks for a variant which jquant's decoder does not have."""
     for key, allowed in fixed.items():
         value = values.get(key)
-        if (value is None and key not in required) or (type(value) in (bool, int, float, str) and value in allowed):
+        if value is None or (type(value) in (bool, int, float, str) and value in allowed):
             continue
         other = f"only {_list(allowed)}" if allowed else "only models without it"
-        raise InputError(f"{source}: {key} is {reprlib.repr(value)}; jquant's Llama decoder knows {other}.")
+        raise InputError(f"{source}: {key} is {reprlib.repr(value)}; jquant's {family} decoder knows {other}.")
 
 
 def _warn(unknown: Iterable[str], source: str) -> None:
@@ -340,60 +613,61 @@ def _list(values: Iterable[Any]) -> str:
 
 # ---- GGUF -----------------------------------------------------------------------------------------------------------
 
+# Keys without the architecture, which they begin with.
 _GGUF = {
-    "llama.vocab_size": "vocab_size",
-    "llama.embedding_length": "hidden",
-    "llama.feed_forward_length": "ffn",
-    "llama.block_count": "layers",
-    "llama.attention.head_count": "heads",
-    "llama.attention.head_count_kv": "kv_heads",
-    "llama.attention.key_length": "head_dim",
-    "llama.attention.layer_norm_rms_epsilon": "norm_eps",
-    "llama.context_length": "context_length",
-    "llama.rope.freq_base": "rope_base",
+    "vocab_size": "vocab_size",
+    "embedding_length": "hidden",
+    "feed_forward_length": "ffn",
+    "block_count": "layers",
+    "attention.head_count": "heads",
+    "attention.head_count_kv": "kv_heads",
+    "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "norm_eps",
+    "context_length": "context_length",
+    "rope.freq_base": "rope_base",
 }
+_GGUF_GENERAL: dict[str, tuple[Any, ...]] = {"general.type": ("model",), "split.count": (0, 1)}
 _GGUF_FIXED: dict[str, tuple[Any, ...]] = {
-    "general.architecture": ("llama",),
-    "general.type": ("model",),
-    "split.count": (0, 1),
-    "llama.attention.causal": (True,),
-    "llama.attention.clamp_kqv": (0.0,),
-    "llama.attention.max_alibi_bias": (0.0,),
-    "llama.attention.shared_kv_layers": (0,),
-    "llama.attention.sliding_window": (0,),
-    "llama.attn_logit_softcapping": (0.0,),
-    "llama.embedding_scale": (0.0, 1.0),
-    "llama.expert_count": (0,),
-    "llama.expert_used_count": (0,),
-    "llama.final_logit_softcapping": (0.0,),
-    "llama.logit_scale": (0.0, 1.0),
-    "llama.nextn_predict_layers": (0,),
-    "llama.residual_scale": (0.0, 1.0),
-    "llama.rope.scaling.alpha": (0.0,),
-    "llama.rope.scaling.attn_factor": (1.0,),
-    "llama.rope.scaling.yarn_attn_factor": (1.0,),
-    "llama.rope.scaling.yarn_ext_factor": (-1.0, 1.0),
-    "llama.rope.scaling.yarn_log_multiplier": (0.0,),
-    "llama.tensor_data_layout": ("Meta AI original pth",),  # llama.cpp always interleaves rotary rows so
-    "llama.use_parallel_residual": (False,),
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "attention.shared_kv_layers": (0,),
+    "attention.sliding_window": (0,),
+    "attn_logit_softcapping": (0.0,),
+    "embedding_scale": (0.0, 1.0),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "final_logit_softcapping": (0.0,),
+    "logit_scale": (0.0, 1.0),
+    "nextn_predict_layers": (0,),
+    "residual_scale": (0.0, 1.0),
+    "rope.scaling.alpha": (0.0,),
+    "rope.scaling.attn_factor": (1.0,),
+    "rope.scaling.yarn_attn_factor": (1.0,),
+    "rope.scaling.yarn_ext_factor": (-1.0, 1.0),
+    "rope.scaling.yarn_log_multiplier": (0.0,),
+    "tensor_data_layout": ("Meta AI original pth",),  # llama.cpp always interleaves rotary rows so
+    "use_parallel_residual": (False,),
 }
 _GGUF_ROPE = {  # key -> Hugging Face's name
-    "llama.rope.scaling.factor": "factor",
-    "llama.rope.scale_linear": "factor",  # in files of 2023
-    "llama.rope.scaling.original_context_length": "original_max_position_embeddings",
-    "llama.rope.scaling.yarn_beta_fast": "beta_fast",
-    "llama.rope.scaling.yarn_beta_slow": "beta_slow",
+    "rope.scaling.factor": "factor",
+    "rope.scale_linear": "factor",  # in files of 2023
+    "rope.scaling.original_context_length": "original_max_position_embeddings",
+    "rope.scaling.yarn_beta_fast": "beta_fast",
+    "rope.scaling.yarn_beta_slow": "beta_slow",
 }
 _GGUF_READ = {
     *_GGUF,
     *_GGUF_FIXED,
     *_GGUF_ROPE,
-    "llama.attention.scale",
-    "llama.attention.value_length",
-    "llama.rope.dimension_count",
-    "llama.rope.scaling.type",
-    "llama.rope.scaling.finetuned",  # says how the model was made
+    "attention.scale",
+    "attention.value_length",
+    "rope.dimension_count",
+    "rope.scaling.type",
+    "rope.scaling.finetuned",  # says how the model was made
 }
+# Layers of the models (Gemma 2 and 3 of 27B) whose queries llama.cpp scales by 1/√(hidden / heads); no key says so.
+_GGUF_SCALED = {"gemma2": 46, "gemma3_text": 62}
 
 
 def config_from_gguf(
@@ -411,44 +685,82 @@ def config_from_gguf(
       InputError: another architecture, an unsupported variant of it, or a field that is missing, of another type, or
         out of range.
     """
-    _refuse_variants(header, _GGUF_FIXED, source, required=("general.architecture",))
-    _warn((key for key in header if key.startswith("llama.") and key not in _GGUF_READ), source)
-    read = {field: _check(field, header[key], f"{source}: {key}") for key, field in _GGUF.items() if key in header}
+    architecture = _known(header.get("general.architecture"), GGUF_FAMILIES, f"{source}: general.architecture")
+    family, prefix = GGUF_FAMILIES[architecture], f"{architecture}."
+    variant = _VARIANTS[family]
+    fixed = {prefix + key: allowed for key, allowed in _GGUF_FIXED.items() if key not in variant.gguf}
+    _refuse_variants(header, {**fixed, **_GGUF_GENERAL}, source, family)
+    own = {key.removeprefix(prefix): value for key, value in header.items() if key.startswith(prefix)}
+    _warn((prefix + key for key in own.keys() - _GGUF_READ - variant.gguf.keys()), source)
+    read = {name: _check(name, own[key], f"{source}: {prefix}{key}") for key, name in _GGUF.items() if key in own}
     if "vocab_size" not in read and isinstance(header.get("tokenizer.ggml.tokens"), list):
         read["vocab_size"] = len(header["tokenizer.ggml.tokens"])
-    for key, field in _GGUF.items():
-        if field not in read and field not in ("kv_heads", "head_dim", "rope_base"):
-            raise InputError(f"{source} lacks the GGUF key {key!r}.")
+    for key, name in _GGUF.items():
+        if name not in read and name not in ("kv_heads", "head_dim", "rope_base"):
+            raise InputError(f"{source} lacks the GGUF key {prefix + key!r}.")
     if "head_dim" not in read and read["hidden"] % read["heads"]:
         raise InputError(f"{source}: {read['hidden']} channels are no multiple of {read['heads']} attention heads.")
     settled = {"kv_heads": read["heads"], "head_dim": read["hidden"] // read["heads"], "rope_base": 10000.0} | read
     width = settled["head_dim"]
-    for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
-        value = header.get(key, width)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        value = own.get(key, width)
         if type(value) is not int or value != width:
-            raise InputError(f"{source}: {key} is {reprlib.repr(value)}; jquant takes the head's width, {width}.")
-    scale = header.get("llama.attention.scale", 0)
+            raise InputError(
+                f"{source}: {prefix}{key} is {reprlib.repr(value)}; jquant takes the head's width, {width}."
+            )
+    scale = own.get("attention.scale", 0)
     if scale != 0 and not (isinstance(scale, float) and math.isclose(scale, width**-0.5, rel_tol=1e-5)):
-        raise InputError(f"{source}: llama.attention.scale is {reprlib.repr(scale)}; jquant takes 1/√{width}.")
-    divisors, magnitude = _gguf_rope(header, settled, source)
+        raise InputError(f"{source}: {prefix}attention.scale is {reprlib.repr(scale)}; jquant takes 1/√{width}.")
+    divisors, magnitude = _gguf_rope(own, settled, f"{source}: {prefix}")
     if rope_divisors is not None and len(rope_divisors) != width // 2:
         raise InputError(f"{source}: rope_freqs.weight has {len(rope_divisors)} values, not {width // 2}.")
     if divisors and rope_divisors:
         divisors = tuple(map(math.prod, zip(divisors, rope_divisors, strict=True)))
-    return DecoderConfig(**settled, tied=tied, rope_divisors=divisors or rope_divisors, rope_magnitude=magnitude)
+    ropes = {"rope_divisors": divisors or rope_divisors, "rope_magnitude": magnitude}
+    special = _gguf_special({**variant.gguf, **own}, settled, family, f"{source}: {prefix}")
+    return _settled(settled, ropes, special, variant.fields, {"tied": tied, "family": family})
 
 
-def _gguf_rope(
-    header: Mapping[str, Any], shape: Mapping[str, Any], source: str
-) -> tuple[tuple[float, ...] | None, float]:
+def _gguf_special(own: Mapping[str, Any], shape: Mapping[str, Any], family: str, name: str) -> dict[str, Any]:
+    """The fields beyond Llama's; `own` has the family's defaults, and 0 in it stands for none."""
+    read: dict[str, Any] = {}
+    layers, variant = shape["layers"], _VARIANTS[family]
+    unset = lambda key: type(own[key]) in (int, float) and own[key] == 0  # noqa: E731
+    takes = {"attn_logit_softcapping": "attention_softcap", "final_logit_softcapping": "logits_softcap"}
+    for key, to in (takes | {"rope.freq_base_swa": "local_rope_base"}).items():
+        if key in variant.gguf and not unset(key):
+            read[to] = _check(to, own[key], name + key)
+    if "no_rope_layer_interval" in variant.gguf:
+        interval = variant.gguf["no_rope_layer_interval"]
+        read["no_rope"] = tuple(range(interval - 1, layers, interval))
+    if "attention.sliding_window" in variant.gguf and not unset("attention.sliding_window"):
+        window, key = _whole(own, "attention.sliding_window", name), "attention.sliding_window_pattern"
+        pattern = own.get(key, 0)
+        if type(pattern) is int and pattern >= 0:  # every so many layers one sees all; 0: none does
+            slides = [not pattern or (layer + 1) % pattern != 0 for layer in range(layers)]
+        elif isinstance(pattern, np.ndarray) and pattern.shape == (layers,):
+            slides = pattern.tolist()
+        else:
+            raise InputError(
+                f"{name}{key} takes a number, or one value for each of {layers} layers, not {reprlib.repr(pattern)}."
+            )
+        read["windows"] = _windows(slides, window)
+    if variant.fields.get("post_norms"):
+        read["embedding_scale"] = shape["hidden"] ** 0.5
+        if layers == _GGUF_SCALED[family]:
+            read["attention_scale"] = (shape["hidden"] / shape["heads"]) ** -0.5
+    return read
+
+
+def _gguf_rope(own: Mapping[str, Any], shape: Mapping[str, Any], name: str) -> tuple[tuple[float, ...] | None, float]:
     """Divisors and magnitude. As in llama.cpp, a factor without a type is linear scaling, and a factor of 0 none."""
-    rope = {ours: header[key] for key, ours in _GGUF_ROPE.items() if header.get(key) not in (None, 0)}
-    kind = header.get("llama.rope.scaling.type", "linear")
+    rope = {ours: own[key] for key, ours in _GGUF_ROPE.items() if own.get(key) not in (None, 0)}
+    kind = own.get("rope.scaling.type", "linear")
     if kind == "none" or (kind == "linear" and "factor" not in rope):
         return None, 1.0
     if kind not in ("linear", "yarn"):
         raise InputError(
-            f"{source}: llama.rope.scaling.type {reprlib.repr(kind)} is not supported; jquant knows none, linear, yarn."
+            f"{name}rope.scaling.type {reprlib.repr(kind)} is not supported; jquant knows none, linear, yarn."
         )
     rope.setdefault("original_max_position_embeddings", shape["context_length"])
-    return _scaling(kind, rope, shape["rope_base"], shape["head_dim"], f"{source}: llama.rope.scaling")
+    return _scaling(kind, rope, shape["rope_base"], shape["head_dim"], f"{name}rope.scaling")

@@ -1,12 +1,14 @@
-"""One Flax NNX decoder for the Llama family.
+"""One Flax NNX decoder for all families; what differs between them is in `DecoderConfig`.
 
-Layers are stacked on axis 0 and run under `lax.scan`, so compile time does not grow with depth. Layers with different
-formats form consecutive segments, each stacked and scanned. `Block` also returns its taps, the distinct inputs that its
-projections read, for calibration. Under jit, unused taps cost nothing.
+Layers are stacked on axis 0 and run under `lax.scan`, so compile time does not grow with depth. Layers that differ in
+formats, window or rotary embedding form consecutive segments, each stacked and scanned. `Block` also returns its taps,
+the distinct inputs that its projections read, for calibration. Under jit, unused taps cost nothing.
 """
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
@@ -35,14 +37,19 @@ MAX_CHUNKS, MIN_CHUNK = 16, 128
 
 
 class Linear(nnx.Module):
-    """y = x @ kernel, kernel `[in, out]`: an array, a `QTensor`, or anything that has a shape and takes x @ kernel."""
+    """y = x @ kernel, kernel `[in, out]`: an array, a `QTensor`, or anything that has a shape and takes x @ kernel.
 
-    def __init__(self, in_features: int, out_features: int, rngs: nnx.Rngs):
+    With a bias `[out]`, an array, y = x @ kernel + bias.
+    """
+
+    def __init__(self, in_features: int, out_features: int, rngs: nnx.Rngs, bias: bool = False):
         self.kernel = nnx.Param(0.02 * rngs.params.normal((in_features, out_features)))
+        self.bias = nnx.Param(jnp.zeros(out_features)) if bias else None
 
     def __call__(self, x: Float[Array, "*b in"]) -> Float[Array, "*b out"]:
         """Applies the kernel in x's dtype."""
-        return x @ self.kernel.get_value()
+        y = x @ self.kernel.get_value()
+        return y if self.bias is None else y + self.bias.get_value()
 
 
 class SideBySide(nnx.Module):
@@ -51,15 +58,18 @@ class SideBySide(nnx.Module):
     Attributes:
       kernel: `[in, out]`; anything that has a shape and takes x @ kernel.
       ends: where each but the last layer's outputs end.
+      bias: theirs side by side, `[out]`, or None.
     """
 
-    def __init__(self, kernel: Any, ends: tuple[int, ...]):
+    def __init__(self, kernel: Any, ends: tuple[int, ...], bias: Array | None = None):
         self.kernel = nnx.Param(kernel)
         self.ends = ends
+        self.bias = None if bias is None else nnx.Param(bias)
 
     def __call__(self, x: Float[Array, "*b in"]) -> list[Float[Array, "*b _"]]:
         """The layers' outputs."""
-        return jnp.split(x @ self.kernel.get_value(), self.ends, -1)
+        y = x @ self.kernel.get_value()
+        return jnp.split(y if self.bias is None else y + self.bias.get_value(), self.ends, -1)
 
 
 class RMSNorm(nnx.Module):
@@ -79,25 +89,66 @@ class RMSNorm(nnx.Module):
         return wide.astype(x.dtype) * self.scale.get_value()
 
 
-class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions; `cached` rounds past keys and values (`with_cache`)."""
+@dataclass(frozen=True)
+class Scores:
+    """How attention scores s = q·k come about; fields as in `DecoderConfig`, the window that of one layer."""
 
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+    scale: float | None = None
+    softcap: float | None = None
+    window: int | None = None
+
+    def scaled(self, q: Float[Array, "b h t d"]) -> Float[Array, "b h t d"]:
+        """Queries times the scale."""
+        return q * (q.shape[-1] ** -0.5 if self.scale is None else self.scale)
+
+    def sees(self, query: Any, key: Any) -> Any:
+        """Whether a query's position sees a key's."""
+        return key <= query if self.window is None else (key <= query) & (key > query - self.window)
+
+    def plain(self, slots: int) -> bool:
+        """Whether among so many tokens a query sees all that came before, and no score is capped."""
+        return self.softcap is None and (self.window is None or self.window >= slots)
+
+
+PLAIN = Scores()
+
+
+def soft_capped(x: Array, cap: float | None) -> Array:
+    """c · tanh(x / c), which lies within ±c; x as it is without a cap (Gemma 2, arXiv 2408.00118, §2)."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention; `cached` rounds past keys and values (`with_cache`).
+
+    `window` and `rope` are the layer's (`DecoderConfig.window`, `.rope`), and static: layers that differ in them share
+    neither a segment nor a compiled program.
+    """
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, layer: int = 0):
         self.config = config
+        self.window, self.rope = config.window(layer), config.rope(layer)
         self.cached: CacheFormat | None = None
         self.of_one: Any = None  # attends with one query a head (`kernels.choose.attention`); set by generation
         self.devices: Any = None  # a mesh over which the cache's heads are cut; set by generation
         self.together: SideBySide | None = None  # q, k and v as one; set by generation
         width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        self.q = Linear(config.hidden, width, rngs)
-        self.k = Linear(config.hidden, kv_width, rngs)
-        self.v = Linear(config.hidden, kv_width, rngs)
-        self.o = Linear(width, config.hidden, rngs)
+        self.q = Linear(config.hidden, width, rngs, "attention.q" in config.biases)
+        self.k = Linear(config.hidden, kv_width, rngs, "attention.k" in config.biases)
+        self.v = Linear(config.hidden, kv_width, rngs, "attention.v" in config.biases)
+        self.o = Linear(width, config.hidden, rngs, "attention.o" in config.biases)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+
+    @property
+    def scores(self) -> Scores:
+        """How its scores come about."""
+        return Scores(self.config.attention_scale, self.config.attention_softcap, self.window)
 
     def __call__(
         self,
         x: Float[Array, "b t d"],
-        rotary: Float[Array, "t half 2"],
+        rotary: Float[Array, "ropes t half 2"],
         cache: tuple[Any, Any] | None = None,
         start: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "b t d"], Taps, tuple[Any, Any] | None]:
@@ -108,11 +159,15 @@ class Attention(nnx.Module):
         """
         heads = lambda y: y.reshape(*y.shape[:2], -1, self.config.head_dim).transpose(0, 2, 1, 3)  # noqa: E731
         q, k, v = map(heads, self.together(x) if self.together else (self.q(x), self.k(x), self.v(x)))
-        q = rotate(q, rotary)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        own = None if self.rope is None else rotary[self.rope]
+        q = rotate(q, own)
         if cache is not None:
-            cache = extended(cache, (k, v), rotary, start, self.cached)
+            cache = extended(cache, (k, v), own, start, self.cached)
         if cache is None or (self.cached is not None and x.shape[1] > 1):
-            out, mass = causal_attention(q, rotate(k, rotary), v, *rounded_past(k, v, rotary, self.cached))
+            past = rounded_past(k, v, own, self.cached)
+            out, mass = causal_attention(q, rotate(k, own), v, *past, scores=self.scores)
         else:
             out, mass = self._over_heads(self._to_cache)(q, cache, start), None
         merged = out.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1)
@@ -121,55 +176,65 @@ class Attention(nnx.Module):
 
     def _to_cache(self, q: Float[Array, "b h t d"], cache: tuple[Any, Any], start: Any) -> Float[Array, "b h t d"]:
         length = start + q.shape[2]
-        keys, values = read(cache, length, self.config, self.cached)
-        if self.of_one is not None and q.shape[2] == 1:
+        keys, values = read(cache, length, self.config, self.cached, self.rope)
+        scores = self.scores
+        if self.of_one is not None and q.shape[2] == 1 and scores.plain(keys.shape[2]):
+            if scores.scale is not None:  # the kernel divides by √d
+                q = scores.scaled(q) * q.shape[-1] ** 0.5
             return self.of_one(q, keys, values, length)
-        return attend(q, keys, values, start)
+        return attend(q, keys, values, start, scores)
 
     def _over_heads(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return function if self.devices is None else self.devices.over_heads(function, self.config.kv_heads)
 
 
+_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
+
+
 class MLP(nnx.Module):
-    """down(silu(gate(x)) · up(x)); `rotation` rotates the input of `down` (`jquant.models.folding`)."""
+    """down(activation(gate(x)) · up(x)); `rotation` rotates the input of `down` (`jquant.models.folding`)."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        self.activation = config.activation
         self.rotation: hadamard.Rotation | None = None
         self.together: SideBySide | None = None  # gate and up as one; set by generation
-        self.gate = Linear(config.hidden, config.ffn, rngs)
-        self.up = Linear(config.hidden, config.ffn, rngs)
-        self.down = Linear(config.ffn, config.hidden, rngs)
+        self.gate = Linear(config.hidden, config.ffn, rngs, "mlp.gate" in config.biases)
+        self.up = Linear(config.hidden, config.ffn, rngs, "mlp.up" in config.biases)
+        self.down = Linear(config.ffn, config.hidden, rngs, "mlp.down" in config.biases)
 
     def __call__(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Taps]:
         """Output and taps."""
         gate, up = self.together(x) if self.together else (self.gate(x), self.up(x))
-        inner = jax.nn.silu(gate) * up
+        inner = _ACTIVATIONS[self.activation](gate) * up
         if self.rotation is not None:
             inner = hadamard.apply(inner, self.rotation)
         return self.down(inner), {"mlp_input": x, "mlp_output": inner}
 
 
 class Block(nnx.Module):
-    """One pre-norm decoder layer."""
+    """One pre-norm decoder layer; with `DecoderConfig.post_norms` what it adds to the stream is normalised, too."""
 
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(config.hidden, config.norm_eps)
-        self.attention = Attention(config, rngs)
-        self.mlp_norm = RMSNorm(config.hidden, config.norm_eps)
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, layer: int = 0):
+        norm = lambda: RMSNorm(config.hidden, config.norm_eps)  # noqa: E731
+        self.attention_norm = norm()
+        self.attention = Attention(config, rngs, layer)
+        self.attention_post_norm = norm() if config.post_norms else None
+        self.mlp_norm = norm()
         self.mlp = MLP(config, rngs)
+        self.mlp_post_norm = norm() if config.post_norms else None
 
     def __call__(
         self,
         x: Float[Array, "b t d"],
-        rotary: Float[Array, "t half 2"],
+        rotary: Float[Array, "ropes t half 2"],
         cache: tuple[Any, Any] | None = None,
         start: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "b t d"], Taps, tuple[Any, Any] | None]:
         """Residual stream after the layer, its taps, and its cache."""
         attended, taps, cache = self.attention(self.attention_norm(x), rotary, cache, start)
-        x = x + attended
+        x = x + (attended if self.attention_post_norm is None else self.attention_post_norm(attended))
         out, mlp_taps = self.mlp(self.mlp_norm(x))
-        return x + out, taps | mlp_taps, cache
+        return x + (out if self.mlp_post_norm is None else self.mlp_post_norm(out)), taps | mlp_taps, cache
 
 
 class Decoder(nnx.Module):
@@ -182,8 +247,11 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         self.config = config
         self.embedding = nnx.Param(0.02 * rngs.params.normal((config.vocab_size, config.hidden)))
-        stack = nnx.vmap(lambda rngs: Block(config, rngs))
-        self.segments = nnx.List([nnx.split_rngs(splits=config.layers)(stack)(rngs)])
+
+        def stack(run: range) -> Block:
+            return nnx.split_rngs(splits=len(run))(nnx.vmap(lambda rngs: Block(config, rngs, run[0])))(rngs)
+
+        self.segments = nnx.List([stack(run) for run in config.runs])
         self.norm = RMSNorm(config.hidden, config.norm_eps)
         self.head = None if config.tied else Linear(config.hidden, config.vocab_size, rngs)
 
@@ -204,6 +272,8 @@ class Decoder(nnx.Module):
     def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         """The residual stream before the first layer."""
         x = self.embedding.get_value()[tokens].astype(self.dtype)
+        if self.config.embedding_scale != 1:
+            x = x * jnp.asarray(self.config.embedding_scale, x.dtype)  # rounded to it, as transformers does
         return x if self.norm.rotation is None else hadamard.apply(x, self.norm.rotation)
 
     def hidden(self, tokens: Int[Array, "b t"], remat: bool = False) -> Float[Array, "b t d"]:
@@ -232,7 +302,8 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b vocab"]:
         """Projects final states onto the vocabulary."""
-        return hidden @ self.embedding.get_value().T if self.head is None else self.head(hidden)
+        logits = hidden @ self.embedding.get_value().T if self.head is None else self.head(hidden)
+        return soft_capped(logits, self.config.logits_softcap)
 
 
 def outside_of(decoder: Decoder) -> Decoder:
@@ -298,21 +369,25 @@ def causal_attention(
     v: Float[Array, "b kv t d"],
     past_keys: Past | None = None,
     past_values: Past | None = None,
+    scores: Scores = PLAIN,
 ) -> tuple[Float[Array, "b h t d"], Float[Array, "b t"]]:
     """Causal attention, and the attention mass each token receives: summed over queries, averaged over heads.
 
     Keys and values of past tokens may be rounded; `Past` says which each query reads so.
 
-    Each chunk of queries reads the keys up to its own end. That takes half the products of the full square, and only
-    one chunk's probabilities are in memory (1/16 of the square at 4,096 tokens).
+    Each chunk of queries reads the keys that it sees, up to its own end. Without a window that takes half the products
+    of the full square, and only one chunk's probabilities are in memory (1/16 of the square at 4,096 tokens).
     """
     outs, mass = [], jnp.zeros((q.shape[0], q.shape[2]), jnp.float32)
     for begin, end in chunks(q.shape[2]):
-        visible = jnp.arange(end) <= jnp.arange(begin, end)[:, None]
-        sources = [*_sources(k, past_keys, begin, end), *_sources(v, past_values, begin, end)]
-        out, received = _softmax_attention(q[:, :, begin:end], sources[:2], sources[2:], visible)
+        first = 0 if scores.window is None else max(begin + 1 - scores.window, 0)
+        # Traced: NumPy's mask would be a constant of the program, 16 MB in all at 4,096 tokens.
+        visible = scores.sees(jnp.arange(begin, end)[:, None], jnp.arange(first, end))
+        seen = scores.sees(np.arange(begin, end)[:, None], np.arange(first, end))
+        sources = [_sources(x, past, first, seen) for x, past in ((k, past_keys), (v, past_values))]
+        out, received = _softmax_attention(q[:, :, begin:end], *sources, visible, scores)
         outs.append(out)
-        mass = mass.at[:, :end].add(received)
+        mass = mass.at[:, first:end].add(received)
     return jnp.concatenate(outs, 2), mass
 
 
@@ -323,37 +398,48 @@ def chunks(queries: int) -> list[tuple[int, int]]:
 
 
 def attend(
-    q: Float[Array, "b h t d"], k: Float[Array, "b kv s d"], v: Float[Array, "b kv s d"], start: Int[Array, ""] | int
+    q: Float[Array, "b h t d"],
+    k: Float[Array, "b kv s d"],
+    v: Float[Array, "b kv s d"],
+    start: Int[Array, ""] | int,
+    scores: Scores = PLAIN,
 ) -> Float[Array, "b h t d"]:
     """Attention of queries at positions start, start + 1, … to a cache of `s` slots; later slots are empty.
 
     A single query multiplies and sums. Batched matrix products would cost a CPU a quarter of the default model's
     decoding step, for their set-up per head. Several queries come in chunks, as in `causal_attention`.
     """
-    visible = jnp.arange(k.shape[2]) <= start + jnp.arange(q.shape[2])[:, None]
+    visible = scores.sees(start + jnp.arange(q.shape[2])[:, None], jnp.arange(k.shape[2]))
     if q.shape[2] > 1:
-        part = lambda begin, end: _softmax_attention(q[:, :, begin:end], (k, None), (v, None), visible[begin:end])[0]  # noqa: E731
-        return jnp.concatenate([part(*ends) for ends in chunks(q.shape[2])], 2)
+        sources, parts = ((k, None), (v, None)), [slice(*ends) for ends in chunks(q.shape[2])]
+        outs = [_softmax_attention(q[:, :, part], *sources, visible[part], scores)[0] for part in parts]
+        return jnp.concatenate(outs, 2)
     b, _, _, d = q.shape
-    query = (q * d**-0.5).astype(jnp.float32).reshape(b, k.shape[1], -1, 1, d)
-    scores = jnp.where(visible[0], jnp.sum(query * k[:, :, None], -1), -jnp.inf)
-    weights = jax.nn.softmax(scores, -1)
+    query = scores.scaled(q).astype(jnp.float32).reshape(b, k.shape[1], -1, 1, d)
+    products = soft_capped(jnp.sum(query * k[:, :, None], -1), scores.softcap)
+    weights = jax.nn.softmax(jnp.where(visible[0], products, -jnp.inf), -1)
     return jnp.sum(weights[..., None] * v[:, :, None], -2).reshape(q.shape).astype(q.dtype)
 
 
-def _sources(x: Array, past: Past | None, begin: int, end: int) -> tuple[Array, Past | None]:
-    """What queries from `begin` to `end` read: tokens as they are, and as past ones."""
+def _sources(x: Array, past: Past | None, first: int, seen: np.ndarray) -> tuple[Array, Past | None]:
+    """What a chunk of queries reads of the tokens from `first` on: as they are, and as past ones.
+
+    `seen` says which of these tokens each of the queries sees; the last query is at the last token.
+    """
+    end = first + seen.shape[1]
     if past is None:
-        return x[:, :, :end], None
-    reads = past.reads[begin:end, :end]
+        return x[:, :, first:end], None
+    reads = past.reads[end - len(seen) : end, first:end]
     if not reads.any():
-        return x[:, :, :end], None
-    if (reads == np.tri(end - begin, end, begin, bool)).all():  # all that they see is past
-        return past.rounded[:, :, :end], None
-    return x[:, :, :end], Past(past.rounded[:, :, :end], reads)
+        return x[:, :, first:end], None
+    if (reads | ~seen).all():  # all that they see is past
+        return past.rounded[:, :, first:end], None
+    return x[:, :, first:end], Past(past.rounded[:, :, first:end], reads)
 
 
-def _softmax_attention(q: Array, keys: Sequence[Any], values: Sequence[Any], visible: Array) -> tuple[Array, Array]:
+def _softmax_attention(
+    q: Array, keys: Sequence[Any], values: Sequence[Any], visible: Array, scores: Scores
+) -> tuple[Array, Array]:
     """Scores and probabilities in float32; query heads that share a key/value head are rows of one matrix product.
 
     Keys and values are pairs: as they are, and None or `Past`.
@@ -361,15 +447,15 @@ def _softmax_attention(q: Array, keys: Sequence[Any], values: Sequence[Any], vis
     b, h, t, d = q.shape
     (k, past_keys), (v, past_values) = keys, values
     kv, s = k.shape[1:3]
-    grouped = (q * d**-0.5).reshape(b, kv, h // kv * t, d)
+    grouped = scores.scaled(q).reshape(b, kv, h // kv * t, d)
     scores_of = lambda k: jnp.einsum("bkqd,bksd->bkqs", grouped, k, preferred_element_type=jnp.float32).reshape(  # noqa: E731
         b, kv, h // kv, t, s
     )
-    scores = scores_of(k)
+    products = scores_of(k)
     if past_keys is not None:
-        scores = jnp.where(past_keys.reads, scores_of(past_keys.rounded), scores)
-    scores = jnp.where(visible, scores, -jnp.inf)
-    weights = jnp.exp(scores - jnp.max(scores, -1, keepdims=True))
+        products = jnp.where(past_keys.reads, scores_of(past_keys.rounded), products)
+    products = jnp.where(visible, soft_capped(products, scores.softcap), -jnp.inf)
+    weights = jnp.exp(products - jnp.max(products, -1, keepdims=True))
     # Dividing the outputs, not the probabilities, saves a pass over the square.
     total = jnp.sum(weights, -1, keepdims=True)
     sums_of = lambda weights, v: jnp.einsum("bkqs,bksd->bkqd", weights.astype(v.dtype).reshape(b, kv, -1, s), v)  # noqa: E731

@@ -1,10 +1,11 @@
 """Model families: tensor names in files, and the sites in a block where weights are quantized.
 
 All that an algorithm must know of a family is declared here: which projections read one input, which parameter produces
-that input (and can absorb a channel scale), and which token weights suit each projection.
+that input (and can absorb a channel scale), and which token weights suit each projection. What the decoder computes
+follows from `DecoderConfig`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jquant.errors import InputError
 from jquant.models.config import DecoderConfig
@@ -28,22 +29,50 @@ class Site:
     token_weights: tuple[tuple[str, str], ...] = ()
 
 
+K, V = "attention.k.kernel", "attention.v.kernel"
+SITES = (
+    Site(
+        "attention_input",
+        ("attention.q.kernel", K, V),
+        "attention_norm.scale",
+        ((K, "attention_mass"), (V, "attention_mass")),
+    ),
+    Site("attention_output", ("attention.o.kernel",), V),
+    Site("mlp_input", ("mlp.gate.kernel", "mlp.up.kernel"), "mlp_norm.scale"),
+    Site("mlp_output", ("mlp.down.kernel",), "mlp.up.kernel"),
+)
+
+
 @dataclass(frozen=True)
 class Family:
     """A block's sites, and names in the decoder -> names in files.
 
+    Parameters with one name in a file are one tensor there: their rows follow one another in the table's order
+    (`fused_with`).
+
     Attributes:
-      sites: in the order in which a block computes them. Sites whose producer is a norm's gain read the residual
-        stream.
-      writers: the projections whose outputs are added to the residual stream.
       hf: names in Hugging Face's files; `{}` stands for the layer. Both formats store kernels `[out, in]`.
       gguf: names in GGUF files.
+      hf_norm_offset: what is added to a norm's values in Hugging Face's files to get its gain. Gemma's files hold w for
+        a gain of 1 + w; an exporter must subtract the offset. GGUF files hold gains.
+      gguf_interleaved: whether GGUF files hold the rows (2i, 2i + 1) of q and k where Hugging Face's hold (i, i + d/2).
+      sites: in the order in which a block computes them. Sites whose producer is a norm's gain read the residual
+        stream.
+      writers: the projections whose outputs are added to the residual stream, through a norm in families with
+        `DecoderConfig.post_norms`.
     """
 
-    sites: tuple[Site, ...]
-    writers: tuple[str, ...]
     hf: dict[str, str]
     gguf: dict[str, str]
+    hf_norm_offset: float = 0.0
+    gguf_interleaved: bool = False
+    sites: tuple[Site, ...] = SITES
+    writers: tuple[str, ...] = ("attention.o.kernel", "mlp.down.kernel")
+
+    def fused_with(self, format: str, name: str) -> tuple[str, ...]:
+        """The parameters that share a tensor of a file with this one, itself among them, in the rows' order."""
+        names = getattr(self, format)
+        return tuple(other for other in names if names[other] == names[name])
 
     @property
     def weights(self) -> tuple[str, ...]:
@@ -55,53 +84,84 @@ class Family:
         return next(site for site in self.sites if site.tap == tap)
 
 
-K, V = "attention.k.kernel", "attention.v.kernel"
+_HF = {
+    "embedding": "model.embed_tokens.weight",
+    "norm.scale": "model.norm.weight",
+    "head.kernel": "lm_head.weight",
+    "layers.attention_norm.scale": "model.layers.{}.input_layernorm.weight",
+    "layers.attention.q.kernel": "model.layers.{}.self_attn.q_proj.weight",
+    "layers.attention.k.kernel": "model.layers.{}.self_attn.k_proj.weight",
+    "layers.attention.v.kernel": "model.layers.{}.self_attn.v_proj.weight",
+    "layers.attention.o.kernel": "model.layers.{}.self_attn.o_proj.weight",
+    "layers.mlp_norm.scale": "model.layers.{}.post_attention_layernorm.weight",
+    "layers.mlp.gate.kernel": "model.layers.{}.mlp.gate_proj.weight",
+    "layers.mlp.up.kernel": "model.layers.{}.mlp.up_proj.weight",
+    "layers.mlp.down.kernel": "model.layers.{}.mlp.down_proj.weight",
+}
+_GGUF = {
+    "embedding": "token_embd.weight",
+    "norm.scale": "output_norm.weight",
+    "head.kernel": "output.weight",
+    "layers.attention_norm.scale": "blk.{}.attn_norm.weight",
+    "layers.attention.q.kernel": "blk.{}.attn_q.weight",
+    "layers.attention.k.kernel": "blk.{}.attn_k.weight",
+    "layers.attention.v.kernel": "blk.{}.attn_v.weight",
+    "layers.attention.o.kernel": "blk.{}.attn_output.weight",
+    "layers.mlp_norm.scale": "blk.{}.ffn_norm.weight",
+    "layers.mlp.gate.kernel": "blk.{}.ffn_gate.weight",
+    "layers.mlp.up.kernel": "blk.{}.ffn_up.weight",
+    "layers.mlp.down.kernel": "blk.{}.ffn_down.weight",
+}
+_HF_BIASES = {
+    "layers.attention.q.bias": "model.layers.{}.self_attn.q_proj.bias",
+    "layers.attention.k.bias": "model.layers.{}.self_attn.k_proj.bias",
+    "layers.attention.v.bias": "model.layers.{}.self_attn.v_proj.bias",
+}
+_GGUF_BIASES = {
+    "layers.attention.q.bias": "blk.{}.attn_q.bias",
+    "layers.attention.k.bias": "blk.{}.attn_k.bias",
+    "layers.attention.v.bias": "blk.{}.attn_v.bias",
+}
+_HF_QK_NORMS = {
+    "layers.attention.q_norm.scale": "model.layers.{}.self_attn.q_norm.weight",
+    "layers.attention.k_norm.scale": "model.layers.{}.self_attn.k_norm.weight",
+}
+_GGUF_QK_NORMS = {
+    "layers.attention.q_norm.scale": "blk.{}.attn_q_norm.weight",
+    "layers.attention.k_norm.scale": "blk.{}.attn_k_norm.weight",
+}
+# Gemma's names: post_attention_layernorm is the norm before the MLP in Llama, and after attention here.
+_HF_POST_NORMS = {
+    "layers.attention_post_norm.scale": "model.layers.{}.post_attention_layernorm.weight",
+    "layers.mlp_norm.scale": "model.layers.{}.pre_feedforward_layernorm.weight",
+    "layers.mlp_post_norm.scale": "model.layers.{}.post_feedforward_layernorm.weight",
+}
+_GGUF_POST_NORMS = {
+    "layers.attention_post_norm.scale": "blk.{}.post_attention_norm.weight",
+    "layers.mlp_post_norm.scale": "blk.{}.post_ffw_norm.weight",
+}
+_HF_FUSED = dict.fromkeys(
+    ("layers.attention.q.kernel", "layers.attention.k.kernel", "layers.attention.v.kernel"),
+    "model.layers.{}.self_attn.qkv_proj.weight",
+) | dict.fromkeys(("layers.mlp.gate.kernel", "layers.mlp.up.kernel"), "model.layers.{}.mlp.gate_up_proj.weight")
+_GGUF_FUSED = dict.fromkeys(
+    ("layers.attention.q.kernel", "layers.attention.k.kernel", "layers.attention.v.kernel"),
+    "blk.{}.attn_qkv.weight",
+) | dict.fromkeys(("layers.mlp.gate.kernel", "layers.mlp.up.kernel"), "blk.{}.ffn_up.weight")
 
-LLAMA = Family(
-    sites=(
-        Site(
-            "attention_input",
-            ("attention.q.kernel", K, V),
-            "attention_norm.scale",
-            ((K, "attention_mass"), (V, "attention_mass")),
-        ),
-        Site("attention_output", ("attention.o.kernel",), V),
-        Site("mlp_input", ("mlp.gate.kernel", "mlp.up.kernel"), "mlp_norm.scale"),
-        Site("mlp_output", ("mlp.down.kernel",), "mlp.up.kernel"),
-    ),
-    writers=("attention.o.kernel", "mlp.down.kernel"),
-    hf={
-        "embedding": "model.embed_tokens.weight",
-        "norm.scale": "model.norm.weight",
-        "head.kernel": "lm_head.weight",
-        "layers.attention_norm.scale": "model.layers.{}.input_layernorm.weight",
-        "layers.attention.q.kernel": "model.layers.{}.self_attn.q_proj.weight",
-        "layers.attention.k.kernel": "model.layers.{}.self_attn.k_proj.weight",
-        "layers.attention.v.kernel": "model.layers.{}.self_attn.v_proj.weight",
-        "layers.attention.o.kernel": "model.layers.{}.self_attn.o_proj.weight",
-        "layers.mlp_norm.scale": "model.layers.{}.post_attention_layernorm.weight",
-        "layers.mlp.gate.kernel": "model.layers.{}.mlp.gate_proj.weight",
-        "layers.mlp.up.kernel": "model.layers.{}.mlp.up_proj.weight",
-        "layers.mlp.down.kernel": "model.layers.{}.mlp.down_proj.weight",
-    },
-    gguf={
-        "embedding": "token_embd.weight",
-        "norm.scale": "output_norm.weight",
-        "head.kernel": "output.weight",
-        "layers.attention_norm.scale": "blk.{}.attn_norm.weight",
-        "layers.attention.q.kernel": "blk.{}.attn_q.weight",
-        "layers.attention.k.kernel": "blk.{}.attn_k.weight",
-        "layers.attention.v.kernel": "blk.{}.attn_v.weight",
-        "layers.attention.o.kernel": "blk.{}.attn_output.weight",
-        "layers.mlp_norm.scale": "blk.{}.ffn_norm.weight",
-        "layers.mlp.gate.kernel": "blk.{}.ffn_gate.weight",
-        "layers.mlp.up.kernel": "blk.{}.ffn_up.weight",
-        "layers.mlp.down.kernel": "blk.{}.ffn_down.weight",
-    },
-)
-
-
-FAMILIES = {"llama": LLAMA}
+# llama.cpp's converter interleaves the rotary rows of Llama and of the models that it converts as Llama.
+LLAMA = Family(_HF, _GGUF, gguf_interleaved=True)
+GEMMA2 = Family(_HF | _HF_POST_NORMS, _GGUF | _GGUF_POST_NORMS, hf_norm_offset=1.0)
+FAMILIES = {
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "smollm3": LLAMA,
+    "qwen2": Family(_HF | _HF_BIASES, _GGUF | _GGUF_BIASES),
+    "qwen3": Family(_HF | _HF_QK_NORMS, _GGUF | _GGUF_QK_NORMS),
+    "gemma2": GEMMA2,
+    "gemma3_text": replace(GEMMA2, hf=GEMMA2.hf | _HF_QK_NORMS, gguf=GEMMA2.gguf | _GGUF_QK_NORMS),
+    "phi3": Family(_HF | _HF_FUSED, _GGUF | _GGUF_FUSED),
+}
 
 
 def family_of(config: DecoderConfig) -> Family:
@@ -113,6 +173,11 @@ def family_of(config: DecoderConfig) -> Family:
     if config.family not in FAMILIES:
         raise InputError(f"There is no model family {config.family!r}; there are {', '.join(FAMILIES)}.")
     return FAMILIES[config.family]
+
+
+def bias_of(path: str) -> str:
+    """The path of the bias beside a kernel or a gain, whether the block has one or not."""
+    return f"{path.rpartition('.')[0]}.bias"
 
 
 def shared_channels(site: Site, config: DecoderConfig) -> tuple[int, ...] | None:

@@ -20,7 +20,7 @@ from jquant.errors import InputError
 from jquant.models.adapters import Adapted
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Block, Decoder
-from jquant.models.families import Family, family_of
+from jquant.models.families import Family, bias_of, family_of
 from jquant.models.params import flat_params, to_state, weight_name
 from jquant.qtensor import QTensor
 from jquant.transforms.hadamard import Kind, Rotation, apply
@@ -49,7 +49,8 @@ def rotate(
       kind: see `Rotation`.
 
     Raises:
-      InputError: a block's weight is quantized; the residual stream or the MLP is rotated already.
+      InputError: a block's weight is quantized; the residual stream or the MLP is rotated already; what `rotations`
+        finds.
     """
     _check_float(decoder, "rotate")
     if residual and decoder.norm.rotation is not None:
@@ -92,7 +93,16 @@ def rotations(
     seed: int | None = 0,
     kind: Kind = "hadamard",
 ) -> dict[str, Rotation]:
-    """The rotations of `rotate`, by name: of the "stream", each "head", and the MLP's "inner" channels."""
+    """The rotations of `rotate`, by name: of the "stream", each "head", and the MLP's "inner" channels.
+
+    Raises:
+      InputError: a rotation of the residual stream, where norms stand between it and what is added to it.
+    """
+    if residual and config.post_norms:
+        raise InputError(
+            f"{config.family} normalises the outputs of attention and MLP before they enter the residual stream, and "
+            f"no rotation folds through the gains of these norms: rotate with residual=False."
+        )
     widths = {"stream": (residual, config.hidden), "head": (heads, config.head_dim), "inner": (mlp, config.ffn)}
     return {name: Rotation(width, seed, kind) for name, (turned, width) in widths.items() if turned}
 
@@ -174,10 +184,14 @@ def _rotate_layer(
                     rotated[path] = _rotate_rows(rotated[site.producer][:, None] * rotated[path], stream)
                 rotated[site.producer] = jnp.ones_like(rotated[site.producer])
         for path in family.writers:
-            rotated[path] = apply(rotated[path], stream)
+            for written in (path, bias_of(path)):
+                if written in rotated:
+                    rotated[written] = apply(rotated[written], stream)
     if head is not None:
         site = family.site("attention_output")
-        rotated[site.producer] = _rotate_heads(rotated[site.producer], head)
+        for made in (site.producer, bias_of(site.producer)):
+            if made in rotated:
+                rotated[made] = _rotate_heads(rotated[made], head)
         for path in site.weights:
             rotated[path] = _rotate_heads(rotated[path].T, head).T
     if inner is not None:
@@ -191,9 +205,9 @@ def _rotate_rows(w: Float[Array, "in out"], rotation: Rotation) -> Float[Array, 
     return apply(w.T, rotation).T
 
 
-def _rotate_heads(w: Float[Array, "in out"], rotation: Rotation) -> Float[Array, "in out"]:
+def _rotate_heads(w: Float[Array, "*in out"], rotation: Rotation) -> Float[Array, "*in out"]:
     """Rotates every head's columns by one rotation: query heads that share a value head need the same."""
-    return apply(w.reshape(len(w), -1, rotation.size), rotation).reshape(w.shape)
+    return apply(w.reshape(*w.shape[:-1], -1, rotation.size), rotation).reshape(w.shape)
 
 
 @partial(jax.jit, static_argnames="config")
@@ -201,6 +215,8 @@ def _permute_stack(stack: Stack, order: Int[Array, "l ffn"], config: DecoderConf
     permuted, family = dict(stack), family_of(config)
     for path in family.site("mlp_input").weights:
         permuted[path] = jnp.take_along_axis(permuted[path], order[:, None, :], -1)
+        if (bias := bias_of(path)) in permuted:
+            permuted[bias] = jnp.take_along_axis(permuted[bias], order, -1)
     for path in family.site("mlp_output").weights:
         permuted[path] = jnp.take_along_axis(permuted[path], order[:, :, None], -2)
     return permuted

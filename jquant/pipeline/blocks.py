@@ -17,7 +17,7 @@ from jquant.composition import Choices, Method
 from jquant.errors import InputError
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Block
-from jquant.models.families import Site, family_of, shared_channels
+from jquant.models.families import Site, bias_of, family_of, shared_channels
 from jquant.models.params import Params, flat_params, weight_name, with_params
 from jquant.parts import given, needs_of_parts, shown
 from jquant.qtensor import Grid, QTensor
@@ -101,7 +101,10 @@ def _transform_block(params: Params, stats: Stats, choices: Choices, config: Dec
         stats[site.tap] = {key: statistic.scaled(1 / scale) for key, statistic in stats[site.tap].items()}
         # Channels that share a producer have the same scale, so it does not matter which of them is set last.
         channels, width = _producers(site, config, len(scale))
-        params[site.producer] = params[site.producer] / jnp.zeros(width).at[channels].set(scale)
+        per_channel = jnp.zeros(width).at[channels].set(scale)
+        for path in (site.producer, bias_of(site.producer)):
+            if path in params:
+                params[path] = params[path] / per_channel
     return params, stats
 
 

@@ -27,7 +27,7 @@ from jquant.io.files import check_new, sync, write_bytes
 from jquant.io.language_model import LanguageModel
 from jquant.models.adapters import first_adapted
 from jquant.models.decoder import Block, Decoder, blocks, outside_of
-from jquant.models.families import family_of
+from jquant.models.families import Family, family_of
 from jquant.models.params import Params, flat_params, weight_name
 from jquant.models.size import Size, size_of
 from jquant.parallel.processes import gather, on_first
@@ -73,6 +73,11 @@ class _Survey:
 def _survey(model: Any, name: str, formats: Mapping[str, FolderFormat]) -> _Survey:
     """Reads the model once, and raises InputError for what the format can't say."""
     outside, named = _outside(model), family_of(model.config).hf
+    if len(named) != len(set(named.values())):
+        raise InputError(
+            f"Folders of {model.config.family} hold several projections as one weight, which jquant can't write yet: "
+            f"keep the model by save."
+        )
     if outside.norm.rotation is not None:
         raise InputError(
             f"The residual stream is rotated, which no format of {', '.join(formats)} can say: quantize with "
@@ -124,12 +129,20 @@ def _check(params: Params, prefix: str, name: str, formats: Mapping[str, FolderF
 
 def _tensors(model: Any, format: FolderFormat, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
     """The folder's tensors by name, block by block."""
-    named = family_of(model.config).hf
+    family = family_of(model.config)
     for path, leaf in gather(flat_params(_outside(model))).items():
-        yield from _named(named[path], path, leaf, format, dtype)
+        yield from _named(family.hf[path], path, _stored(path, leaf, family), format, dtype)
     for layer, block in enumerate(_blocks(model)):
         for path, leaf in gather(flat_params(block)).items():
-            yield from _named(named[f"layers.{path}"].format(layer), path, leaf, format, dtype)
+            name = family.hf[f"layers.{path}"].format(layer)
+            yield from _named(name, path, _stored(path, leaf, family), format, dtype)
+
+
+def _stored(path: str, leaf: Any, family: Family) -> Any:
+    """A parameter as the family's files hold it: Gemma's hold a norm's gain minus 1."""
+    if not path.endswith("scale") or not family.hf_norm_offset:
+        return leaf
+    return (np.asarray(leaf, np.float32) - np.float32(family.hf_norm_offset)).astype(leaf.dtype)
 
 
 def _named(name: str, path: str, leaf: Any, format: FolderFormat, dtype: str) -> Iterator[tuple[str, np.ndarray]]:

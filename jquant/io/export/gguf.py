@@ -1,8 +1,10 @@
 """Models as GGUF files for llama.cpp. Quantized weights keep their bits; only floats are rounded, to 16 bits."""
 
+import math
 import os
+import reprlib
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -18,7 +20,7 @@ from jquant.io.export.vocabulary import vocabulary
 from jquant.io.files import sync
 from jquant.io.gguf.blocks import block_size, to_blocks
 from jquant.io.tokenizer import Tokenizer
-from jquant.models.config import DecoderConfig
+from jquant.models.config import GGUF_FAMILIES, DecoderConfig, config_from_gguf
 from jquant.models.decoder import Decoder, blocks, outside_of
 from jquant.models.families import family_of
 from jquant.models.params import flat_params, weight_name
@@ -26,6 +28,7 @@ from jquant.parts import brief
 from jquant.qtensor import QTensor, Transposed
 
 FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+ARCHITECTURES = {family: name for name, family in GGUF_FAMILIES.items()} | {"mistral": "llama"}
 ROTARY = ("attention.q.kernel", "attention.k.kernel")
 OUTSIDE = ("embedding", "norm.scale", "head.kernel")  # not in a block
 
@@ -82,8 +85,9 @@ def write_gguf(model: Source, path: str | Path, floats: str = "F16", force: bool
         raise InputError(f"{path} exists already: give another name, or force=True to replace the file.")
     entries = list(_entries(model, floats))
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    writer = gguf.GGUFWriter(temporary, "llama")
-    for key, value in _metadata(model, [entry.kind for entry in entries if len(entry.shape) > 1]).items():
+    metadata = _metadata(model, [entry.kind for entry in entries if len(entry.shape) > 1])
+    writer = gguf.GGUFWriter(temporary, ARCHITECTURES[model.config.family])
+    for key, value in metadata.items():
         _add(writer, key, value)
     for entry in entries:
         kind = gguf.GGMLQuantizationType[entry.kind]
@@ -113,6 +117,10 @@ def write_gguf(model: Source, path: str | Path, floats: str = "F16", force: bool
 def _entries(model: Any, floats: str) -> Iterator[Entry]:
     """The file's tensors, in its order: embedding, blocks, last norm, head."""
     names, config = family_of(model.config).gguf, model.config
+    if len(names) != len(set(names.values())):
+        raise InputError(
+            f"Files of {config.family} hold several projections as one weight, which jquant can't write as GGUF yet."
+        )
     outside, layers = _parts(model)
     if outside.norm.rotation is not None:
         raise InputError("The model's residual stream is rotated, which GGUF can't say: model.save(folder) can.")
@@ -144,7 +152,8 @@ def _parts(model: Any) -> tuple[Decoder, Iterator[Any]]:
 def _entry(weight: str, name: str, leaf: Any, config: DecoderConfig, floats: str) -> Entry:
     """The tensor of a parameter; `weight` is its name in errors."""
     leaf = leaf.weight if isinstance(leaf, Transposed) else leaf
-    order = _interleaved(leaf.shape[-1], config) if weight.endswith(ROTARY) else None
+    interleaved = family_of(config).gguf_interleaved and weight.endswith(ROTARY)
+    order = _interleaved(leaf.shape[-1], config) if interleaved else None
     if isinstance(leaf, QTensor):
         kind, q = as_kind(weight, leaf)
         columns = lambda a: a if order is None else a[..., order]  # noqa: E731
@@ -221,33 +230,58 @@ def _in_blocks(q: QTensor, format: Int) -> QTensor:
 
 
 def _metadata(model: Source, kinds: list[str]) -> dict[str, Any]:
-    """The file's keys; `kinds` are the types of its matrices."""
+    """The file's keys; `kinds` are the types of its matrices.
+
+    Raises:
+      InputError: a part of the configuration that the keys can't say.
+    """
     config = model.config
-    if config.family != "llama":
-        raise InputError(f"GGUF export knows the family llama, not {config.family}.")
-    if config.rope_magnitude != 1:
-        raise InputError("The model's rotary embedding is YaRN's, which jquant can't write as GGUF yet.")
     common = max(dict.fromkeys(kinds), key=kinds.count)
+    shape = {
+        "vocab_size": config.vocab_size,
+        "context_length": config.context_length,
+        "embedding_length": config.hidden,
+        "block_count": config.layers,
+        "feed_forward_length": config.ffn,
+        "attention.head_count": config.heads,
+        "attention.head_count_kv": config.kv_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": float(config.norm_eps),
+        "rope.dimension_count": config.head_dim,
+        "rope.freq_base": float(config.rope_base),
+        "rope.freq_base_swa": config.local_rope_base,
+        "attention.sliding_window": next((window for window in config.windows or () if window), None),
+        "attn_logit_softcapping": config.attention_softcap,
+        "final_logit_softcapping": config.logits_softcap,
+    }
+    architecture = ARCHITECTURES[config.family]
+    header = {"general.architecture": architecture}
+    header |= {f"{architecture}.{key}": value for key, value in shape.items() if value is not None}
+    _check_said(config, header)
+    del header["general.architecture"]  # the writer adds it
     return {
         "general.type": "model",
         "general.name": model.name,
         "general.quantized_by": "jquant",
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
         "general.file_type": int(_file_type(common)),
-        "llama.vocab_size": config.vocab_size,
-        "llama.context_length": config.context_length,
-        "llama.embedding_length": config.hidden,
-        "llama.block_count": config.layers,
-        "llama.feed_forward_length": config.ffn,
-        "llama.attention.head_count": config.heads,
-        "llama.attention.head_count_kv": config.kv_heads,
-        "llama.attention.key_length": config.head_dim,
-        "llama.attention.value_length": config.head_dim,
-        "llama.attention.layer_norm_rms_epsilon": float(config.norm_eps),
-        "llama.rope.dimension_count": config.head_dim,
-        "llama.rope.freq_base": float(config.rope_base),
+        **header,
         **vocabulary(model.tokenizer, config.vocab_size),
     }
+
+
+def _check_said(config: DecoderConfig, header: dict[str, Any]) -> None:
+    """Raises InputError for a part of the configuration that a header with these keys does not say."""
+    read = config_from_gguf(header, config.tied, config.rope_divisors, "The file")
+    for field in fields(config):
+        ours, said = getattr(config, field.name), getattr(read, field.name)
+        same = math.isclose(ours, said, rel_tol=1e-6) if isinstance(ours, float) and said is not None else ours == said
+        if not same and field.name != "family":  # Mistral's files are Llama's
+            raise InputError(
+                f"The model has {field.name}={reprlib.repr(ours)}, which a GGUF file of {config.family} can't say as "
+                f"jquant writes it: it would be read as {reprlib.repr(said)}."
+            )
 
 
 def _file_type(kind: str) -> gguf.LlamaFileType:

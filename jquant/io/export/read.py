@@ -24,7 +24,7 @@ READERS: dict[str, Callable[[dict[str, Any], dict[str, Any], tuple[int, int], st
     "bitsandbytes": lambda tensors, config, shape, _: bitsandbytes.from_tensors(tensors, config, shape),
     "compressed-tensors": compressed_tensors.from_tensors,
 }
-WEIGHT, STACKED = ".weight", "segments.0."
+WEIGHT, STACKED = ".weight", "segments."
 
 
 class PackedCheckpoint:
@@ -99,11 +99,21 @@ def _is_float(stored: SafetensorsCheckpoint, weight: str, parts: dict[str, str])
 
 @lru_cache(8)
 def _kernels(config: DecoderConfig) -> dict[str, tuple[int, int]]:
-    """The shape `[in, out]` of each kernel by its name in the file."""
+    """The shape `[in, out]` of each kernel by its name in the file.
+
+    Raises:
+      InputError: the family's files hold several kernels as one weight.
+    """
     named, found = family_of(config).hf, {}
+    if len(named) != len(set(named.values())):
+        raise InputError(f"Packed weights of {config.family} hold several projections, which jquant does not read.")
     for path, leaf in flat_params(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0)))).items():
-        if path.endswith("kernel"):
-            layers = range(config.layers) if path.startswith(STACKED) else [...]
-            for layer in layers:
-                found[named[path.replace(STACKED, "layers.")].format(layer)] = leaf.shape[-2:]
+        if not path.endswith("kernel"):
+            continue
+        if path.startswith(STACKED):
+            run, _, inner = path.removeprefix(STACKED).partition(".")
+            for layer in config.runs[int(run)]:
+                found[named[f"layers.{inner}"].format(layer)] = leaf.shape[-2:]
+        else:
+            found[named[path]] = leaf.shape[-2:]
     return found

@@ -8,6 +8,7 @@ import numpy as np
 from jquant.errors import InputError
 from jquant.io.gguf.header import Tensor, read_header
 from jquant.models.config import DecoderConfig, config_from_gguf
+from jquant.models.families import family_of
 
 _ROTARY = (".attn_q.weight", ".attn_k.weight")
 _ROPE = "rope_freqs.weight"
@@ -57,9 +58,9 @@ class GGUFCheckpoint:
         if name not in self._tensors:
             raise InputError(f"{self.path} lacks the tensor {name}.")
         values = self._values(self._tensors[name])
-        if not name.endswith(_ROTARY):
+        if not name.endswith(_ROTARY) or not family_of(self.config).gguf_interleaved:
             return values
-        # llama.cpp interleaves each head's rotary pairs: its rows (2i, 2i + 1) are our rows (i, i + d/2).
+        # llama.cpp interleaves each Llama head's rotary pairs: its rows (2i, 2i + 1) are our rows (i, i + d/2).
         head = self.config.head_dim
         if values.ndim != 2 or len(values) % head:
             raise InputError(f"{self.path}: {name} has shape {values.shape}, which is no whole heads of {head} rows.")
