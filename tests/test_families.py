@@ -17,10 +17,23 @@ import transformers
 from checkpoints import refused
 from flax import nnx
 
-from jquant import AWQ, LanguageModel, LoRA, Method, SmoothQuant, add_adapters, load_adapters, load_model, save_adapters
+from jquant import (
+    AWQ,
+    LanguageModel,
+    LoRA,
+    Method,
+    SmoothQuant,
+    add_adapters,
+    export,
+    load_adapters,
+    load_model,
+    quantize,
+    save_adapters,
+)
 from jquant.calibration.options import Options
 from jquant.evaluation.generation import empty_cache, in_steps, step
 from jquant.formats import Int
+from jquant.io.export.gguf import write_gguf
 from jquant.io.load import open_model
 from jquant.learning.losses import head_of
 from jquant.methods import method
@@ -469,3 +482,41 @@ def test_defaults_of_missing_keys_are_transformers():
         assert ours.attention_softcap == (getattr(theirs, "attn_logit_softcapping", None)), name
         assert ours.logits_softcap == (getattr(theirs, "final_logit_softcapping", None)), name
     assert set(FAMILIES) >= set(checkpoints.FAMILIES)
+
+
+# ---- exports --------------------------------------------------------------------------------------------------------
+
+# What a GGUF file can't say of the tiny models of `checkpoints.FAMILIES`.
+UNSAID = {"mistral": "sliding_window", "smollm3": "no_rope", "gemma2": "attention_scale", "gemma3_text": "windows"}
+
+
+@pytest.mark.parametrize("name", checkpoints.FAMILIES)
+def test_exported_folders_and_files_hold_the_same_model_or_are_refused(saved, tmp_path, name):
+    model, _, loaded = saved(name)
+    expected = checkpoints.logits(model, TOKENS)
+    if name == "phi3":
+        for format in ("plain", "gguf"):
+            with refused("phi3", "one weight"):
+                export(loaded, tmp_path / format, format)
+        assert list(tmp_path.iterdir()) == []
+        return
+    export(loaded, tmp_path / "plain", "plain")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "plain", attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    assert difference(checkpoints.logits(theirs, TOKENS), expected) == 0
+    if name in UNSAID:
+        with refused(name, UNSAID[name]):
+            write_gguf(loaded, tmp_path / "x.gguf", "F32")
+    else:
+        write_gguf(loaded, tmp_path / "x.gguf", "F32")
+        again = load_model(tmp_path / "x.gguf", progress=False)
+        assert difference(forward(again.decoder, TOKENS), expected) <= 1e-4
+
+
+def test_a_packed_export_of_another_family_comes_back(saved, tmp_path):
+    _, _, loaded = saved("qwen2")
+    q = quantize(loaded, "rtn", bits=4, group=32, progress=False)
+    export(q, tmp_path / "packed", "gptq_v2")
+    again = load_model(tmp_path / "packed", progress=False)
+    np.testing.assert_array_equal(forward(again.decoder, TOKENS), forward(q.decoder, TOKENS))

@@ -273,7 +273,10 @@ def _metadata(model: Source, kinds: list[str]) -> dict[str, Any]:
 
 def _check_said(config: DecoderConfig, header: dict[str, Any]) -> None:
     """Raises InputError for a part of the configuration that a header with these keys does not say."""
-    read = config_from_gguf(header, config.tied, config.rope_divisors, "The file")
+    try:
+        read = config_from_gguf(header, config.tied, config.rope_divisors, "its file")
+    except InputError as wrong:
+        raise InputError(f"A model of the family {config.family} can't be written as GGUF here: {wrong}") from None
     for field in fields(config):
         ours, said = getattr(config, field.name), getattr(read, field.name)
         same = math.isclose(ours, said, rel_tol=1e-6) if isinstance(ours, float) and said is not None else ours == said
