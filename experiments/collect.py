@@ -25,7 +25,7 @@ from rich import box
 from rich.table import Table
 
 from experiments import tables
-from experiments.command_line import console, one_sentence
+from experiments.command_line import console, one_sentence, room, show
 from jquant.errors import InputError
 from jquant.evaluation.intervals import mean_and_half
 from jquant.io.files import read_json, write_json, write_text
@@ -67,7 +67,7 @@ def collect(folder: Path) -> dict[str, str]:
     if rows:
         perplexity_bits.draw(rows, folder)
     for text_rows in tables.by_text(rows).values():
-        console.print(tables.terminal_table(text_rows))
+        show(tables.terminal_table(text_rows, width=room()))
         console.print(tables.caption(text_rows), highlight=False, soft_wrap=True)
     for line in tables.missing_lines(missing):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -98,7 +98,7 @@ def average(folder: Path, setting: str) -> None:
                 raise InputError(f"{name}: no mean is taken over rows whose {field} differs.")
         cells = [mean_of([row.get(key) for row in rows], digits) for key, digits in AVERAGED.values()]
         table.add_row(name, str(len(rows)), f"{rows[0]['bits_per_weight']:.3f}", *cells)
-    console.print(table)
+    show(table)
     protocol = tables.caption(list(chain(*groups.values())))
     caption = f"Means over {setting}, ± half their 95 % interval (Student's t). {protocol}"
     console.print(caption, highlight=False, soft_wrap=True)

@@ -57,13 +57,13 @@ def evaluate(settings: dict[str, Any]) -> None:
       InputError: a wrong setting, a file that can't be read, or predictions that are not finite.
     """
     check(settings)
+    folder = tables.results_folder(settings)
     devices_of(settings)  # joins the other processes before anything is computed
     source = open_from_config(settings["model"])
     reference = open_reference(settings, source)
     tokens = windows(source, settings)
     if reference and not np.array_equal(windows(reference, settings), tokens):
         raise InputError(f"reference={settings['reference']} reads the text as other tokens than the model.")
-    folder = Path(settings["results"]) / str(settings["name"])
     origin = describe(source, tokens, settings)
     kept = [row for row in tables.read_rows(folder) if row.get("fingerprint") == origin["fingerprint"]]
     if as_first(bool(kept)):

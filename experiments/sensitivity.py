@@ -24,7 +24,7 @@ from rich import box
 from rich.table import Table
 
 from experiments import tables
-from experiments.command_line import Report, console, one_sentence, progress_bars, run
+from experiments.command_line import Report, console, one_sentence, progress_bars, run, show
 from experiments.overrides import CONFIGS
 from experiments.perplexity_table import describe, prepare_tokens, refuse_quantized
 from experiments.settings import check, check_methods
@@ -53,8 +53,8 @@ def main(config: DictConfig) -> None:
 
 def analyse(settings: dict[str, Any]) -> None:
     """Computes missing rows, writes and prints the tables, draws the figure."""
-    folder = Path(settings["results"]) / str(settings["name"])
     check(settings)
+    folder = tables.results_folder(settings)
     methods = check_methods(settings)
     for name, chosen in methods.items():
         if not isinstance(chosen, Method) or chosen.transform or chosen.rotation or chosen.tuning or chosen.activation:
@@ -79,7 +79,7 @@ def analyse(settings: dict[str, Any]) -> None:
             tables.add_rows(folder, [row], "sensitivity.jsonl")
         rows.append(row)
     for table in (projection_table(rows), layer_table(rows)):
-        console.print(table)
+        show(table)
     write_text(folder / "sensitivity.md", markdown(rows))
     console.print(f"Results: {folder}/sensitivity.jsonl, sensitivity.md. Figure: {figure.draw(rows, folder)[0]}.")
 

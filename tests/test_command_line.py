@@ -12,6 +12,7 @@ import checkpoints
 import numpy as np
 import pytest
 from checkpoints import refused
+from commands import run_here
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
@@ -20,6 +21,7 @@ from experiments import command_line, overrides
 from experiments.overrides import check_command
 from experiments.settings import check
 from jquant.evaluation.perplexity import Scores
+from jquant.io.language_model import LanguageModel
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MODELS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
@@ -186,6 +188,20 @@ def test_every_script_ends_with_status_2_and_one_line(script, argument, part, mo
     assert part in line
     assert "+" not in line
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "script",
+    ["cache", "downstream", "evaluate", "memory", "mixed_precision", "outliers", "qat", "qlora", "reproduce",
+     "sensitivity", "speed", TABLE],
+)  # fmt: skip
+def test_a_results_folder_that_cant_be_written_is_found_before_a_model_is_loaded(script, monkeypatch, tmp_path):
+    monkeypatch.setattr(LanguageModel, "__init__", None)  # no model can be made
+    (tmp_path / "page.md").touch()
+    done = run_here(script, f"results={tmp_path}/page.md/x", *(["tasks=cloze"] if script == "downstream" else []))
+    assert done.returncode == 2, done
+    assert f"{tmp_path}/page.md is no folder: give another results=…." in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 # ---- figures that are none ------------------------------------------------------------------------------------------
