@@ -10,7 +10,6 @@ rows that are there from the same settings and code are not computed again.
 
 from collections.abc import Iterator
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import hydra

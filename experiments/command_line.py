@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
-from experiments.overrides import check_command
+from experiments.overrides import check_command, multirun_first
 from experiments.tracking import trackers
 from jquant.errors import InputError
 from jquant.parallel.mesh import Devices
@@ -30,6 +30,7 @@ def run(main: Callable[[], None]) -> None:
     # Hydra prints its own long messages about configs unless told to raise.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     with one_sentence():
+        sys.argv[1:] = multirun_first(sys.argv[1:])  # Hydra's parser takes no flag between settings
         check_command(Path(sys.argv[0]).stem, sys.argv[1:])
         trackers()
         main()

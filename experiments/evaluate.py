@@ -23,7 +23,7 @@ from experiments import provenance, tables
 from experiments.command_line import console, devices_of, one_sentence, peak_rss_mb, progress_bars, run
 from experiments.overrides import CONFIGS
 from experiments.perplexity_table import evaluated, is_quantized, stored
-from experiments.settings import check
+from experiments.settings import check, naming
 from experiments.tables import FLOAT
 from jquant import InputError, load_text
 from jquant.cache_folder import cache_dir
@@ -100,10 +100,12 @@ def windows(source: ModelFile | QuantizedFile, settings: dict[str, Any]) -> np.n
     """
     scoring = settings["evaluation"]
     cut = (scoring.get(key) for key in ("context", "windows", "bos", "stride"))
-    tokens = evaluation_windows(source, load_text(scoring["data"]), *cut)
+    text = load_text(scoring["data"])
+    with naming("evaluation.data", scoring["data"]):
+        tokens = evaluation_windows(source, text, *cut)
     if isinstance(source, QuantizedFile) and source.calibrated_on is not None:
-        text = tokens[:, 1:] if scoring["bos"] else tokens
-        check_unseen(text, source.calibrated_on, f"evaluation.data={scoring['data']}", "choose another text")
+        scored = tokens[:, 1:] if scoring["bos"] else tokens
+        check_unseen(scored, source.calibrated_on, f"evaluation.data={scoring['data']}", "choose another text")
     return tokens
 
 

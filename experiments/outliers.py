@@ -9,7 +9,6 @@ are not computed again.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import hydra

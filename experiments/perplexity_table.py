@@ -40,7 +40,7 @@ from experiments.command_line import (
     show,
 )
 from experiments.compositions import needs_calibration, rotation_of
-from experiments.settings import check_table
+from experiments.settings import check_table, naming
 from experiments.sweep import in_sweep, run_trial
 from jquant import InputError, LanguageModel, Options, load_text
 from jquant.cache_folder import cache_dir
@@ -82,9 +82,7 @@ def make_table(settings: dict[str, Any]) -> None:
     for text_rows in tables.by_text(rows).values():
         show(tables.terminal_table(text_rows, settings["baseline"], room()))
         console.print(tables.caption(text_rows, settings["baseline"]), highlight=False, soft_wrap=True)
-    console.print(
-        f"Results: {folder}/table.md, table.csv, table.jsonl. Figure: {', '.join(map(str, figures))}.", soft_wrap=True
-    )
+    console.print(tables.written(folder, figures), soft_wrap=True)
 
 
 def table_rows(settings: dict[str, Any]) -> list[dict[str, Any]]:
@@ -136,13 +134,15 @@ def prepare_tokens(
     scoring, sampling = settings["evaluation"], settings["calibration"]
     text = load_text(scoring["data"])
     cut = (scoring.get(key) for key in ("context", "windows", "bos", "stride"))
-    evaluation = evaluation_windows(model, text, *cut)
+    with naming("evaluation.data", scoring["data"]):
+        evaluation = evaluation_windows(model, text, *cut)
     if not any(chosen and needs_calibration(chosen) for chosen in methods):
         return evaluation, None
     ids = model.tokenizer.encode(load_text(sampling["data"]))
     check_disjoint(evaluation[:, 1:] if scoring["bos"] else evaluation, ids, f"evaluation.data={scoring['data']}")
     count = sampling["samples"] + sampling.get("held_out", 0)
-    return evaluation, sample_windows(ids, sampling["context"], count, settings["seed"])
+    with naming("calibration.data", sampling["data"]):
+        return evaluation, sample_windows(ids, sampling["context"], count, settings["seed"])
 
 
 def compute_rows(

@@ -10,7 +10,6 @@ sensitivity.jsonl (one method an object), sensitivity.md and the figure.
 
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import hydra

@@ -10,7 +10,6 @@ land in results/<name>/: speed.jsonl and speed.md.
 
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import hydra

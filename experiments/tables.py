@@ -122,7 +122,9 @@ def label(row: Row) -> str:
 
 def swept(row: Row) -> str:
     """The trial's settings, in a sweep, without the method, which the row's name tells."""
-    return " ".join(part for part in row.get("settings", "").split(" ") if part != f"method={row['method']}")
+    parts = row.get("settings", "").split(" ")
+    said = (f"method={row['method']}", *(f"{setting}=" for setting in OPEN if is_float(row)))
+    return " ".join(part for part in parts if not (part == said[0] or part.startswith(said[1:])))
 
 
 def named(row: Row) -> str:
@@ -177,6 +179,11 @@ def base_of(row: Row, rows: Sequence[Row], baseline: str) -> Row | None:
     by_name = {candidate["method"]: candidate for candidate in rows}
     width = row["method"].rpartition("-")[2]
     return by_name.get(f"{baseline}-{width}") or by_name.get(baseline)
+
+
+def written(folder: Path, figures: Sequence[Path]) -> str:
+    """Where a table's files are, for the last line of a run."""
+    return f"Results: {folder}/table.md, table.csv, table.jsonl. Figure: {', '.join(map(str, figures))}."
 
 
 def read_rows(folder: Path, name: str = "table.jsonl") -> list[Row]:
