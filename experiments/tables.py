@@ -376,8 +376,8 @@ def terminal_table(rows: Sequence[Row], baseline: str | None = None, width: int 
     columns = dict(zip(heading, zip(*cells, strict=True), strict=True))
     left_out: list[str] = []
     table = _for_terminal(columns, width)
-    for column in LEAST if width else ():
-        if natural_width(table) > width and columns.pop(column, None):
+    for column in LEAST:
+        if width is not None and natural_width(table) > width and columns.pop(column, None):
             left_out.append(column.replace("\n", " "))
             table = _for_terminal(columns, width)
     if left_out:

@@ -501,6 +501,7 @@ def test_a_report_says_how_much_was_lost_and_where_most(kinds):
     with refused("no weight 'layers.0.mlp.gate'; the nearest names are layers.0.mlp.gate.kernel"):
         report["layers.0.mlp.gate"]
     assert re.match(r"SolveInfo\(error=[\d.e-]+, energy=[\d.e+]+, damping=", repr(report[layer, path]))
+    assert "ShapeDtypeStruct" in repr(jax.eval_shape(lambda: report[layer, path]))
     one = Report({(layer, path): report[layer, path]})
     assert repr(one).startswith("Report of 1 weight in 1 layer: ")
 

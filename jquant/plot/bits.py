@@ -279,7 +279,7 @@ def _markers(arrows: bool, quoted: bool, kind: str, cut: bool) -> list[Line2D]:
         *([Line2D([], [], marker=">", label="arrow: beyond the axis, with its value", **look)] if arrows else []),
         *([Line2D([], [], label="published (dotted: of the float model)", **PUBLISHED)] if quoted else []),
         *([Line2D([], [], color="0.3", linewidth=1, label=kind)] if kind else []),
-        *([Line2D([], [], marker=">", label=CUT, **(look | {"markersize": 3}))] if cut else []),
+        *([Line2D([], [], marker=">", label=CUT, color="0.3", linestyle="", markersize=3)] if cut else []),
     ]
 
 

@@ -22,7 +22,7 @@ def _unknown() -> Array:
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class SolveInfo:
     """The result of rounding one matrix; every field is a scalar array.
 
@@ -54,7 +54,10 @@ class SolveInfo:
 
 
 def _plain(value: Any) -> str:
-    return f"{float(value):.4g}" if jnp.shape(value) == () and not isinstance(value, jax.core.Tracer) else repr(value)
+    try:
+        return f"{float(value):.4g}"
+    except TypeError:  # being traced, or stacked
+        return repr(value)
 
 
 def output_energy(delta: Float[Array, "in out"], gram: Float[Array, "in in"] | None) -> Float[Array, ""]:
