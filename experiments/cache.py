@@ -10,7 +10,6 @@ rows that are there from the same settings and code are not computed again.
 
 from collections.abc import Iterator
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -20,7 +19,7 @@ from rich import box
 from rich.table import Table
 
 from experiments import tables
-from experiments.command_line import console, one_sentence, progress_bars, run
+from experiments.command_line import console, one_sentence, progress_bars, run, show
 from experiments.overrides import CONFIGS
 from experiments.perplexity_table import describe
 from experiments.settings import check
@@ -47,7 +46,7 @@ def main(config: DictConfig) -> None:
 def compare(settings: dict[str, Any]) -> None:
     """Computes missing rows, writes and prints the table."""
     check(settings)
-    folder, scoring = Path(settings["results"]) / str(settings["name"]), settings["evaluation"]
+    folder, scoring = tables.results_folder(settings), settings["evaluation"]
     with progress_bars(settings["model"]["name"]) as report:
         model = open_from_config(settings["model"]).load(report)
     text = load_text(scoring["data"])
@@ -81,7 +80,7 @@ def compare(settings: dict[str, Any]) -> None:
             tables.add_rows(folder, [row], FILE)
         rows.append(row)
     write_text(folder / "cache.md", markdown(rows))
-    console.print(table(rows))
+    show(table(rows))
     console.print(f"Results: {folder}/{FILE}, cache.md.", soft_wrap=True)
 
 

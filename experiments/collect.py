@@ -16,6 +16,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from rich import box
 from rich.table import Table
 
 from experiments import tables
-from experiments.command_line import console, one_sentence
+from experiments.command_line import console, one_sentence, room, show
 from jquant.errors import InputError
 from jquant.evaluation.intervals import mean_and_half
 from jquant.io.files import read_json, write_json, write_text
@@ -56,21 +57,27 @@ def collect(folder: Path) -> dict[str, str]:
       InputError: the folder holds no sweep, or damaged files.
     """
     trials = _some_trials(folder)
-    rows, missing = [], {}
+    rows, missing, floats = [], {}, []
     for trial, name in zip(trials, varying(trials), strict=True):
         trial_rows, problem = outcome(trial_folder(folder, trial))
-        rows += [row | {"settings": name} for row in trial_rows]
+        for row in trial_rows:
+            if not tables.is_float(row):
+                rows.append(row | {"settings": name})
+            elif row["protocol"] not in floats:  # the float model has no bits and no group: one row is enough
+                floats.append(row["protocol"])
+                rows.append(row | {"settings": name})
         if problem:
             missing[name] = problem
     tables.add_rows(folder, rows)
     tables.write_table(folder, rows, missing=missing)
-    if rows:
-        perplexity_bits.draw(rows, folder)
+    figures = perplexity_bits.draw(rows, folder) if rows else []
     for text_rows in tables.by_text(rows).values():
-        console.print(tables.terminal_table(text_rows))
+        show(tables.terminal_table(text_rows, width=room()))
         console.print(tables.caption(text_rows), highlight=False, soft_wrap=True)
     for line in tables.missing_lines(missing):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if rows:
+        console.print(tables.written(folder, figures), soft_wrap=True)
     return missing
 
 
@@ -98,7 +105,7 @@ def average(folder: Path, setting: str) -> None:
                 raise InputError(f"{name}: no mean is taken over rows whose {field} differs.")
         cells = [mean_of([row.get(key) for row in rows], digits) for key, digits in AVERAGED.values()]
         table.add_row(name, str(len(rows)), f"{rows[0]['bits_per_weight']:.3f}", *cells)
-    console.print(table)
+    show(table)
     protocol = tables.caption(list(chain(*groups.values())))
     caption = f"Means over {setting}, ± half their 95 % interval (Student's t). {protocol}"
     console.print(caption, highlight=False, soft_wrap=True)
@@ -163,6 +170,12 @@ def take_out(folder: Path, settings: str) -> list[str]:
 def _some_trials(folder: Path) -> list[Overrides]:
     if trials := read_sweep(folder):
         return trials
+    if (folder / "table.md").is_file():
+        raise InputError(f"{folder} holds the rows of a plain run, no sweep: they are in {folder}/table.md.")
+    if not folder.is_dir() and folder.parent.is_dir():
+        near = get_close_matches(folder.name, [path.name for path in folder.parent.iterdir() if path.is_dir()], 1)
+        say = "".join(f"; the nearest is {folder.with_name(name)}" for name in near)
+        raise InputError(f"There is no folder {folder}{say}.")
     raise InputError(f"{folder} holds no sweep: {SWEEP} is missing or empty.")
 
 

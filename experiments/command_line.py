@@ -11,9 +11,10 @@ from typing import Any
 import jax
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
 
-from experiments.overrides import check_command
+from experiments.overrides import check_command, multirun_first
 from experiments.tracking import trackers
 from jquant.errors import InputError
 from jquant.parallel.mesh import Devices
@@ -29,6 +30,7 @@ def run(main: Callable[[], None]) -> None:
     # Hydra prints its own long messages about configs unless told to raise.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     with one_sentence():
+        sys.argv[1:] = multirun_first(sys.argv[1:])  # Hydra's parser takes no flag between settings
         check_command(Path(sys.argv[0]).stem, sys.argv[1:])
         trackers()
         main()
@@ -55,6 +57,31 @@ def _sentence(error: BaseException) -> str:
     leave_out = ("To append to your config", "See https://hydra.cc")
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith(leave_out)]
     return " ".join(lines[:6]) if lines else type(error).__name__
+
+
+def show(table: Table) -> None:
+    """Prints a table whole: a line that is longer than the terminal goes on in the next one, and no figure is cut."""
+    console.print(_Whole(table), crop=False)
+
+
+def room() -> int | None:
+    """The terminal's width in characters; None if the output is no terminal, and lines may have any length."""
+    return console.width if console.is_terminal else None
+
+
+def natural_width(table: Table) -> int:
+    """The width of a table none of whose cells is cut or wrapped."""
+    return console.measure(table, options=console.options.update_width(10_000)).maximum
+
+
+class _Whole:
+    """A table at its natural width, whatever the console's; rich would cut its cells."""
+
+    def __init__(self, table: Table):
+        self._table = table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from console.render(self._table, options.update_width(natural_width(self._table)))
 
 
 def progress_bars(row: str) -> AbstractContextManager[Report]:

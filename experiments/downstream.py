@@ -35,7 +35,7 @@ from rich.table import Table
 from experiments import provenance, tables
 from experiments.cloze import NAME as CLOZE
 from experiments.cloze import cloze_items, write_task
-from experiments.command_line import console, one_sentence, peak_rss_mb, progress_bars, reset_peak_rss, run
+from experiments.command_line import console, one_sentence, peak_rss_mb, progress_bars, reset_peak_rss, run, show
 from experiments.compositions import needs_calibration
 from experiments.overrides import CONFIGS
 from experiments.perplexity_table import is_quantized, refuse_quantized, stored
@@ -72,7 +72,7 @@ def compare(settings: dict[str, Any]) -> None:
         raise InputError(f"baseline={baseline} is not among the methods: {', '.join(methods)}.")
     import jquant.evaluation.harness  # noqa: F401 -- says what to install, before any work
 
-    folder = Path(settings["results"]) / str(settings["name"])
+    folder = tables.results_folder(settings)
     source = open_from_config(settings["model"])
     if any(methods.values()):
         refuse_quantized(source)
@@ -100,7 +100,7 @@ def compare(settings: dict[str, Any]) -> None:
     for task in tasks:
         of_task = [row for row in rows if row["task"] == task]
         table = table_of(of_task, baseline)
-        console.print(table)
+        show(table)
         console.print(caption(of_task, baseline), highlight=False, soft_wrap=True)
         written.append(f"{table.title}\n\n{tables.as_markdown(table)}\n{caption(of_task, baseline)}\n")
     write_text(folder / "downstream.md", "\n".join(written))

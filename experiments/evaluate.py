@@ -23,7 +23,7 @@ from experiments import provenance, tables
 from experiments.command_line import console, devices_of, one_sentence, peak_rss_mb, progress_bars, run
 from experiments.overrides import CONFIGS
 from experiments.perplexity_table import evaluated, is_quantized, stored
-from experiments.settings import check
+from experiments.settings import check, naming
 from experiments.tables import FLOAT
 from jquant import InputError, load_text
 from jquant.cache_folder import cache_dir
@@ -57,13 +57,13 @@ def evaluate(settings: dict[str, Any]) -> None:
       InputError: a wrong setting, a file that can't be read, or predictions that are not finite.
     """
     check(settings)
+    folder = tables.results_folder(settings)
     devices_of(settings)  # joins the other processes before anything is computed
     source = open_from_config(settings["model"])
     reference = open_reference(settings, source)
     tokens = windows(source, settings)
     if reference and not np.array_equal(windows(reference, settings), tokens):
         raise InputError(f"reference={settings['reference']} reads the text as other tokens than the model.")
-    folder = Path(settings["results"]) / str(settings["name"])
     origin = describe(source, tokens, settings)
     kept = [row for row in tables.read_rows(folder) if row.get("fingerprint") == origin["fingerprint"]]
     if as_first(bool(kept)):
@@ -100,10 +100,12 @@ def windows(source: ModelFile | QuantizedFile, settings: dict[str, Any]) -> np.n
     """
     scoring = settings["evaluation"]
     cut = (scoring.get(key) for key in ("context", "windows", "bos", "stride"))
-    tokens = evaluation_windows(source, load_text(scoring["data"]), *cut)
+    text = load_text(scoring["data"])
+    with naming("evaluation.data", scoring["data"]):
+        tokens = evaluation_windows(source, text, *cut)
     if isinstance(source, QuantizedFile) and source.calibrated_on is not None:
-        text = tokens[:, 1:] if scoring["bos"] else tokens
-        check_unseen(text, source.calibrated_on, f"evaluation.data={scoring['data']}", "choose another text")
+        scored = tokens[:, 1:] if scoring["bos"] else tokens
+        check_unseen(scored, source.calibrated_on, f"evaluation.data={scoring['data']}", "choose another text")
     return tokens
 
 

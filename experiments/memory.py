@@ -26,7 +26,7 @@ from rich import box
 from rich.table import Table
 
 from experiments import provenance, tables
-from experiments.command_line import console, one_sentence, run
+from experiments.command_line import console, one_sentence, run, show
 from experiments.overrides import CONFIGS
 from experiments.perplexity_table import refuse_quantized
 from experiments.settings import check, check_methods
@@ -80,7 +80,7 @@ def measure(settings: dict[str, Any]) -> None:
     """Measures all cases, adds their rows, prints and writes the table."""
     check(settings)
     formats, examples = formats_of(settings, settings["methods"]), list(described(settings))
-    folder, bits = Path(settings["results"]) / str(settings["name"]), settings["cache_bits"]
+    folder, bits = tables.results_folder(settings), settings["cache_bits"]
     stored = bits and Stored(Int(bits, settings["cache_group"]))
     rows = []
     with products(settings["products"]):
@@ -92,7 +92,7 @@ def measure(settings: dict[str, Any]) -> None:
             tables.add_rows(folder, rows[-1:], FILE)
             console.print(f"{case.model} {case.method} {case.batch} × {case.context}", highlight=False)
     write_text(folder / "memory.md", f"{tables.as_markdown(table(rows))}\n{caption(rows)}\n")
-    console.print(table(rows))
+    show(table(rows))
     console.print(caption(rows), highlight=False, soft_wrap=True)
 
 

@@ -56,7 +56,7 @@ def main(config: DictConfig) -> None:
 def choose(settings: dict[str, Any]) -> None:
     """Measures the costs that are missing, writes the plans, and makes their table."""
     check(settings)
-    folder, widths = Path(settings["results"]) / str(settings["name"]), sorted(settings["widths"])
+    folder, widths = tables.results_folder(settings), sorted(settings["widths"])
     if settings["bits"] not in widths or settings["bits"] == widths[0]:
         raise InputError(f"bits={settings['bits']} gives the size: it is one of widths={widths}, not the smallest.")
     if not settings["calibration"]["held_out"]:

@@ -9,7 +9,6 @@ are not computed again.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -22,7 +21,7 @@ from rich.table import Table
 
 import paper_figures.outliers
 from experiments import provenance, tables
-from experiments.command_line import console, one_sentence, progress_bars, run
+from experiments.command_line import console, one_sentence, progress_bars, run, show
 from experiments.overrides import CONFIGS
 from experiments.settings import check
 from jquant import LanguageModel, load_text
@@ -44,7 +43,7 @@ def main(config: DictConfig) -> None:
 def find_outliers(settings: dict[str, Any]) -> None:
     """Computes the rows unless they exist, prints a summary and draws the figures."""
     check(settings)
-    folder = Path(settings["results"]) / str(settings["name"])
+    folder = tables.results_folder(settings)
     kept = tables.read_rows(folder, "outliers.jsonl")
     criteria = Criteria(float(settings["threshold"]), settings["bits"], settings["group"])
     evaluation = settings["evaluation"]
@@ -60,7 +59,7 @@ def find_outliers(settings: dict[str, Any]) -> None:
             rows = [row | origin for row in rows_of(Outliers(*seen, tokens, criteria, evaluation["bos"]), model)]
             tables.add_rows(folder, rows, "outliers.jsonl")
     figures = paper_figures.outliers.draw(rows, folder)
-    console.print(terminal_table(rows))
+    show(terminal_table(rows))
     console.print(caption(rows[0]), highlight=False, soft_wrap=True)
     console.print(f"Results: {folder}/outliers.jsonl. Figures: {', '.join(map(str, figures))}.", soft_wrap=True)
 

@@ -2,11 +2,11 @@
 
 import difflib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
@@ -42,12 +42,16 @@ def check_command(script: str, arguments: Sequence[str]) -> None:
       InputError: an unknown setting, model, mesh, launcher or config, also with a + before it; a launcher that is not
         installed; a sweep without --multirun, or of an experiment without sweeps.
     """
-    parsed = get_args_parser().parse_args(arguments)
+    parser = get_args_parser()
+    parser.error = _one_sentence
+    parsed = parser.parse_args(arguments)
     overrides = OverridesParser.create().parse_overrides(parsed.overrides)
     user_folders = [Path(folder) for folder in (parsed.config_path, parsed.config_dir) if folder]
     name = (parsed.config_name or script).removesuffix(".yaml")
     if name != script and not user_folders and name not in (configs := _configs(script)):
-        raise InputError(f"experiments.{script} has no config {name!r}; there are: {', '.join(configs)}.")
+        raise InputError(
+            f"experiments.{script} has no config {name!r}; there are: {', '.join(nearest(name, configs))}."
+        )
     own = name if name in _configs(script) else script
     _, choices, sweeps = _known(own, ())
     given = {override.key_or_group: override for override in overrides if override.key_or_group in choices}
@@ -73,6 +77,15 @@ def check_command(script: str, arguments: Sequence[str]) -> None:
             raise InputError(f"{override.input_line}: a setting can't be left out; give it another value.")
 
 
+def multirun_first(arguments: Sequence[str]) -> list[str]:
+    """A command line with --multirun, or -m, before the settings."""
+    return sorted(arguments, key=lambda argument: argument not in ("--multirun", "-m"))
+
+
+def _one_sentence(message: str) -> NoReturn:
+    raise InputError(f"{message}: options such as --config-name stand before the settings, key=value.")
+
+
 @cache
 def _known(name: str, chosen: tuple[str, ...]) -> tuple[list[str], dict[str, list[str]], bool]:
     """A config's settings and sections under these choices, all choices of its groups (model, mesh …), and whether the
@@ -83,6 +96,11 @@ def _known(name: str, chosen: tuple[str, ...]) -> tuple[list[str], dict[str, lis
         groups = [str(key) for key in config.hydra.runtime.choices if not str(key).startswith("hydra/")]
         sweeps = config.hydra.mode == RunMode.MULTIRUN
         return [*_names(config), *groups], {group: loader.get_group_options(group) for group in groups}, sweeps
+
+
+def nearest(name: str, names: Iterable[str]) -> list[str]:
+    """Names, the one spelt most alike first."""
+    return sorted(names, key=lambda other: -difflib.SequenceMatcher(None, name, other).ratio())
 
 
 def _configs(script: str) -> list[str]:
@@ -126,6 +144,10 @@ def _check_key(key: str, known: Sequence[str]) -> None:
 def _check_choice(group: str, name: str) -> None:
     if group == "model" and (os.sep in name or name.endswith(".gguf")):
         raise InputError(f"model={name} is no name: a folder or a file is model=local model.path={name}.")
+    if group == "model" and not (CONFIGS / "model" / f"{name}.yaml").exists():
+        for path in (name, f"{name}.gguf"):
+            if os.path.exists(path):
+                raise InputError(f"model={name} is no name, but there is {path}: give model=local model.path=./{path}.")
     load_config(group, name)
     if group in ("launcher", "sweeper") and name in PLUGINS and not find_spec(PLUGINS[name]):
         raise InputError(f"{group}={name} needs the extra sweep: pip install -c constraints.txt -e '.[sweep]'.")

@@ -35,10 +35,12 @@ from experiments.command_line import (
     peak_rss_mb,
     progress_bars,
     reset_peak_rss,
+    room,
     run,
+    show,
 )
 from experiments.compositions import needs_calibration, rotation_of
-from experiments.settings import check_table
+from experiments.settings import check_table, naming
 from experiments.sweep import in_sweep, run_trial
 from jquant import InputError, LanguageModel, Options, load_text
 from jquant.cache_folder import cache_dir
@@ -73,23 +75,21 @@ def main(config: DictConfig) -> float | None:
 
 def make_table(settings: dict[str, Any]) -> None:
     """Computes missing rows, writes and prints the table."""
-    folder = Path(settings["results"]) / str(settings["name"])
     rows = table_rows(settings)
+    folder = tables.results_folder(settings)
     tables.write_table(folder, rows, settings["baseline"])
     figures = perplexity_bits.draw(rows, folder)
     for text_rows in tables.by_text(rows).values():
-        console.print(tables.terminal_table(text_rows, settings["baseline"]))
+        show(tables.terminal_table(text_rows, settings["baseline"], room()))
         console.print(tables.caption(text_rows, settings["baseline"]), highlight=False, soft_wrap=True)
-    console.print(
-        f"Results: {folder}/table.md, table.csv, table.jsonl. Figure: {', '.join(map(str, figures))}.", soft_wrap=True
-    )
+    console.print(tables.written(folder, figures), soft_wrap=True)
 
 
 def table_rows(settings: dict[str, Any]) -> list[dict[str, Any]]:
     """The table's rows; missing rows are computed and kept in the results folder."""
     # Compiled programs are kept between runs: a second run of the same shapes starts at once.
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
-    methods = check_table(settings)
+    methods, folder = check_table(settings), tables.results_folder(settings)
     devices_of(settings)
     source = open_from_config(settings["model"])
     if any(methods.values()):
@@ -97,7 +97,6 @@ def table_rows(settings: dict[str, Any]) -> list[dict[str, Any]]:
     with progress_bars(settings["model"]["name"]) as report:
         model = source.load(report)
     plans = {name: None if chosen is None else make_plan(model.decoder, chosen) for name, chosen in methods.items()}
-    folder = Path(settings["results"]) / str(settings["name"])
     with products(settings["products"]):
         return compute_rows(source, model, methods, plans, one_text_each(settings), folder)
 
@@ -135,13 +134,15 @@ def prepare_tokens(
     scoring, sampling = settings["evaluation"], settings["calibration"]
     text = load_text(scoring["data"])
     cut = (scoring.get(key) for key in ("context", "windows", "bos", "stride"))
-    evaluation = evaluation_windows(model, text, *cut)
+    with naming("evaluation.data", scoring["data"]):
+        evaluation = evaluation_windows(model, text, *cut)
     if not any(chosen and needs_calibration(chosen) for chosen in methods):
         return evaluation, None
     ids = model.tokenizer.encode(load_text(sampling["data"]))
     check_disjoint(evaluation[:, 1:] if scoring["bos"] else evaluation, ids, f"evaluation.data={scoring['data']}")
     count = sampling["samples"] + sampling.get("held_out", 0)
-    return evaluation, sample_windows(ids, sampling["context"], count, settings["seed"])
+    with naming("calibration.data", sampling["data"]):
+        return evaluation, sample_windows(ids, sampling["context"], count, settings["seed"])
 
 
 def compute_rows(

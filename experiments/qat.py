@@ -63,6 +63,7 @@ def train(settings: dict[str, Any]) -> Row:
       InputError: a wrong setting or text; what `quantize_to_folder` and `tune` find.
     """
     check(settings)
+    folder, results = Path(settings["output"]), tables.results_folder(settings)
     devices = devices_of(settings)  # joins the other processes before anything is computed
     method = method_of(settings)
     stage = None if settings["tuning"] is None else tuning_of("tuning", settings["tuning"])
@@ -76,7 +77,6 @@ def train(settings: dict[str, Any]) -> Row:
         model = source.load(report)
     evaluation, calibration = prepare_tokens(model, settings, [method])
     windows, seen = training_windows(model, settings, evaluation) if stage else (None, [])
-    folder, results = Path(settings["output"]), Path(settings["results"]) / str(settings["name"])
     scores = score(model.decoder, evaluation)
     reference = Reference(model.decoder, scores.hidden)
 

@@ -56,7 +56,7 @@ def qlora(settings: dict[str, Any]) -> Row:
     """
     check(settings)
     training, output = settings["training"], Path(settings["output"]).expanduser()
-    folder = Path(settings["results"]) / str(settings["name"])
+    folder = tables.results_folder(settings)
     lora, tuning = LoRA(**settings["lora"]), tuning_of(settings)
     chosen = find_method(str(settings["method"]), 4, 64, False)
     if needs_of(chosen):

@@ -19,7 +19,7 @@ from rich import box
 from rich.table import Table
 
 from experiments import tables
-from experiments.command_line import console, one_sentence, run
+from experiments.command_line import console, one_sentence, run, show
 from experiments.overrides import CONFIGS
 from experiments.perplexity_table import table_rows
 from experiments.settings import check_table
@@ -50,10 +50,10 @@ def reproduce(settings: dict[str, Any]) -> list[str]:
     if len(texts) > 1:
         raise InputError(f"The rows of {settings['kept']} were evaluated on another text or other windows.")
     left = [name for name in rows if not inside(name, rows, kept)]
-    folder = Path(settings["results"]) / str(settings["name"])
+    folder = tables.results_folder(settings)
     shown = table(rows, kept, left)
     write_text(folder / "reproduce.md", tables.as_markdown(shown))
-    console.print(shown)
+    show(shown)
     said = f"{', '.join(left)} left the interval." if left else "Every figure is inside its interval."
     console.print(f"{said} New rows: {folder}/table.jsonl.", highlight=False, soft_wrap=True)
     return left

@@ -10,7 +10,6 @@ sensitivity.jsonl (one method an object), sensitivity.md and the figure.
 
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -24,7 +23,7 @@ from rich import box
 from rich.table import Table
 
 from experiments import tables
-from experiments.command_line import Report, console, one_sentence, progress_bars, run
+from experiments.command_line import Report, console, one_sentence, progress_bars, run, show
 from experiments.overrides import CONFIGS
 from experiments.perplexity_table import describe, prepare_tokens, refuse_quantized
 from experiments.settings import check, check_methods
@@ -53,8 +52,8 @@ def main(config: DictConfig) -> None:
 
 def analyse(settings: dict[str, Any]) -> None:
     """Computes missing rows, writes and prints the tables, draws the figure."""
-    folder = Path(settings["results"]) / str(settings["name"])
     check(settings)
+    folder = tables.results_folder(settings)
     methods = check_methods(settings)
     for name, chosen in methods.items():
         if not isinstance(chosen, Method) or chosen.transform or chosen.rotation or chosen.tuning or chosen.activation:
@@ -79,7 +78,7 @@ def analyse(settings: dict[str, Any]) -> None:
             tables.add_rows(folder, [row], "sensitivity.jsonl")
         rows.append(row)
     for table in (projection_table(rows), layer_table(rows)):
-        console.print(table)
+        show(table)
     write_text(folder / "sensitivity.md", markdown(rows))
     console.print(f"Results: {folder}/sensitivity.jsonl, sensitivity.md. Figure: {figure.draw(rows, folder)[0]}.")
 

@@ -2,7 +2,9 @@
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +87,7 @@ KINDS: dict[str, Kind] = {
     "mesh.data": _whole(1),
     "mesh.model": _whole(1),
     "mesh.uneven": _choice("error", "replicate"),
-    "bits": _whole(1),
+    "bits": ("takes a whole number from 2 to 8", _whole(1)[1]),  # the format checks the ends
     "widths": _each(_whole(1)),
     "gradient_windows": _whole(1),
     "group": GROUP,
@@ -166,7 +168,8 @@ def check(settings: Settings, kinds: Mapping[str, Kind] = KINDS) -> None:
         if value == "???":
             raise InputError(f"{name} has no value: give {name}=….")
         if value is not _find and not takes(value):
-            raise InputError(f"{name} {says}, not {value!r}.")
+            near = get_close_matches(str(value), ("channel", "tensor"), 1) if name == "group" else []
+            raise InputError(f"{name} {says}, not {value!r}{''.join(f'; the nearest is {word}' for word in near)}.")
     for name in ("calibration.data", "training.data", "text.data", "evaluation.data", "cloze.data"):
         texts = _find(settings, name)
         for text in texts if isinstance(texts, list) else [texts] * (texts not in (None, _find)):
@@ -190,9 +193,22 @@ def _check_text(name: str, text: str) -> None:
     path = Path(text).expanduser()
     if os.path.isfile(path):
         return
+    if path.is_dir():
+        raise InputError(f"{name}={text} is a folder: give a file of text.")
     if path.suffix or len(path.parts) > 1:
-        raise InputError(f"{name}={text} is not a file.")
+        files = [file.name for file in path.parent.iterdir() if file.is_file()] if path.parent.is_dir() else []
+        near = [str(Path(text).with_name(file)) for file in get_close_matches(path.name, files, 1)]
+        raise InputError(f"{name}={text} is not a file{''.join(f'; the nearest is {file}' for file in near)}.")
     load_config("data", text)
+
+
+@contextmanager
+def naming(setting: str, value: Any) -> Iterator[None]:
+    """Puts a setting before the error of a text that is too short for its windows."""
+    try:
+        yield
+    except InputError as wrong:
+        raise InputError(f"{setting}={value}: {wrong}") from None
 
 
 def _check_model(model: dict[str, Any]) -> None:

@@ -10,7 +10,6 @@ land in results/<name>/: speed.jsonl and speed.md.
 
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -22,7 +21,7 @@ from rich import box
 from rich.table import Table
 
 from experiments import provenance, tables
-from experiments.command_line import console, one_sentence, progress_bars, run
+from experiments.command_line import console, one_sentence, progress_bars, run, show
 from experiments.overrides import CONFIGS
 from experiments.perplexity_table import refuse_quantized
 from experiments.settings import check, check_methods
@@ -54,7 +53,7 @@ def measure(settings: dict[str, Any]) -> None:
     """Times all methods, adds their rows, prints and writes the table."""
     check(settings)
     methods, timing = check_methods(settings), settings["timing"]
-    folder = Path(settings["results"]) / str(settings["name"])
+    folder = tables.results_folder(settings)
     model, decoders = quantized_by(methods, settings)
     longest = max(timing["contexts"]) + timing["tokens"] + 1
     if longest > model.config.context_length:
@@ -73,7 +72,7 @@ def measure(settings: dict[str, Any]) -> None:
             tables.add_rows(folder, rows[-len(found) :], FILE)
             report("time", count, len(grid))
     write_text(folder / "speed.md", f"{tables.as_markdown(table(rows))}\n{caption(rows, settings)}\n")
-    console.print(table(rows))
+    show(table(rows))
     console.print(caption(rows, settings), highlight=False, soft_wrap=True)
 
 

@@ -160,6 +160,12 @@ def run_trial(settings: dict[str, Any], work: Callable[[dict[str, Any]], Sequenc
     folder = trial_folder(sweep, hydra.overrides.task)
     if searches(OmegaConf.create({"hydra": hydra})):
         list_trials(sweep, [hydra.overrides.task])
+    trials = read_sweep(sweep)
+    places = [trial_folder(sweep, trial) for trial in trials]
+    if folder in places:
+        number = places.index(folder)
+        said = f"trial {number + 1}/{len(trials)}: {varying(trials)[number]}"
+        console.print(said, markup=False, highlight=False, soft_wrap=True)
     own_settings = settings | {
         "results": str(folder.parent),
         "name": folder.name,

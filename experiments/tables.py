@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 from rich import box
 from rich.table import Table
 
+from experiments.command_line import natural_width
 from experiments.compositions import leaves_open, takes_bits
 from experiments.tracking import track
 from jquant.errors import InputError
@@ -75,10 +76,12 @@ ROWS: dict[str, dict[str, Any]] = {
     | {"outlier_features": list},
 }
 
+# Columns that a table in a narrow terminal leaves out, the first ones first.
+LEAST = ("peak\nMB", "MB", "tok/s", "quant\ns", "held-out\nerror %", "top-1\n%", "change\n%")
 # Column heading -> a row's cell; a column without cells is left out.
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "method": lambda row: label(row),
-    "settings": lambda row: row.get("settings", ""),  # in a sweep: the trial's settings
+    "settings": lambda row: swept(row),
     "perplexity": lambda row: f"{row['perplexity']:.3f}" + _filled(row["perplexity_stderr"], " ±{:.3f}"),
     "change\n%": lambda row: _filled(row["perplexity_change_percent"], "{:+.2f}"),
     "KL": lambda row: _filled(row["kl"], "{:.4f}"),
@@ -117,9 +120,16 @@ def label(row: Row) -> str:
     return f"{name.upper()}-{bits}" if bits is not None and takes_bits(name) else name.upper()
 
 
+def swept(row: Row) -> str:
+    """The trial's settings, in a sweep, without the method, which the row's name tells."""
+    parts = row.get("settings", "").split(" ")
+    said = (f"method={row['method']}", *(f"{setting}=" for setting in OPEN if is_float(row)))
+    return " ".join(part for part in parts if not (part == said[0] or part.startswith(said[1:])))
+
+
 def named(row: Row) -> str:
     """The row's name among others in the caption."""
-    return f"{label(row)} {row['settings']}" if row.get("settings") else label(row)
+    return f"{label(row)} {swept(row)}".rstrip()
 
 
 def chosen(row: Row) -> dict[str, Any]:
@@ -169,6 +179,11 @@ def base_of(row: Row, rows: Sequence[Row], baseline: str) -> Row | None:
     by_name = {candidate["method"]: candidate for candidate in rows}
     width = row["method"].rpartition("-")[2]
     return by_name.get(f"{baseline}-{width}") or by_name.get(baseline)
+
+
+def written(folder: Path, figures: Sequence[Path]) -> str:
+    """Where a table's files are, for the last line of a run."""
+    return f"Results: {folder}/table.md, table.csv, table.jsonl. Figure: {', '.join(map(str, figures))}."
 
 
 def read_rows(folder: Path, name: str = "table.jsonl") -> list[Row]:
@@ -226,6 +241,21 @@ def _misfit_at(key: str, shape: Any, value: dict[str, Any]) -> str | None:
     if name in value:
         return misfit(value[name], shape, name)
     return None if key != name else f"{name} is missing"
+
+
+def results_folder(settings: Mapping[str, Any]) -> Path:
+    """The folder results/<name> of these settings, checked but not made yet.
+
+    Raises:
+      InputError: it can't be made or written, so no row could be kept.
+    """
+    folder = Path(settings["results"]) / str(settings["name"])
+    there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    if not there.is_dir():
+        raise InputError(f"{folder} can't hold the results, since {there} is no folder: give another results=….")
+    if not os.access(there, os.W_OK):
+        raise InputError(f"{folder} can't hold the results, since {there} can't be written: give another results=….")
+    return folder
 
 
 def add_rows(folder: Path, rows: Sequence[Row], name: str = "table.jsonl", without: Iterable[str] = ()) -> None:
@@ -334,14 +364,35 @@ def as_markdown(table: Table) -> str:
     return "".join(f"| {' | '.join(map(str, row))} |\n" for row in rows)
 
 
-def terminal_table(rows: Sequence[Row], baseline: str | None = None) -> Table:
-    """The table for rich to print; with a baseline it leaves out speed and memory."""
+def terminal_table(rows: Sequence[Row], baseline: str | None = None, width: int | None = None) -> Table:
+    """The table for `show` to print; with a baseline it leaves out speed and memory.
+
+    Args:
+      rows: of one text.
+      baseline: see `base_of`.
+      width: of the terminal, if it is one: in a narrow one the table leaves out columns (LEAST), and says which.
+    """
     heading, cells = _cells(rows, baseline, leave_out=("tok/s", "quant\ns", "peak\nMB") if baseline else ())
-    # Fits a terminal of 80 columns.
+    columns = dict(zip(heading, zip(*cells, strict=True), strict=True))
+    left_out: list[str] = []
+    table = _for_terminal(columns, width)
+    for column in LEAST:
+        if width is not None and natural_width(table) > width and columns.pop(column, None):
+            left_out.append(column.replace("\n", " "))
+            table = _for_terminal(columns, width)
+    if left_out:
+        table.caption, table.caption_justify = f"Left out in this narrow terminal: {', '.join(left_out)}.", "left"
+    return table
+
+
+def _for_terminal(columns: Mapping[str, Sequence[str]], width: int | None) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
-    for index, column in enumerate(heading):
-        table.add_column(column, justify="right" if index else "left", no_wrap=index == 0)
-    for line in cells:
+    for index, column in enumerate(columns):
+        if column == "settings" and width:
+            table.add_column(column, max_width=32, overflow="fold")
+        else:
+            table.add_column(column, justify="right" if index and column != "settings" else "left", no_wrap=True)
+    for line in zip(*columns.values(), strict=True):
         table.add_row(*line)
     return table
 

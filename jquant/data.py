@@ -13,6 +13,7 @@ from jquant.errors import InputError
 from jquant.io.files import check_plain
 from jquant.io.hub import fetch_wheel_member, load_config, text_fields
 from jquant.models.config import DecoderConfig
+from jquant.parts import counted
 
 # Texts do not share a run of so many tokens by chance; quotations and boilerplate are shorter.
 SHARED_RUN = 64
@@ -41,6 +42,20 @@ def load_text(source: str | Path) -> str:
         return _not_empty(_from_config(str(source)), source)
     check_plain(path)
     return _not_empty(_read(path), source)
+
+
+def refuse_name(text: str) -> None:
+    """Raises InputError for the name of a text, or its file's path, given where the text itself belongs."""
+    if len(text) > 1000 or "\n" in text:
+        return
+    kind = "file"
+    if not os.path.isfile(os.path.expanduser(text)):
+        kind = "text"
+        try:
+            load_config("data", text)
+        except InputError:
+            return
+    raise InputError(f"{text!r} is the name of a {kind}, not its text: give jquant.load_text({text!r}).")
 
 
 def _from_config(name: str) -> str:
@@ -161,7 +176,7 @@ def windows(
     complete = (len(ids) - text) // step + 1 if text > 0 else 0
     if complete < (count or 1):
         raise InputError(
-            f"The text has {len(ids)} tokens, too few for {count or 1} window(s) of {context}; "
+            f"The text has {len(ids)} tokens, too few for {counted(count or 1, 'window')} of {context}; "
             f"give a longer text, fewer windows or a shorter context."
         )
     every = np.lib.stride_tricks.sliding_window_view(np.asarray(ids, np.int32), text)
@@ -180,7 +195,7 @@ def sample_windows(ids: Int[np.ndarray, " n"], context: int, count: int, seed: i
     every = windows(ids, context)
     if len(every) < count:
         raise InputError(
-            f"The calibration text has {len(every)} windows of {context} tokens, not {count}; "
+            f"The calibration text has {counted(len(every), 'window')} of {context} tokens, not {count}; "
             f"set calibration.samples={len(every)} or give a longer text."
         )
     return every[np.sort(np.random.default_rng(seed).choice(len(every), count, replace=False))]

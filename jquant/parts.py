@@ -85,6 +85,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:79]}…"
 
 
+def counted(number: int, noun: str) -> str:
+    """ "1 window", "2 windows"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def _name(need: Any) -> str:
     return need if isinstance(need, str) else need.name
 
@@ -113,19 +118,32 @@ def _check_call(place: str, part: Any, positional: tuple[str, ...]) -> None:
         raise InputError(f"{place} is {shown(part)}, which can't be called as ({call}): {wrong}.") from None
 
 
+# Names that `brief` gives: of parts, and of a codebook's levels. The formats enter theirs (`jquant.formats`).
+NAMED: dict[Any, str] = {}
+LEVELS: dict[Any, str] = {}
+
+
 def brief(part: Any) -> str:
-    """A part in short: its fields that differ from their defaults; of a long tuple the length."""
+    """A part in short: its name if it has one, or its fields that differ from their defaults; of a long tuple the
+    length."""
     if isinstance(part, tuple) and len(part) > 4:
         return f"<{len(part)} values>"
     if not is_dataclass(part) or isinstance(part, type):
         return shown(part)
+    if _is_value(part) and part in NAMED:
+        return NAMED[part]
     values = {field.name: getattr(part, field.name) for field in fields(part) if field.repr}
     usual = {
         field.name: field.default if field.default_factory is MISSING else field.default_factory()
         for field in fields(part)
     }
-    changed = ", ".join(f"{name}={brief(value)}" for name, value in values.items() if value != usual[name])
-    return f"{type(part).__name__}({changed})"
+    told = {name: f"{name}={brief(value)}" for name, value in values.items() if value != usual[name]}
+    called = type(part).__name__
+    if "group" in values and isinstance(levels := values.get("levels"), tuple) and levels in LEVELS:
+        called = LEVELS[levels]
+        told = {name: said for name, said in told.items() if name not in ("levels", "group")}
+        told = {"group": repr(values["group"])} | told
+    return f"{called}({', '.join(told.values())})"
 
 
 def _is_value(part: Any) -> bool:

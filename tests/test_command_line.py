@@ -12,14 +12,17 @@ import checkpoints
 import numpy as np
 import pytest
 from checkpoints import refused
+from commands import run_here
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import command_line, overrides
-from experiments.overrides import check_command
+from experiments.overrides import check_command, multirun_first
 from experiments.settings import check
+from jquant import load_model
 from jquant.evaluation.perplexity import Scores
+from jquant.io.language_model import LanguageModel
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MODELS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
@@ -45,7 +48,8 @@ WRONG = {
     "a sweep of what has none": ("quantize", "--multirun bits=3", "experiments.quantize runs once", "--multirun"),
     "values to sweep there": ("evaluate", "mesh.data=1,2", "experiments.evaluate runs once", "mesh.data=1,2"),
     "a launcher there": ("outliers", "launcher=ray", "experiments.outliers runs once", "launcher=ray"),
-    "an unknown config": (TABLE, "--config-name formatz", "'formatz'", "formats, gguf_table, ingredients, parts"),
+    "an option after a setting": (TABLE, "bits=3 --config-name formats bits=4", "stand before the settings"),
+    "an unknown config": (TABLE, "--config-name formatz", "'formatz'", "there are: formats, "),
     "another experiment's config": ("quantize", "--config-name formats", "'formats'", "there are: quantize"),
 }  # fmt: skip
 
@@ -55,6 +59,36 @@ def test_what_an_experiment_does_not_have_is_refused(case):
     script, arguments, *parts = WRONG[case]
     with refused(*parts):
         check_command(script, arguments.split())
+
+
+def test_a_sweep_may_be_asked_for_after_settings():
+    assert multirun_first(["method=rtn", "--multirun", "bits=2,3"]) == ["--multirun", "method=rtn", "bits=2,3"]
+
+
+def test_a_file_or_folder_given_as_a_models_name_is_told_how_it_is_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-model.gguf").touch()
+    (tmp_path / "other").mkdir()
+    for name, path in (("my-model", "my-model.gguf"), ("other", "other")):
+        with refused(f"model={name} is no name, but there is {path}: give model=local model.path=./{path}."):
+            check_command(TABLE, [f"model={name}"])
+
+
+def test_files_and_words_that_are_nearly_right_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "eval.txt").touch()
+    (tmp_path / "docs").mkdir()
+    settings = {"evaluation": {"data": "evl.txt"}}
+    with refused("evaluation.data=evl.txt is not a file; the nearest is eval.txt."):
+        check(settings)
+    with refused("evaluation.data=docs is a folder: give a file of text."):
+        check({"evaluation": {"data": "docs"}})
+    with refused("channel or tensor, not 'chanel'; the nearest is channel."):
+        check({"group": "chanel"})
+    with refused("bits takes a whole number from 2 to 8, not 3.5."):
+        check({"bits": 3.5})
+    with refused("unknown model name 'smollm_135m', choose from: smollm2_135m, "):
+        load_model("smollm_135m")
 
 
 def test_the_model_spelt_most_alike_is_named_first():
@@ -186,6 +220,20 @@ def test_every_script_ends_with_status_2_and_one_line(script, argument, part, mo
     assert part in line
     assert "+" not in line
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "script",
+    ["cache", "downstream", "evaluate", "memory", "mixed_precision", "outliers", "qat", "qlora", "reproduce",
+     "sensitivity", "speed", TABLE],
+)  # fmt: skip
+def test_a_results_folder_that_cant_be_written_is_found_before_a_model_is_loaded(script, monkeypatch, tmp_path):
+    monkeypatch.setattr(LanguageModel, "__init__", None)  # no model can be made
+    (tmp_path / "page.md").touch()
+    done = run_here(script, f"results={tmp_path}/page.md/x", *(["tasks=cloze"] if script == "downstream" else []))
+    assert done.returncode == 2, done
+    assert f"{tmp_path}/page.md is no folder: give another results=…." in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 # ---- figures that are none ------------------------------------------------------------------------------------------

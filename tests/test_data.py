@@ -41,7 +41,7 @@ def test_windows_takes_the_first_count():
     np.testing.assert_array_equal(windows(ids, 10, 3), ids[:30].reshape(3, 10))
     assert windows(ids, 10, 10).shape == (10, 10)
     assert windows(ids, 11, 10, bos=7).shape == (10, 11)
-    with refused("100 tokens", "11 window(s) of 10"):
+    with refused("100 tokens", "11 windows of 10"):
         windows(ids, 10, 11)
     with refused("too few"):
         windows(ids, 10, 12, bos=7)
@@ -52,7 +52,7 @@ def test_windows_takes_the_first_count():
     [
         (0, None, None, "context takes a whole number from 1, not 0"),
         (-3, None, None, "not -3"),
-        (1, 2, 7, "2 window(s) of 1"),
+        (1, 2, 7, "2 windows of 1"),
         (10, -1, None, "windows takes a whole number from 1, not -1"),
         (10, 0, None, "not 0"),
         (10, True, None, "not True"),
@@ -188,7 +188,7 @@ def test_a_pipe_is_not_waited_for(tmp_path, monkeypatch):
     for source in ("pipe.txt", Path("pipe"), "/dev/zero"):
         with refused(str(source), "not a plain file"):
             load_text(source)
-    with refused("unknown data config 'pipe'"):
+    with refused("unknown data name 'pipe'"):
         load_text("pipe")
 
 

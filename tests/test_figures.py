@@ -1,6 +1,7 @@
 """Figures: drawn from rows alone, legible, the same look everywhere, and nothing of matplotlib's settings changed."""
 
 import ast
+import inspect
 import json
 import runpy
 import subprocess
@@ -291,7 +292,40 @@ def test_names_are_those_that_readers_know():
     assert reading.stem_and_width(row("gptq-3", 4, 20)) == ("gptq", "3")
     assert reading.stem_and_width(row("gptq", 4, 20)) == ("gptq", "4")
     twice = [row("gptq", 4.3, 22, settings="seed=0"), row("gptq", 4.3, 23, settings="seed=1"), row("awq", 4.3, 23)]
-    assert bits.labels(twice) == ["GPTQ, 4 bits (seed=0)", "GPTQ, 4 bits (seed=1)", "AWQ, 4 bits"]
+    assert bits.labels(twice) == ["GPTQ, 4 bits, seed 0", "GPTQ, 4 bits, seed 1", "AWQ, 4 bits"]
+    groups = [row("gptq", bits, 22, settings=f"method=gptq group={group}") for group, bits in ((64, 4.3), (128, 4.2))]
+    assert bits.labels(groups) == ["GPTQ, 4 bits, group 64", "GPTQ, 4 bits, group 128"]
+
+
+def test_a_sweeps_labels_differ_the_float_model_is_named_once_and_nothing_covers_anything():
+    rows = [row("fp32", 32, 20.0, settings=f"method=fp32 group={group}") for group in (32, 64, 128)]
+    for method, at in (("rtn", 23.0), ("gptq", 21.0)):
+        for group, width in ((32, 4.63), (64, 4.31), (128, 4.16)):
+            rows.append(row(method, width, at - 10 / group, settings=f"method={method} group={group}"))
+    placed = boxes(bits.points(rows))
+    assert len([text for text in placed if text.startswith("FP32")]) == 1
+    assert len({text for text in placed if "group 128" in text}) == 2
+    assert not overlapping(placed)
+
+
+@pytest.mark.parametrize("draw", [bits.perplexity_bits, plot.outliers, plot.sensitivity, plot.training_curves])
+def test_what_is_no_list_of_rows_is_refused(draw):
+    draw = inspect.unwrap(draw)  # without the tests' own check of types
+    folder = ["."] if draw.__name__ == "training_curves" else []
+    with refused("takes rows, not their file: give jquant.evaluation.rows.read_rows('table.jsonl')"):
+        draw("table.jsonl", *folder)
+    with refused("there is none"):
+        draw([], *folder)
+    with refused("A figure takes rows, e.g. comparison.rows(), not 3"):
+        draw(3, *folder)
+
+
+def test_an_interval_beyond_the_axis_ends_in_an_arrow():
+    rows = [row("fp32", 32, 20.0), row("rtn", 3.3, 500.0), row("gptq", 4.3, 70.0, perplexity_stderr=40.0)]
+    drawn = bits.ranking(rows)
+    assert "the interval goes on beyond the axis" in words(drawn)
+    assert [line.get_marker() for line in drawn.axes[0].lines if line.get_label() == bits.CUT] == [">"]
+    assert "goes on" not in words(bits.ranking(rows[:2]))
 
 
 def test_the_float_line_is_named(figures):
@@ -324,7 +358,7 @@ def test_filled_markers_are_those_that_nothing_as_small_beats_and_the_legend_say
     assert {value for value, face in faces.items() if face != "#ffffff"} == {22.0, 30.0}
     assert "Pareto front,\nnothing of this size or smaller is better" in words(figure)
     assert "open: something of this size or smaller is better" in words(figure)
-    assert "arrow" not in words(figure)
+    assert "arrow: beyond" not in words(figure)
 
 
 def test_the_pareto_front_joins_what_nothing_as_small_beats():

@@ -491,7 +491,7 @@ def test_a_config_name_that_leads_out_of_the_folder_is_unknown(written, tmp_path
     (tmp_path / "configs" / "x.yaml").write_text("name: x")
     assert hub.load_config("model", "mine") == {"name": "mine"}
     for name in ("../x", str(tmp_path / "configs" / "x"), "../model/mine", "mine.yaml", "", "mine\0"):
-        refused(lambda name=name: hub.load_config("model", name), f"unknown model config {name!r}", "mine")
+        refused(lambda name=name: hub.load_config("model", name), f"unknown model name {name!r}", "mine")
 
 
 BROKEN = [b"name: [", b"name: '\xff'", b"name: ${b", b"[" * 3000, b"a: 1\na: 2", b"- 1", b"!!python/name:os.system a"]

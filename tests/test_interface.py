@@ -2,6 +2,7 @@
 
 import inspect
 import io
+import re
 import typing
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -45,6 +46,7 @@ from jquant.io import save
 from jquant.methods import leaves_open
 from jquant.models.decoder import blocks, with_blocks
 from jquant.progress import showing
+from jquant.report import Report
 from paper_figures import perplexity_bits
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "initializer_range": 0.1}
@@ -382,14 +384,25 @@ def test_its_rows_are_drawn_as_those_of_a_table(comparison, tmp_path):
     assert all(path.exists() for path in perplexity_bits.draw(rows, str(tmp_path)))
 
 
-def test_what_can_not_be_compared_is_refused(model, kinds, rounded):
+def test_what_can_not_be_compared_is_refused(model, kinds, rounded, comparison, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "eval.txt").write_text(TEXTS[1])
+    with refused("no model 'RNT'; the nearest names are RTN <4>"):
+        comparison["RNT"]
     how = {"context": 64, "windows": 5, "progress": False}
     with refused("The evaluation text occurs in the calibration text", "allow_overlap"):
         jquant.compare(model, {"plan": kinds["everything"]}, TEXTS[0], **how)
+    with refused("'eval.txt' is the name of a file", "jquant.load_text('eval.txt')"):
+        jquant.perplexity(model, "eval.txt", progress=False)
+    with refused("'wiki_utf8' is the name of a text, not its text"):
+        jquant.quantize(model, "gptq", calibration="wiki_utf8", progress=False)
     with refused("'GPTQ' is 'gptq'"):
         inspect.unwrap(jquant.compare)(  # without the tests' own check of types
             model, {"GPTQ": "gptq"}, TEXTS[1], **how
         )
+    for others in (TEXTS[1], [rounded]):
+        with refused("compare takes the other models by their names, {'GPTQ': q}, not "):
+            inspect.unwrap(jquant.compare)(model, others, TEXTS[1], **how)
     for name in (model.name, FLOAT):
         with refused(f"'{name}' is the name of the model"):
             jquant.compare(model, {name: rounded}, TEXTS[1], **how)
@@ -426,7 +439,7 @@ def test_a_qtensor_says_its_shape_format_bits_and_size(rounded, kinds):
     q = rounded.decoder.segments[0].mlp.up.kernel.get_value()
     assert repr(q) == "QTensor(2 × 64 × 96, Int(bits=4, group=32), 4.625 bits/weight, 0.0071 MB)"
     double = kinds["everything"].decoder.segments[0].attention.q.kernel.get_value()
-    assert "Codebook(levels=<16 values>, group=32, scale=" in repr(double)
+    assert "NF4(32, scale=" in repr(double)
     assert len(repr(double)) < 300
     abstract = jax.eval_shape(lambda: q)
     assert repr(abstract) == repr(q)
@@ -442,6 +455,10 @@ def test_a_method_is_short_when_it_is_shown_and_complete_in_rows(kinds):
     assert said == [str(both)]
     assert repr(both).startswith("Method(format=Int(bits=3, group=32, symmetric=False,")
     assert len(str(method("qat", bits=2))) < 250
+    called = {"nf4": "NF4(64)", "nf3": "NF3(64)", "fp4": "FP4(64)", "mxfp4": "MXFP4", "nvfp4": "NVFP4"}
+    called["nf4_double"] = "NF4(64, scale=double_quantized(256))"
+    assert {name: str(method(name)) for name in called} == {k: f"Method(format={v})" for k, v in called.items()}
+    assert str(method("q4_k")).startswith("Method(format=Q4_K, ")
 
 
 def test_a_weight_is_found_by_its_name(model, kinds):
@@ -479,6 +496,14 @@ def test_a_report_says_how_much_was_lost_and_where_most(kinds):
     assert f"layers.{layer}.{path} {max(shares.values()):.3g}" in told
     assert len(told) < 250
     assert "no error is known" in repr(kinds["rounded"].report)
+    assert "rounded to nearest" not in told
+    assert report["layers.0.mlp.gate.kernel"] is report[0, "mlp.gate.kernel"]
+    with refused("no weight 'layers.0.mlp.gate'; the nearest names are layers.0.mlp.gate.kernel"):
+        report["layers.0.mlp.gate"]
+    assert re.match(r"SolveInfo\(error=[\d.e-]+, energy=[\d.e+]+, damping=", repr(report[layer, path]))
+    assert "ShapeDtypeStruct" in repr(jax.eval_shape(lambda: report[layer, path]))
+    one = Report({(layer, path): report[layer, path]})
+    assert repr(one).startswith("Report of 1 weight in 1 layer: ")
 
 
 def test_a_perplexity_compares_and_formats_as_its_value():

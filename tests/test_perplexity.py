@@ -171,7 +171,7 @@ def test_bos_is_refused_where_the_tokenizer_has_none(tiny, text):
 def test_a_text_shorter_than_asked_is_refused(tiny, text):
     with refused("too few"):
         jquant.perplexity(tiny, "abcd", context=CONTEXT)
-    with refused("10000 window(s)"):
+    with refused("10000 windows"):
         jquant.perplexity(tiny, text, context=CONTEXT, windows=10_000)
 
 

@@ -171,7 +171,7 @@ def test_the_settings_are_all_those_of_a_tuning():
 REFUSED = {
     "its evaluation text": (["text.data={place}/evaluation.txt"], "evaluation.txt occurs in the calibration text"),
     "an empty text": (["text.data={out}/empty.txt"], "holds no text"),
-    "a text shorter than a window": (["text.data={out}/short.txt"], "too few for 1 window(s) of 64"),
+    "a text shorter than a window": (["text.data={out}/short.txt"], "too few for 1 window of 64"),
     "no text": (["text.data=null"], "text.data or text.sampled"),
     "a method that trains": (["method=learned"], "without a tuning"),
     "a rate that diverges": (["tuning.rate=1e6", "tuning.schedule=constant"], "lower rate"),

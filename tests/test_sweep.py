@@ -92,6 +92,7 @@ def alone(folder) -> dict[tuple[str, int], float]:
     status, said = ended(sweep(folder, "alone", "method=rtn,gptq", "bits=3"))
     assert status == 0, said
     assert "Missing" not in said
+    assert "trial 2/2: method=gptq" in said
     return rows(folder / "results" / "alone")
 
 
@@ -370,6 +371,32 @@ def test_collecting_keeps_the_rows_that_other_commands_made(made):
         assert methods(made) == ["fp32", "int8", "rtn", "nf4"]
         assert tables.read_rows(made)[:2] == KEPT[:2]
     assert "FP32" not in (made / "table.md").read_text()
+
+
+def test_a_collected_table_ends_with_its_files_and_what_is_no_sweep_is_told_apart(made, capsys):
+    collect(made)
+    assert (
+        f"Results: {made}/table.md, table.csv, table.jsonl. Figure: {made}/perplexity_bits.png"
+        in capsys.readouterr().out
+    )
+    (made / "ablation").mkdir()
+    with refused(f"There is no folder {made}/ablaton; the nearest is {made}/ablation."):
+        collect(made / "ablaton")
+    tables.write_table(made / "ablation", KEPT[:1])
+    with refused(f"a plain run, no sweep: they are in {made}/ablation/table.md."):
+        collect(made / "ablation")
+
+
+def test_the_float_model_has_one_row_in_a_sweep_over_groups(tmp_path):
+    trials = [[f"method={row['method']}", f"group={group}"] for row in (KEPT[0], KEPT[2]) for group in (32, 64)]
+    list_trials(tmp_path, trials)
+    for index, trial in enumerate(trials):
+        row, place = KEPT[0 if index < 2 else 2] | {"fingerprint": str(index)}, trial_folder(tmp_path, trial)
+        tables.add_rows(place, [row])
+        (place / TRIAL).write_text(json.dumps({"attempt": 1, "process": 1, "rows": [str(index)]}))
+    assert collect(tmp_path) == {}
+    assert methods(tmp_path) == ["fp32", "rtn", "rtn"]
+    assert [tables.swept(row) for row in tables.read_rows(tmp_path)] == ["", "group=32", "group=64"]
 
 
 def test_a_trial_can_be_taken_out_and_its_row_stays_in_its_own_folder(made, monkeypatch, capsys):

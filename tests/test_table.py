@@ -416,10 +416,27 @@ def test_a_narrow_terminal_cuts_no_figure():
     rows = tables.read_rows(ROOT / "experiments" / "results" / "ranges")
     for index, row in enumerate(rows):
         row["window_nll"] = [np.log(row["perplexity"]), np.log(row["perplexity"]) + 0.01 * index]
-    shown = io.StringIO()
-    Console(file=shown, width=80).print(tables.terminal_table(rows, "gptq"))
-    assert "vs gptq" in shown.getvalue()
-    assert "…" not in shown.getvalue()
+    table = tables.terminal_table(rows, "gptq", width=80)
+    assert table.columns[-1].header == "vs gptq\n%"
+    assert command_line.natural_width(table) <= 80
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_no_table_cuts_a_number_or_drops_it_without_a_word(width, monkeypatch):
+    rows = [
+        row | {"settings": f"method={row['method']} group={10**index}", "perplexity": 1e5}
+        for index, row in enumerate(KEPT)
+    ]
+    monkeypatch.setattr(command_line, "console", Console(file=io.StringIO(), width=width))
+    for table in (tables.terminal_table(rows, width=width), tables.terminal_table(rows)):
+        command_line.show(table)
+        said = command_line.console.file.getvalue()
+        assert "…" not in said
+        assert all(tables.COLUMNS["perplexity"](row) in said for row in rows)
+        assert "method=" not in said
+        assert "group=10000" in said
+        assert all(f"{row['peak_rss_mb']:.0f}" in said for row in rows) or "Left out" in said
+    assert "peak" in said
 
 
 # ---- rows on disk ---------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Models compared with the one that they were made from, on one text."""
 
+import difflib
 import html
 import math
 from collections.abc import Mapping
@@ -79,6 +80,9 @@ class Comparison:
     protocol: dict[str, Any]
 
     def __getitem__(self, name: str) -> Compared:
+        if name not in self.models:
+            near = difflib.get_close_matches(name, self.models, n=len(self.models), cutoff=0.0)
+            raise InputError(f"The comparison has no model {name!r}; the nearest names are {', '.join(near)}.")
         return self.models[name]
 
     def rows(self) -> Rows:
@@ -145,6 +149,8 @@ def compare(
     Raises:
       InputError: what `perplexity` finds; a model with another tokenizer; a name that the base has.
     """
+    if not isinstance(others, Mapping):
+        raise InputError(f"compare takes the other models by their names, {{'GPTQ': q}}, not {shown(others)}.")
     cut = (text, context, windows, bos, stride)
     tokens = evaluation_windows(model, *cut)
     for name, other in others.items():

@@ -14,7 +14,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jquant.calibration.windows import embed, forward
-from jquant.data import check_tokens, check_unseen, check_whole
+from jquant.data import check_tokens, check_unseen, check_whole, refuse_name
 from jquant.data import windows as cut_windows
 from jquant.errors import InputError
 from jquant.io.language_model import LanguageModel
@@ -25,6 +25,7 @@ from jquant.models.decoder import Decoder, outside_of
 from jquant.models.rotary import rotary_table
 from jquant.parallel.mesh import Devices, spread_over
 from jquant.parallel.processes import gather
+from jquant.parts import counted
 from jquant.pipeline.driver import Source
 from jquant.progress import Progress, showing
 from jquant.qtensor import prepared
@@ -123,8 +124,8 @@ class Perplexity(float):
         bos = "with BOS" if self.bos else "no BOS"
         stride = f", one every {self.stride}" if self.stride < self.context else ""
         return (
-            f"{self.value:.4f} ±{self.stderr:.4f} ({self.windows} windows of {self.context} tokens{stride}, {bos}, "
-            f"{self.scored_tokens} scored tokens)"
+            f"{self.value:.4f} ±{self.stderr:.4f} ({counted(self.windows, 'window')} of {self.context} tokens{stride}, "
+            f"{bos}, {self.scored_tokens} scored tokens)"
         )
 
 
@@ -188,7 +189,11 @@ def evaluation_windows(
     if bos and model.tokenizer.bos_id is None:
         raise InputError(f"The tokenizer of {model.name} has no BOS token: leave bos out.")
     bos_id = model.tokenizer.bos_id if bos else None
-    tokens = cut_windows(model.tokenizer.encode(text), context, windows, bos_id, stride)
+    try:
+        tokens = cut_windows(model.tokenizer.encode(text), context, windows, bos_id, stride)
+    except InputError:
+        refuse_name(text)
+        raise
     check_tokens(tokens, model.config, "Evaluation windows")
     return tokens
 

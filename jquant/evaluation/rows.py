@@ -12,6 +12,7 @@ import numpy as np
 from jquant.errors import InputError
 from jquant.evaluation.intervals import mean_and_half
 from jquant.methods import METHODS, leaves_open
+from jquant.parts import counted, shown
 
 FLOAT = "fp32"  # in rows of results, the model that the others are compared with
 Row = dict[str, Any]
@@ -147,6 +148,16 @@ def read_rows(path: str | Path) -> Rows:
     return Rows(rows)
 
 
+def check_rows(rows: Any) -> None:
+    """Raises InputError for what is no list of rows, or an empty one."""
+    if isinstance(rows, str | Path):
+        raise InputError(f"A figure takes rows, not their file: give jquant.evaluation.rows.read_rows({str(rows)!r}).")
+    if not isinstance(rows, Sequence) or not all(isinstance(row, dict) for row in rows):
+        raise InputError(f"A figure takes rows, e.g. comparison.rows(), not {shown(rows)}.")
+    if not rows:
+        raise InputError("A figure takes one row or more, and there is none.")
+
+
 def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is no finite number")
 
@@ -230,7 +241,7 @@ def windows(protocol: dict[str, Any]) -> str:
     context, stride = protocol["context"], protocol.get("stride", protocol["context"])
     apart = "not overlapping" if stride == context else f"one every {stride}"
     bos = "with" if protocol["bos"] else "no"
-    count = f"{protocol['windows']} windows of {context} tokens"
+    count = f"{counted(protocol['windows'], 'window')} of {context} tokens"
     return f"{count}, {apart}, {bos} BOS, {protocol['scored_tokens']} scored tokens"
 
 

@@ -34,6 +34,7 @@ from jquant.formats.floating import (
 )
 from jquant.formats.integer import Int, UInt
 from jquant.formats.packing import pack, unpack
+from jquant.parts import LEVELS, NAMED
 
 # llama.cpp's block types (ggml-common.h). A super-block of 256 weights is a group of 8 or 16 quantized scales.
 GGUF: dict[str, Format] = {
@@ -49,6 +50,12 @@ GGUF: dict[str, Format] = {
     "Q6_K": Int(6, 16, symmetric=True, scale=Int(8, 16, symmetric=True)),
     "IQ4_NL": Codebook(IQ4_NL_LEVELS, 32, "float16"),
 }
+
+# What `print` calls them.
+NAMED.update({format: name for name, format in GGUF.items()})
+NAMED.update({MXFP4: "MXFP4", MXFP6_E2M3: "MXFP6_E2M3", MXFP6_E3M2: "MXFP6_E3M2", MXFP8_E4M3: "MXFP8_E4M3"})
+NAMED.update({MXFP8_E5M2: "MXFP8_E5M2", NVFP4: "NVFP4", double_quantized(): "double_quantized(256)"})
+LEVELS.update({named().levels: named.__name__ for named in (NF4, NF3, FP4)})
 
 __all__ = [
     "FP4",

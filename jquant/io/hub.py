@@ -139,7 +139,7 @@ def load_config(kind: str, name: str) -> dict[str, Any]:
     folder = next((folder for folder in folders if folder.is_dir()), folders[-1])
     known = {file.stem: file for file in folder.glob("*.yaml")}
     if name not in known:
-        raise InputError(f"unknown {kind} config {name!r}, choose from: {', '.join(_closest_first(name, known))}")
+        raise InputError(f"unknown {kind} name {name!r}, choose from: {', '.join(_closest_first(name, known))}")
     check_plain(known[name])
     try:
         config = OmegaConf.to_container(OmegaConf.load(known[name]))

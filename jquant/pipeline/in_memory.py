@@ -10,7 +10,7 @@ from jaxtyping import Int
 
 from jquant.calibration.options import DEFAULTS, Options
 from jquant.composition import Method
-from jquant.data import check_tokens, check_whole, run_hashes, sample_windows
+from jquant.data import check_tokens, check_whole, refuse_name, run_hashes, sample_windows
 from jquant.errors import InputError
 from jquant.formats import Group
 from jquant.io.language_model import LanguageModel
@@ -195,7 +195,11 @@ def quantize(
         if calibration is None:
             raise InputError(f"{shown(method)} looks at activations: give it calibration=load_text('c4_utf8'), e.g.")
         ids = model.tokenizer.encode(calibration)
-        tokens, runs = sample_windows(ids, context, samples + held_out, seed), run_hashes(ids)
+        try:
+            tokens, runs = sample_windows(ids, context, samples + held_out, seed), run_hashes(ids)
+        except InputError:
+            refuse_name(calibration)
+            raise
         seen = runs if seen is None else np.union1d(seen, runs)
     decoder, report = quantize_decoder(model.decoder, plan, tokens, options)
     return replace(model, decoder=decoder, report=report, calibrated_on=seen)

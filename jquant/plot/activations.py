@@ -10,7 +10,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 
-from jquant.evaluation.rows import Row, model, number, text
+from jquant.evaluation.rows import Row, check_rows, model, number, text
 from jquant.plot import style
 
 # Input -> its label, and its colour in all panels.
@@ -32,7 +32,11 @@ def outliers(rows: Sequence[Row], ax: Axes | None = None) -> Axes:
     Args:
       rows: of `experiments.outliers`; with `ax` also those of `jquant.outliers(...).rows()`.
       ax: where to draw the energy, instead of a figure of its own.
+
+    Raises:
+      InputError: no rows, or something else than rows.
     """
+    check_rows(rows)
     if ax is None:
         return figure(rows, style.shown).axes[0]
     _energy(ax, rows, "")

@@ -1,12 +1,12 @@
 """Perplexity against bits per weight."""
 
 import textwrap
-from collections import Counter
 from collections.abc import Callable, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
 from jquant.errors import InputError
@@ -14,6 +14,7 @@ from jquant.evaluation.rows import (
     Ends,
     Row,
     by_text,
+    check_rows,
     intervals,
     is_float,
     model,
@@ -33,6 +34,7 @@ LARGEST_KL = 2.0  # beyond it a model is no usable language model
 PLACES = [(d, x, y) for d in (5, 9, 14, 20, 27, 35) for x, y in ((1, 0), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1))]
 SIDES = {1: ("left", "bottom"), 0: ("center", "center"), -1: ("right", "top")}
 FRONT = {"color": "0.65", "linewidth": 0.8, "zorder": 0.5}
+CUT = "small arrow: the interval goes on beyond the axis"
 PUBLISHED = {"marker": "D", "markersize": 3.5, "markerfacecolor": "white", "color": "0.4", "linestyle": ""}
 
 
@@ -44,12 +46,13 @@ def perplexity_bits(rows: Sequence[Row], ax: Axes | None = None) -> Axes:
     divergence.
 
     Args:
-      rows: of results, e.g. `Comparison.rows()`.
+      rows: of results: `Comparison.rows()`, or `jquant.evaluation.rows.read_rows` of a table.jsonl.
       ax: where to draw the points, instead of a figure of its own.
 
     Raises:
-      InputError: rows of several texts.
+      InputError: no rows, or something else than rows; rows of several texts.
     """
+    check_rows(rows)
     if len(texts := by_text(rows)) > 1:
         raise InputError(f"A figure shows one text, and these rows are of {len(texts)}: {', '.join(texts)}.")
     if ax is None:
@@ -68,7 +71,8 @@ def figure(rows: Sequence[Row], new: Callable[..., Figure] = Figure) -> Figure:
 @style.styled
 def points(rows: Sequence[Row], new: Callable[..., Figure] = Figure) -> Figure:
     """`scatter` with a title and a legend, in one column of a paper or, with many points, in two."""
-    size = (style.ONE, 2.9) if len(rows) <= FEW_POINTS + 1 else (style.TWO, 4.0)
+    most = FEW_POINTS if labels(rows) == list(map(with_bits, rows)) else FEW_POINTS // 2  # longer labels need room
+    size = (style.ONE, 2.9) if len(rows) <= most + 1 else (style.TWO, 4.0)
     drawn = new(figsize=size, layout="constrained")
     axes = drawn.add_subplot()
     axes.set_title(f"{model(rows[0])}\n{text(rows[0])}", x=0.5 if size[0] > style.ONE else 0.45)
@@ -87,7 +91,7 @@ def scatter(rows: Sequence[Row], axes: Axes) -> None:
             axes.vlines(bits, *pair, color=color)
         if value := published(row):
             axes.plot(bits, value, **PUBLISHED)
-    for row in filter(is_float, rows):
+    for row in _floats(rows):
         style.float_line(axes, row["perplexity"], f"{name(row)}\n{row['perplexity']:.2f}")
         if value := published(row):
             axes.axhline(value, color="0.4", linewidth=1, linestyle=":", zorder=0)
@@ -103,6 +107,11 @@ def scatter(rows: Sequence[Row], axes: Axes) -> None:
     _legend(axes, kind if any(ends) else None, len(best) > 1, rows)
     lines = [(axes.get_xlim(), (row["perplexity"],) * 2) for row in rows if is_float(row)]
     _label(axes, placed, lines)
+
+
+def _floats(rows: Sequence[Row]) -> list[Row]:
+    """The float models' rows, each value once: a sweep may have the same one several times."""
+    return list({f"{name(row)} {row['perplexity']:.2f}": row for row in rows if is_float(row)}.values())
 
 
 def front(rows: Sequence[Row], column: str) -> list[Row]:
@@ -137,7 +146,7 @@ def _label(axes: Axes, placed: Sequence[tuple[Row, Ends | None]], lines: Sequenc
     spans += [((row["bits_per_weight"],) * 2, (value,) * 2) for row, _ in placed if (value := published(row))]
     corners = [axes.transData.transform([(x[0], y[0]), (x[1], y[1])]) for x, y in [*spans, *lines]]
     taken = [Bbox(corner).padded(2.5 * drawn.dpi / 72) for corner in corners]
-    for (row, _), label in zip(placed, labels([row for row, _ in placed]), strict=True):
+    for (row, _), label in zip(placed, labels([row for row, _ in placed], "\n"), strict=True):
         written = axes.annotate(
             f"{label}: {row['perplexity']:.2f}",
             (row["bits_per_weight"], row["perplexity"]),
@@ -148,21 +157,41 @@ def _label(axes: Axes, placed: Sequence[tuple[Row, Ends | None]], lines: Sequenc
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},  # over the Pareto front
         )
         written.set_in_layout(False)
-        for distance, x, y in PLACES:
-            written.set(position=(distance * x, distance * y), ha=SIDES[x][0], va=SIDES[y][1])
+        covered: list[tuple[int, int]] = []  # how much each place covers, and its number
+        for index, place in enumerate(PLACES):
+            _put(written, place)
             box = written.get_window_extent()
-            inside = axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1)
-            if inside and not any(map(box.overlaps, taken)):
+            outside = not (axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1))
+            covered.append((len(taken) * outside + sum(map(box.overlaps, taken)), index))
+            if not covered[-1][0]:
                 break
+        _put(written, PLACES[min(covered)[1]])
         taken.append(written.get_window_extent())
 
 
-def labels(rows: Sequence[Row]) -> list[str]:
-    """The rows' names, with a sweep's settings if two names are the same."""
-    names = [(with_bits(row), round(row["bits_per_weight"], 2)) for row in rows]
-    alike = Counter(names)
-    settings = [row.get("settings") if alike[key] > 1 else None for row, key in zip(rows, names, strict=True)]
-    return [f"{label} ({more})" if more else label for (label, _), more in zip(names, settings, strict=True)]
+def _put(written: Annotation, place: tuple[int, int, int]) -> None:
+    distance, x, y = place
+    written.set(position=(distance * x, distance * y), ha=SIDES[x][0], va=SIDES[y][1])
+
+
+def labels(rows: Sequence[Row], between: str = ", ") -> list[str]:
+    """The rows' names; where two are the same, with what differs: a sweep's settings, or the group."""
+    names = list(map(with_bits, rows))
+    found: list[str] = []
+    for row, label in zip(rows, names, strict=True):
+        alike = [other for other, name in zip(rows, names, strict=True) if name == label]
+        own = [part for part in _settings(row) if any(part not in _settings(other) for other in alike)]
+        found.append(f"{label}{between}{', '.join(own)}" if own else label)
+    return found
+
+
+def _settings(row: Row) -> list[str]:
+    """What a row may differ in from others of its method: "group 128", e.g."""
+    if not row.get("settings"):
+        group = row.get("config", {}).get("group")
+        return [] if group is None else [f"group {group}"]
+    pairs = [part.partition("=") for part in row["settings"].split(" ")]
+    return [f"{key.rpartition('.')[2]} {value}" for key, _, value in pairs if key not in ("method", "bits")]
 
 
 @style.styled
@@ -176,12 +205,12 @@ def ranking(rows: Sequence[Row], new: Callable[..., Figure] = Figure) -> Figure:
     headings = {"perplexity": "perplexity", "kl": "KL to the float model, nats a token"}
     if any(row["kl"] is not None for row in listed):  # None: a stored quantized model without a float one
         limits["kl"] = (min((row["kl"] for row in listed if row["kl"]), default=1e-3), LARGEST_KL)
-    drawn = new(figsize=(style.TWO, 0.15 * len(listed) + 1.6), layout="constrained")
+    drawn = new(figsize=(style.TWO, max(0.15 * len(listed) + 1.6, 2.8)), layout="constrained")
     panels = drawn.subplots(1, len(limits), sharey=True, squeeze=False, gridspec_kw={"wspace": 0.06})[0]
     for axes, column in zip(panels, limits, strict=True):
         _panel(axes, [row for row in enumerate(listed) if row[1][column] is not None], column, limits[column])
         axes.set_xlabel(headings[column])
-    for row in filter(is_float, rows):
+    for row in _floats(rows):
         style.float_line(panels[0], row["perplexity"], f"{name(row)} {row['perplexity']:.2f}", upright=True)
         if value := published(row):
             panels[0].axvline(value, color="0.4", linewidth=1, linestyle=":", zorder=0)
@@ -189,9 +218,11 @@ def ranking(rows: Sequence[Row], new: Callable[..., Figure] = Figure) -> Figure:
     panels[0].set_yticks(range(len(listed)), names, fontsize=style.SMALL)
     panels[0].set_ylim(-0.7, len(listed) - 0.3)
     drawn.suptitle(f"{model(rows[0])}\n{text(rows[0])}; beside each name: bits per weight")
-    arrows = any(line.get_marker() in ("<", ">") for axes in panels for line in axes.lines)
+    drawn_lines = [line for axes in panels for line in axes.lines]
+    arrows = any(line.get_marker() in ("<", ">") and line.get_label() != CUT for line in drawn_lines)
+    cut = any(line.get_label() == CUT for line in drawn_lines)
     drawn.legend(
-        handles=_markers(arrows, any(map(published, rows)), f"{kind},\nif longer than the marker" * any(ends)),
+        handles=_markers(arrows, any(map(published, rows)), f"{kind},\nif longer than the marker" * any(ends), cut),
         loc="outside lower left",
     )
     drawn.legend(handles=_families(listed), loc="outside lower right", ncols=2)
@@ -202,6 +233,7 @@ def _panel(axes: Axes, listed: Sequence[tuple[int, Row]], column: str, limits: E
     """One column of values; a value beyond the limits is drawn as an arrow, so that the others stay apart."""
     pairs = [(row["ends"] if column == "perplexity" else None) or (row[column],) * 2 for _, row in listed]
     low, high = limits[0], max(limits[0] * 1.01, min(limits[1], max(end for _, end in pairs)))
+    room = (high / low) ** 0.06
     best = front([row for _, row in listed], column)
     for (line, row), pair in zip(listed, pairs, strict=True):
         value, color = row[column], style.family(row)[1]
@@ -214,13 +246,16 @@ def _panel(axes: Axes, listed: Sequence[tuple[int, Row]], column: str, limits: E
             axes.annotate(number(value), (shown, line), ha="right" if side > 0 else "left", **place)
         else:
             axes.hlines(line, *pair, color=color, linewidth=1, zorder=1.5)
+            for end, marker in ((low / room, "<"), (high * room, ">")):
+                if not pair[0] <= end <= pair[1]:
+                    continue
+                axes.plot(end, line, marker, markersize=3, color=color, clip_on=False, label=CUT)
         quoted = published(row) if column == "perplexity" else None
         if quoted and low <= quoted <= high:
             axes.plot(quoted, line, **PUBLISHED)
     joined = [(row[column], line) for line, row in listed if row in best and low <= row[column] <= high]
     if len(joined) > 1:
         axes.plot(*zip(*joined, strict=True), **FRONT)
-    room = (high / low) ** 0.06
     axes.set_xscale("log")
     axes.set_xlim(low / room, high * room)
     style.set_ticks(axes.xaxis, style.log_ticks(low / room, high * room))
@@ -234,7 +269,7 @@ def _least(listed: Sequence[tuple[int, Row]], row: Row, column: str) -> float:
     return min(other[column] for _, other in listed if other["bits_per_weight"] <= row["bits_per_weight"])
 
 
-def _markers(arrows: bool, quoted: bool, kind: str) -> list[Line2D]:
+def _markers(arrows: bool, quoted: bool, kind: str, cut: bool) -> list[Line2D]:
     """Legend entries of the markers."""
     look = {"color": "0.3", "linestyle": "", "markersize": 4}
     on_front = "filled, joined: the Pareto front,\nnothing of this size or smaller is better"
@@ -244,6 +279,7 @@ def _markers(arrows: bool, quoted: bool, kind: str) -> list[Line2D]:
         *([Line2D([], [], marker=">", label="arrow: beyond the axis, with its value", **look)] if arrows else []),
         *([Line2D([], [], label="published (dotted: of the float model)", **PUBLISHED)] if quoted else []),
         *([Line2D([], [], color="0.3", linewidth=1, label=kind)] if kind else []),
+        *([Line2D([], [], marker=">", label=CUT, color="0.3", linestyle="", markersize=3)] if cut else []),
     ]
 
 

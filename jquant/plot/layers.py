@@ -8,7 +8,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from jquant.evaluation.rows import FLOAT, Row, float_name, model, text, with_bits
+from jquant.evaluation.rows import FLOAT, Row, check_rows, float_name, model, text, with_bits
 from jquant.plot import style
 
 
@@ -19,7 +19,11 @@ def sensitivity(rows: Sequence[Row], ax: Axes | None = None) -> Axes:
     Args:
       rows: of `experiments.sensitivity`.
       ax: where to draw the perplexities, instead of a figure of its own.
+
+    Raises:
+      InputError: no rows, or something else than rows.
     """
+    check_rows(rows)
     if ax is None:
         return figure(rows, style.shown).axes[0]
     _bars(ax, rows, list(rows[0]["projections"]))

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jquant.errors import InputError
-from jquant.evaluation.rows import Row, by_text, float_name, model, number, text
+from jquant.evaluation.rows import Row, by_text, check_rows, float_name, model, number, text
 from jquant.plot import style
 
 MARKERS = "os^Dv"
@@ -27,8 +27,9 @@ def training_curves(rows: Sequence[Row], folder: str | Path, ax: Axes | None = N
       ax: where to draw the KL, instead of a figure of its own.
 
     Raises:
-      InputError: no row has metrics there.
+      InputError: no rows, or something else than rows; no row has metrics there.
     """
+    check_rows(rows)
     if ax is None:
         return figure(rows, folder, style.shown).axes[0]
     drawn = _drawn(rows, folder)

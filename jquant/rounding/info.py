@@ -1,7 +1,7 @@
 """Rounds a weight, and computes the error of the layer's outputs, for every rounding."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import jax
@@ -46,6 +46,18 @@ class SolveInfo:
     held_out_error: Any = field(default_factory=_unknown)
     held_out_energy: Any = field(default_factory=_unknown)
     fallback: Any = field(default_factory=lambda: jnp.int32(0))
+
+    def __repr__(self) -> str:
+        """Plain numbers, without those that are unknown."""
+        told = {entry.name: _plain(getattr(self, entry.name)) for entry in fields(self)}
+        return f"SolveInfo({', '.join(f'{name}={value}' for name, value in told.items() if value != 'nan')})"
+
+
+def _plain(value: Any) -> str:
+    try:
+        return f"{float(value):.4g}"
+    except TypeError:  # being traced, or stacked
+        return repr(value)
 
 
 def output_energy(delta: Float[Array, "in out"], gram: Float[Array, "in in"] | None) -> Float[Array, ""]:
