@@ -47,96 +47,83 @@ _INT8_INT8 = Int(8, "channel", symmetric=True, scale="float32")  # scales as in 
 _INT8_INPUTS = Int(8, 32, symmetric=True, scale="float32", full_range=False)
 _INT8_TENSOR = Int(8, "tensor", symmetric=True, scale="float32")
 
-
-class _Table(dict[str, Callable[[int, Group, bool], Method]]):
-    def __repr__(self) -> str:
-        return f"METHODS({', '.join(self)})"
-
-
-METHODS: dict[str, Callable[[int, Group, bool], Method]] = _Table(
-    {
-        "int8": _fixed(_INT8),
-        "nf4": _fixed(NF4()),
-        "rtn": lambda bits, group, symmetric: Method(Int(bits, group, symmetric)),
-        "gptq": lambda bits, group, symmetric: Method(Int(bits, group, symmetric), Search("diagonal"), GPTQ()),
-        "gptq_plain": lambda bits, group, symmetric: Method(
-            Int(bits, group, symmetric), MinMax(), GPTQ(order="rows"), token_weights="uniform"
+METHODS: dict[str, Callable[[int, Group, bool], Method]] = {
+    "int8": _fixed(_INT8),
+    "nf4": _fixed(NF4()),
+    "rtn": lambda bits, group, symmetric: Method(Int(bits, group, symmetric)),
+    "gptq": lambda bits, group, symmetric: Method(Int(bits, group, symmetric), Search("diagonal"), GPTQ()),
+    "gptq_plain": lambda bits, group, symmetric: Method(
+        Int(bits, group, symmetric), MinMax(), GPTQ(order="rows"), token_weights="uniform"
+    ),
+    # 21 steps take 5 % longer, with 0.5 % less KL and 0.05 % more perplexity (noblank, float inputs).
+    "awq": lambda bits, group, symmetric: Method(
+        Int(bits, group, symmetric), Search("gram", steps=11), transform=AWQ()
+    ),
+    # Roundings.
+    "stochastic": lambda bits, group, symmetric: Method(Int(bits, group, symmetric), rounding=Stochastic()),
+    "gptq_refit": lambda bits, group, symmetric: Method(Int(bits, group, symmetric), Search("diagonal"), Refit(GPTQ())),
+    "gptq_loss": lambda bits, group, symmetric: Method(
+        Int(bits, group, symmetric), Search("diagonal"), GPTQ(), token_weights="loss"
+    ),
+    # At this rate, a step of Adam moves the outermost code by 1/64 of a unit at every width.
+    "gptq_tuned": lambda bits, group, symmetric: Method(
+        Int(bits, group, symmetric), Search("diagonal"), GPTQ(), tuning=(Tuning(rate=2.0 ** (-5 - bits)),)
+    ),
+    "learned": lambda bits, group, symmetric: Method(
+        Int(bits, group, symmetric), Search("diagonal"), GPTQ(), tuning=(Tuning(rate=2.0 ** (-5 - bits), text=0.15),)
+    ),
+    # Weights need many small steps: with few large ones, all codes with a steady gradient jump at once.
+    "qat": lambda bits, group, symmetric: Method(
+        Int(bits, group, symmetric),
+        Search("diagonal"),
+        GPTQ(),
+        tuning=(Tuning(200, rate=2.0 ** (-5 - bits), weight_rate=0.01),),
+    ),
+    "efficient_qat": lambda bits, group, symmetric: Method(
+        Int(bits, group, symmetric),
+        Search("diagonal"),
+        GPTQ(),
+        tuning=(
+            Tuning(128, rate=2.0 ** (-5 - bits), weight_rate=0.01, target="block"),
+            Tuning(rate=2.0 ** (-5 - bits)),
         ),
-        # 21 steps take 5 % longer, with 0.5 % less KL and 0.05 % more perplexity (noblank, float inputs).
-        "awq": lambda bits, group, symmetric: Method(
-            Int(bits, group, symmetric), Search("gram", steps=11), transform=AWQ()
-        ),
-        # Roundings.
-        "stochastic": lambda bits, group, symmetric: Method(Int(bits, group, symmetric), rounding=Stochastic()),
-        "gptq_refit": lambda bits, group, symmetric: Method(
-            Int(bits, group, symmetric), Search("diagonal"), Refit(GPTQ())
-        ),
-        "gptq_loss": lambda bits, group, symmetric: Method(
-            Int(bits, group, symmetric), Search("diagonal"), GPTQ(), token_weights="loss"
-        ),
-        # At this rate, a step of Adam moves the outermost code by 1/64 of a unit at every width.
-        "gptq_tuned": lambda bits, group, symmetric: Method(
-            Int(bits, group, symmetric), Search("diagonal"), GPTQ(), tuning=(Tuning(rate=2.0 ** (-5 - bits)),)
-        ),
-        "learned": lambda bits, group, symmetric: Method(
-            Int(bits, group, symmetric),
-            Search("diagonal"),
-            GPTQ(),
-            tuning=(Tuning(rate=2.0 ** (-5 - bits), text=0.15),),
-        ),
-        # Weights need many small steps: with few large ones, all codes with a steady gradient jump at once.
-        "qat": lambda bits, group, symmetric: Method(
-            Int(bits, group, symmetric),
-            Search("diagonal"),
-            GPTQ(),
-            tuning=(Tuning(200, rate=2.0 ** (-5 - bits), weight_rate=0.01),),
-        ),
-        "efficient_qat": lambda bits, group, symmetric: Method(
-            Int(bits, group, symmetric),
-            Search("diagonal"),
-            GPTQ(),
-            tuning=(
-                Tuning(128, rate=2.0 ** (-5 - bits), weight_rate=0.01, target="block"),
-                Tuning(rate=2.0 ** (-5 - bits)),
-            ),
-        ),
-        # Ranges.
-        "rtn_percentile": lambda bits, group, symmetric: Method(Int(bits, group, symmetric), Percentile()),
-        "rtn_mse": lambda bits, group, symmetric: Method(Int(bits, group, symmetric), Search("mse")),
-        "rtn_diagonal": lambda bits, group, symmetric: Method(Int(bits, group, symmetric), Search("diagonal")),
-        "rtn_gram": lambda bits, group, symmetric: Method(Int(bits, group, symmetric), Search("gram")),
-        "rtn_loss": lambda bits, group, symmetric: Method(Int(bits, group, symmetric), LossSearch()),
-        # Other integer grids.
-        "rtn_symmetric": lambda bits, group, symmetric: Method(Int(bits, group, symmetric=True)),
-        "rtn_float_zero": lambda bits, group, symmetric: Method(Int(bits, group, zero="float")),
-        # Codebooks.
-        "nf4_double": _fixed(NF4(64, double_quantized())),
-        "nf3": _fixed(NF3()),
-        "fp4": _fixed(FP4()),
-        # Floats and block floats.
-        "fp8_e4m3": _fixed(FP8_E4M3()),
-        "fp8_e4m3_tensor": _fixed(FP8_E4M3("tensor")),
-        "fp8_e4m3_1x128": _fixed(FP8_E4M3(128)),
-        "fp8_e4m3_128x128": _fixed(FP8_E4M3((128, 128))),
-        "fp8_e5m2": _fixed(FP8_E5M2()),
-        "mxfp8_e4m3": _fixed(MXFP8_E4M3),
-        "mxfp8_e5m2": _fixed(MXFP8_E5M2),
-        "mxfp6_e2m3": _fixed(MXFP6_E2M3),
-        "mxfp6_e3m2": _fixed(MXFP6_E3M2),
-        "mxfp4": _fixed(MXFP4),
-        "nvfp4": _fixed(NVFP4),
-        # llama.cpp's types with its own search.
-        **{name.lower(): _fixed(format, range=LlamaCpp()) for name, format in GGUF.items()},
-        # Weights and activations. Blocks of 32 inputs are llama.cpp's.
-        "gptq_a8": lambda bits, group, symmetric: Method(
-            Int(bits, group, symmetric), Search("diagonal"), GPTQ(), activation=Activation(_INT8_INPUTS)
-        ),
-        "llm_int8": _fixed(_INT8_INT8, activation=Activation(outliers=6.0)),
-        "smoothquant": _fixed(_INT8_INT8, transform=SmoothQuant(), activation=Activation()),
-        "w8a8": _fixed(_INT8_INT8, activation=Activation()),
-        "w8a8_static": _fixed(_INT8_INT8, activation=Activation(_INT8_TENSOR, static=True)),
-    }
-)
+    ),
+    # Ranges.
+    "rtn_percentile": lambda bits, group, symmetric: Method(Int(bits, group, symmetric), Percentile()),
+    "rtn_mse": lambda bits, group, symmetric: Method(Int(bits, group, symmetric), Search("mse")),
+    "rtn_diagonal": lambda bits, group, symmetric: Method(Int(bits, group, symmetric), Search("diagonal")),
+    "rtn_gram": lambda bits, group, symmetric: Method(Int(bits, group, symmetric), Search("gram")),
+    "rtn_loss": lambda bits, group, symmetric: Method(Int(bits, group, symmetric), LossSearch()),
+    # Other integer grids.
+    "rtn_symmetric": lambda bits, group, symmetric: Method(Int(bits, group, symmetric=True)),
+    "rtn_float_zero": lambda bits, group, symmetric: Method(Int(bits, group, zero="float")),
+    # Codebooks.
+    "nf4_double": _fixed(NF4(64, double_quantized())),
+    "nf3": _fixed(NF3()),
+    "fp4": _fixed(FP4()),
+    # Floats and block floats.
+    "fp8_e4m3": _fixed(FP8_E4M3()),
+    "fp8_e4m3_tensor": _fixed(FP8_E4M3("tensor")),
+    "fp8_e4m3_1x128": _fixed(FP8_E4M3(128)),
+    "fp8_e4m3_128x128": _fixed(FP8_E4M3((128, 128))),
+    "fp8_e5m2": _fixed(FP8_E5M2()),
+    "mxfp8_e4m3": _fixed(MXFP8_E4M3),
+    "mxfp8_e5m2": _fixed(MXFP8_E5M2),
+    "mxfp6_e2m3": _fixed(MXFP6_E2M3),
+    "mxfp6_e3m2": _fixed(MXFP6_E3M2),
+    "mxfp4": _fixed(MXFP4),
+    "nvfp4": _fixed(NVFP4),
+    # llama.cpp's types with its own search.
+    **{name.lower(): _fixed(format, range=LlamaCpp()) for name, format in GGUF.items()},
+    # Weights and activations. Blocks of 32 inputs are llama.cpp's.
+    "gptq_a8": lambda bits, group, symmetric: Method(
+        Int(bits, group, symmetric), Search("diagonal"), GPTQ(), activation=Activation(_INT8_INPUTS)
+    ),
+    "llm_int8": _fixed(_INT8_INT8, activation=Activation(outliers=6.0)),
+    "smoothquant": _fixed(_INT8_INT8, transform=SmoothQuant(), activation=Activation()),
+    "w8a8": _fixed(_INT8_INT8, activation=Activation()),
+    "w8a8_static": _fixed(_INT8_INT8, activation=Activation(_INT8_TENSOR, static=True)),
+}
 
 # Rules that give weights different methods: (regex, method) pairs; the first regex found in a weight's name decides.
 Rules = Sequence[tuple[str, "str | Method | None"]]
