@@ -83,16 +83,17 @@ def write_gguf(model: Source, path: str | Path, floats: str = "F16", force: bool
         raise InputError(f"A GGUF file's floats are {', '.join(FLOATS)}, not {floats!r}.")
     if path.is_dir() or (path.exists() and not force):
         raise InputError(f"{path} exists already: give another name, or force=True to replace the file.")
-    entries = list(_entries(model, floats))
+    # Without their arrays: of a model on disk one block at a time is in memory.
+    tensors = [(entry.name, entry.kind, entry.shape) for entry in _entries(model, floats)]
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    metadata = _metadata(model, [entry.kind for entry in entries if len(entry.shape) > 1])
+    metadata = _metadata(model, [kind for _, kind, shape in tensors if len(shape) > 1])
     writer = gguf.GGUFWriter(temporary, ARCHITECTURES[model.config.family])
     for key, value in metadata.items():
         _add(writer, key, value)
-    for entry in entries:
-        kind = gguf.GGMLQuantizationType[entry.kind]
-        shape = gguf.quant_shape_to_byte_shape(entry.shape, kind)
-        writer.add_tensor_info(entry.name, shape, np.dtype(np.uint8), int(np.prod(shape)), kind)
+    for name, kind, shape in tensors:
+        stored = gguf.GGMLQuantizationType[kind]
+        in_bytes = gguf.quant_shape_to_byte_shape(shape, stored)
+        writer.add_tensor_info(name, in_bytes, np.dtype(np.uint8), int(np.prod(in_bytes)), stored)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         writer.write_header_to_file()
