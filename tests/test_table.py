@@ -152,7 +152,7 @@ BAD = {
     "a truncated GGUF": (["model.path={}/cut.gguf"], "cut.gguf"),
     "NaN weights": (["model.path={}/nan"], "model.layers.1.mlp.up_proj.weight"),
     "an empty text": (["evaluation.data={}/empty.txt"], "empty.txt"),
-    "a text shorter than a window": (["evaluation.data={}/short.txt"], "too few"),
+    "a text shorter than a window": (["evaluation.data={}/short.txt"], "short.txt: The text has"),
     "a text that is not there": (["evaluation.data=/nowhere.txt"], "/nowhere.txt"),
     "evaluation text inside the calibration text": (
         ["evaluation.data=[{0}/evaluation.txt,{0}/calibration.txt]"],
