@@ -41,14 +41,14 @@ FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_
 
 
 def gguf_mix(
-    name: str, config: DecoderConfig, method: Callable[[Format], Method] = lambda format: Method(format, LlamaCpp())
+    name: str, config: DecoderConfig, by: Callable[[Format], Method] = lambda format: Method(format, LlamaCpp())
 ) -> list[tuple[str, str | Method | None]]:
     """Rules that `quantize` takes, by which a model's weights become what llama.cpp's quantizer would make of them.
 
     Args:
       name: a key of `MIXES`, such as "Q4_K_M"; small letters will do.
       config: of the model.
-      method: how a weight of a block's type is rounded; by default as llama.cpp rounds it. GPTQ onto the same types is
+      by: the method for each type of the blocks; by default as llama.cpp rounds it. GPTQ onto the same types is
         `lambda format: Method(format, LlamaCpp(importance=True), GPTQ())`. Embedding and head are rounded as llama.cpp
         rounds them.
 
@@ -63,7 +63,7 @@ def gguf_mix(
         for layer in range(config.layers):
             layers.setdefault(kinds[weight_name(layer, path)], []).append(str(layer))
         for kind, some in layers.items():
-            rules.append((rf"^layers\.({'|'.join(some)})\.{re.escape(path)}$", method(GGUF[kind])))
+            rules.append((rf"^layers\.({'|'.join(some)})\.{re.escape(path)}$", by(GGUF[kind])))
     return rules
 
 
