@@ -325,7 +325,7 @@ def read(folder: Path, part: str) -> Any:
         return jax.tree.leaves(nnx.state(file.outside()))
     if part.startswith("blocks"):
         return [file.report(), *(jax.tree.leaves(nnx.state(block)) for block in file.blocks())]
-    return file.config, file.tokenizer, file.calibrated_on
+    return file.config, file.tokenizer, file.calibrated_on, file.source_files
 
 
 def refuses(folder: Path, part: str) -> bool:
