@@ -287,7 +287,7 @@ def test_the_default_models_tokenizer_is_described_as_in_its_file(default_model,
 
 def test_what_gguf_cannot_hold_is_refused_and_nothing_is_written(tmp_path, wide):
     path = tmp_path / "x.gguf"
-    with refused("layers.0.mlp.up.kernel", "Codebook", "Q4_K"):
+    with refused("layers.0.mlp.up.kernel", "NF4", "Q4_K"):
         write_gguf(quantize(wide, [("mlp.up", Method(NF4()))], progress=False), path)
     with refused("layers.0.attention.q.kernel", "Int"):
         write_gguf(quantize(wide, [("attention.q", "rtn")], bits=4, group=32, progress=False), path)
