@@ -6,7 +6,7 @@ import reprlib
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import gguf
 import jax
@@ -19,7 +19,7 @@ from jquant.formats import GGUF, Int
 from jquant.io.export.vocabulary import vocabulary
 from jquant.io.files import sync
 from jquant.io.gguf.blocks import block_size, to_blocks
-from jquant.io.tokenizer import Tokenizer
+from jquant.io.save import Origin
 from jquant.models.config import GGUF_FAMILIES, DecoderConfig, config_from_gguf
 from jquant.models.decoder import Decoder, blocks, outside_of
 from jquant.models.families import family_of
@@ -33,26 +33,6 @@ ROTARY = ("attention.q.kernel", "attention.k.kernel")
 OUTSIDE = ("embedding", "norm.scale", "head.kernel")  # not in a block
 
 
-@runtime_checkable
-class Source(Protocol):
-    """A model in memory or on disk, block by block."""
-
-    @property
-    def name(self) -> str:
-        """What the user called it."""
-        ...
-
-    @property
-    def config(self) -> DecoderConfig:
-        """The decoder's shape."""
-        ...
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """Text to ids and back."""
-        ...
-
-
 class Entry(NamedTuple):
     """A tensor of the file: its name, type and shape `[out, in]`, and a function that makes its rows of bytes."""
 
@@ -62,7 +42,7 @@ class Entry(NamedTuple):
     rows: Callable[[], UInt8[np.ndarray, "..."]]
 
 
-def write_gguf(model: Source, path: str | Path, floats: str = "F16", force: bool = False) -> None:
+def write_gguf(model: Origin, path: str | Path, floats: str = "F16", force: bool = False) -> None:
     """Writes a model as a GGUF file, completely or not at all.
 
     Weights whose format is one of llama.cpp's (`jquant.GGUF`) keep codes and scales bit for bit; so do integers without
@@ -230,7 +210,7 @@ def _in_blocks(q: QTensor, format: Int) -> QTensor:
 # ---- metadata -------------------------------------------------------------------------------------------------------
 
 
-def _metadata(model: Source, kinds: list[str]) -> dict[str, Any]:
+def _metadata(model: Origin, kinds: list[str]) -> dict[str, Any]:
     """The file's keys; `kinds` are the types of its matrices.
 
     Raises:
