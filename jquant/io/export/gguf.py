@@ -55,8 +55,8 @@ def write_gguf(model: Origin, path: str | Path, floats: str = "F16", force: bool
       force: whether an existing file is replaced.
 
     Raises:
-      InputError: the file exists or can't be written; another family; a weight, rotation, rotary embedding or tokenizer
-        that a GGUF file can't hold; the message says which.
+      InputError: the file exists or can't be written; a weight, rotation, configuration or tokenizer that a GGUF file
+        can't hold; the message says which.
     """
     path = Path(path).expanduser()
     if floats not in FLOATS:
