@@ -126,6 +126,16 @@ def test_each_device_multiplies_its_columns(name):
     assert by_columns(packed_matrix(weight(FORMATS[name], (128, 70))), None, None, devices.mesh, interpret=True) is None
 
 
+@pytest.mark.parametrize("rows", [1, 300])
+@pytest.mark.parametrize("name", ["4 bits, zeros", "4 bits", "8 bits, zeros", "8 bits a column", "nf4"])
+def test_it_lowers_for_a_gpu(name, rows):
+    """To Triton's code, which needs no GPU."""
+    w = jax.eval_shape(lambda: blocked(packed_matrix(weight(FORMATS[name], (4096, 1024))), None, None, "gpu"))
+    x = jax.ShapeDtypeStruct((rows, 4096), jnp.bfloat16)
+    program = jax.jit(lambda x, w: x @ w).trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
+    assert "triton" in program
+
+
 @pytest.mark.parametrize("topology", ["v5e:2x4", "v6e:2x4"])
 @pytest.mark.parametrize("rows", [1, 512])
 @pytest.mark.parametrize("name", ["4 bits, zeros", "4 bits", "8 bits a column", "nf4"])

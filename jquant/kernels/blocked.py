@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas import triton as plgpu
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int8
@@ -31,6 +32,8 @@ from jquant.kernels.packed import PackedMatrix, fill
 TILES, MOST = {"tpu": (256, 128), "gpu": (64,)}, {"tpu": 256, "gpu": 64}
 # Rows of a weight that are unpacked together. On a GPU a product is of one group, whose scale is a row.
 DEEPEST = 1024
+# Programs that a GPU's product is split into at least, where the rows of a weight are enough; and Triton's settings.
+PROGRAMS, WARPS, STAGES = 1024, 4, 3
 FEWEST = 16  # rows of inputs: the smallest tile of 16-bit numbers
 
 
@@ -295,33 +298,55 @@ def _on_tpu(x: Float[Array, "t in"], w: Blocked, rows: int) -> Float[Array, "t o
 
 
 def _on_gpu(x: Float[Array, "t in"], w: Blocked, rows: int) -> Float[Array, "t out"]:
-    """Each program goes through the blocks of one output tile."""
+    """Each program goes through its share of the blocks of one output tile; XLA adds the shares.
+
+    Codes multiply as they are, and the product with a group is scaled: 16-bit inputs then meet exact codes, and a
+    scale costs an operation an output in place of one a weight.
+    """
     of, (blocks, stored, width), columns = w.layout, w.codes.shape, w.layout.tile
     grid = [w.scale] if w.offset is None else [w.scale, w.offset]
+    tiles = len(x) // rows * (width // columns)
+    shares = next(n for n in range(min(blocks, max(PROGRAMS // tiles, 1)), 0, -1) if blocks % n == 0)
+    own, halves = blocks // shares, 8 // of.width
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
     def kernel(x_ref: Any, codes_ref: Any, *refs: Any) -> None:
         *grid_refs, out_ref = refs
+        first = pl.program_id(2) * own
 
         def add(k: Any, total: Array) -> Array:
-            inputs = x_ref[:, pl.ds(k * of.depth, of.depth)]
-            return total + _block(inputs, codes_ref[k], [ref[k] for ref in grid_refs], of)
+            codes = codes_ref[k].astype(jnp.int32)
+            for half in range(halves):
+                inputs = x_ref[:, pl.ds((first + k) * of.depth + half * stored, stored)]
+                part = codes if halves == 1 else (codes >> 4 * half) & 15
+                levels = (part - of.centre).astype(x.dtype) if of.levels is None else _look_up(part, of.levels)
+                product = jnp.dot(
+                    inputs, levels.astype(x.dtype), precision=precision, preferred_element_type=jnp.float32
+                )
+                scale, *offset = [ref[k, half % ref.shape[1]][None] for ref in grid_refs]
+                total += product * scale
+                if offset:
+                    total += inputs.astype(jnp.float32).sum(1, keepdims=True) * offset[0]
+            return total
 
-        out_ref[...] = jax.lax.fori_loop(0, blocks, add, jnp.zeros((rows, columns), jnp.float32))
+        out_ref[...] = jax.lax.fori_loop(0, own, add, jnp.zeros((rows, columns), jnp.float32))
 
-    of_weight = lambda n: pl.BlockSpec((blocks, n, columns), lambda i, j: (0, 0, j))  # noqa: E731
-    return pl.pallas_call(
+    of_weight = lambda n: pl.BlockSpec((own, n, columns), lambda i, j, s: (s, 0, j))  # noqa: E731
+    parts = pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct((len(x), width), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((shares, len(x), width), jnp.float32),
         cost_estimate=_cost(x, w),
-        grid=(len(x) // rows, width // columns),
+        grid=(len(x) // rows, width // columns, shares),
         in_specs=[
-            pl.BlockSpec((rows, x.shape[1]), lambda i, j: (i, 0)),
+            pl.BlockSpec((rows, x.shape[1]), lambda i, j, s: (i, 0)),
             of_weight(stored),
             *(of_weight(part.shape[1]) for part in grid),
         ],
-        out_specs=pl.BlockSpec((rows, columns), lambda i, j: (i, j)),
+        out_specs=pl.BlockSpec((None, rows, columns), lambda i, j, s: (s, i, j)),
         interpret=of.interpret,
+        compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=STAGES),
     )(x, w.codes, *grid)
+    return parts.sum(0)
 
 
 def _cost(x: Float[Array, "t in"], w: Blocked) -> pl.CostEstimate:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from jquant.activations import Activation
 from jquant.errors import InputError
+from jquant.formats import Int
 from jquant.kernels.blocked import blocked, by_columns
 from jquant.kernels.cpu.attention import WIDEST, attend
 from jquant.kernels.cpu.build import target
@@ -37,7 +38,7 @@ def in_use() -> str:
     """What multiplies packed weights where there is a kernel: a name with a digest of its code, or "plain"."""
     if _KIND.get() != "fast":
         return "plain"
-    return {"cpu": target(), "tpu": "pallas"}.get(jax.devices()[0].platform) or "plain"
+    return {"cpu": target(), "tpu": "pallas", "gpu": "pallas"}.get(jax.devices()[0].platform) or "plain"
 
 
 def kernel(
@@ -45,15 +46,17 @@ def kernel(
 ) -> Any | None:
     """The weight as its device's kernel reads it; None where XLA multiplies the packed bytes.
 
-    On one CPU that is the C++ product, on one TPU the Pallas product, each for the formats that it takes. `mesh` says
-    over which devices the weight is cut by columns; on TPUs each then multiplies its own.
+    On one CPU that is the C++ product, on one TPU or GPU the Pallas product, each for the formats that it takes. `mesh`
+    says over which devices the weight is cut by columns; on TPUs each then multiplies its own.
     """
     if mesh is not None:
         return by_columns(w, activation, input_scale, mesh) if _KIND.get() == "fast" else None
     platform = _alone_on(w.codes)
     if platform == "cpu":
         return tiled(w, activation, input_scale)
-    return blocked(w, activation, input_scale, platform) if platform == "tpu" else None
+    # On an H200 the kernel's look-up takes as long as XLA's, so there only whole numbers have one.
+    found = platform == "tpu" or (platform == "gpu" and isinstance(w.format, Int))
+    return blocked(w, activation, input_scale, str(platform)) if found else None
 
 
 def attention(like: Array, head_dim: int) -> Callable[..., Array] | None:
