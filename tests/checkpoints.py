@@ -78,21 +78,34 @@ FAMILIES: dict[str, tuple[type, dict]] = {
         },
     ),
     "phi3": (transformers.Phi3Config, {"sliding_window": None}),
+    "gpt2": (transformers.GPT2Config, {"n_inner": 96, "tie_word_embeddings": True}),
+    "opt": (transformers.OPTConfig, {"ffn_dim": 96, "init_std": 0.2, "tie_word_embeddings": True}),
+    "gpt_neox": (transformers.GPTNeoXConfig, {"rotary_pct": 0.25}),
+}
+# BASE's keys that these configurations do not have.
+OLDER = {
+    name: {"num_key_value_heads", "rms_norm_eps", *more}
+    for name, more in (
+        ("gpt2", {"intermediate_size"}),
+        ("opt", {"intermediate_size", "initializer_range"}),
+        ("gpt_neox", set()),
+    )
 }
 
 
 def of_family(name: str, seed: int = 0, **changes) -> transformers.PreTrainedModel:
     """A random float32 model of a family, its norms and biases random too, with eager attention."""
     kind, own = FAMILIES[name]
-    config = kind(**(BASE | {"pad_token_id": 0} | own | changes))
+    base = {key: value for key, value in BASE.items() if key not in OLDER.get(name, ())}
+    config = kind(**(base | {"pad_token_id": 0} | own | changes))
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     offset = 1.0 if name.startswith("gemma") else 0.0
     for name, parameter in model.named_parameters():
-        if "norm" in name:
-            torch.nn.init.uniform_(parameter, 0.5 - offset, 1.5 - offset)
-        elif name.endswith("bias"):
+        if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.5)
+        elif "norm" in name or ".ln_" in name:
+            torch.nn.init.uniform_(parameter, 0.5 - offset, 1.5 - offset)
     return model.float().eval()
 
 

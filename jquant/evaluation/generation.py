@@ -262,7 +262,8 @@ def in_steps(decoder: Decoder) -> tuple[Decoder, tuple[Block, ...]]:
         layer.attention.of_one, layer.attention.devices = of_one, devices
         if devices is None:
             _put_together(layer.attention, ("q", "k", "v"))
-            _put_together(layer.mlp, ("gate", "up"))
+            if layer.mlp.gated:
+                _put_together(layer.mlp, ("gate", "up"))
     return prepared((outside, layers), devices and devices.mesh)
 
 
@@ -319,7 +320,7 @@ def step(
 
 def _step(structure: Any, leaves: list[Array], tokens: Array, cache: Cache) -> tuple[Array, Cache]:
     decoder, layers = jax.tree.unflatten(structure, leaves)
-    x = decoder.embed(tokens)
+    x = decoder.embed(tokens, cache.length)
     rotary = rotary_table(decoder.config, cache.length + jnp.arange(tokens.shape[1]))
     filled = []
     for layer, slots in zip(layers, cache.layers, strict=True):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -22,6 +22,7 @@ from jquant.io.export.read import PackedCheckpoint
 from jquant.io.gguf import GGUFCheckpoint
 from jquant.io.hub import fetch_repo, fetch_wheel_member, load_config, text_fields
 from jquant.io.language_model import LanguageModel
+from jquant.io.places import BLOCKS, TensorPlace, place_of, shapes_of
 from jquant.io.safetensors import SafetensorsCheckpoint
 from jquant.io.source_files import read_source_files
 from jquant.io.tokenizer import Tokenizer, tokenizer_from_folder, tokenizer_from_gguf
@@ -37,7 +38,6 @@ from jquant.report import Report
 from jquant.rounding import SolveInfo
 
 DTYPES = ("float32", "bfloat16", "float16")
-BLOCKS = "segments."  # prefix of the stacked layers' parameters
 SAMPLE = 1 << 20  # bytes of a file read at a time for its fingerprint
 
 
@@ -96,20 +96,17 @@ class ModelFile:
         """Raises InputError unless the file's tensors are those that the decoder needs, with their shapes."""
         stored, where = self.checkpoint.shapes, self.checkpoint.files[0]
         needed: dict[str, tuple[int, ...]] = {}
-        for param, shape in _shapes(self.config).items():
+        for param in shapes_of(self.config):
             for layer in self._layers(param):
                 place = self._place(param, layer)
-                layer_shape = shape[1:] if _stacked(param) else shape
-                asked = layer_shape[::-1] if place.transposed else layer_shape
-                needed[place.name] = (place.all_rows or asked[0], *asked[1:])
+                needed[place.name] = place.shape
                 if place.name not in stored:
                     raise InputError(
                         f"{where.parent if where.suffix == '.json' else where} lacks the tensor {place.name}."
                     )
-                if stored[place.name] != needed[place.name]:
+                if stored[place.name] != place.shape:
                     raise InputError(
-                        f"{place.name} has shape {stored[place.name]}; the model's header asks for "
-                        f"{needed[place.name]}."
+                        f"{place.name} has shape {stored[place.name]}; the model's header asks for {place.shape}."
                     )
         if unused := [name for name in stored if name not in needed and not self._idle(name)]:
             more = f" and {len(unused) - 1} more tensors" if unused[1:] else ""
@@ -120,8 +117,9 @@ class ModelFile:
             )
 
     def _idle(self, name: str) -> bool:
-        """Whether a tensor may be left unread: biases of 0, a tied head's copy, rotary frequencies."""
-        if name.endswith("rotary_emb.inv_freq"):  # in old files; the configuration has them too
+        """Whether a tensor may be left unread: biases of 0, a tied head's copy, rotary frequencies, causal masks."""
+        buffers = family_of(self.config).hf_buffers if self.checkpoint.format == "hf" else ()
+        if name.endswith(("rotary_emb.inv_freq", *buffers)):  # in old files; the configuration has them too
             return True
         if name.endswith(".bias"):
             return not np.any(self.checkpoint.read(name))
@@ -158,20 +156,10 @@ class ModelFile:
         """The layers that a parameter stacks; [...] outside the blocks."""
         return self.config.runs[int(param.split(".")[1])] if _stacked(param) else [...]
 
-    def _place(self, param: str, layer: Any) -> "_Place":
+    def _place(self, param: str, layer: Any) -> TensorPlace:
         """Where a parameter of a layer is in the file."""
-        family, format = family_of(self.config), self.checkpoint.format
         name = f"layers.{_path(param)}" if _stacked(param) else param
-        tensor, transposed = self._names[name].format(layer), param.endswith("kernel")
-        offset = family.hf_norm_offset if format == "hf" and param.endswith("scale") else 0.0
-        fused = family.fused_with(format, name)
-        if len(fused) == 1:
-            return _Place(tensor, transposed, offset)
-        shapes = _shapes(self.config)
-        widths = [shapes[other.replace("layers.", f"{BLOCKS}0.")][-1] for other in fused]
-        begin = sum(widths[: fused.index(name)])
-        rows = slice(begin, begin + widths[fused.index(name)])
-        return _Place(tensor, transposed, offset, rows, sum(widths))
+        return place_of(self.config, self.checkpoint.format, name, layer)
 
     def load(self, progress: Progress | bool = True, devices: Devices | None = None) -> LanguageModel:
         """The model in memory; a function as `progress` is called with ("load", tensors done, tensors in all).
@@ -184,7 +172,7 @@ class ModelFile:
         if self.quantized:
             model = LanguageModel(_joined(self, progress, devices), self.tokenizer, self.name, self.stored_as)
             return replace(model, source_files=self.source_files)
-        shapes = _shapes(self.config)
+        shapes = shapes_of(self.config)
         done, total = 0, sum(len(self._layers(param)) for param in shapes)
         params = {}
         with showing(progress) as tell:
@@ -243,29 +231,7 @@ class ModelFile:
         stored = self.checkpoint.read(place.name)
         if isinstance(stored, QTensor):
             return stored
-        stored = stored[place.rows]
-        if place.offset:
-            stored = np.asarray(stored, np.float32) + np.float32(place.offset)
-        return _cast(place.name, stored.T if place.transposed else stored, self.dtype)
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a parameter is in a file.
-
-    Attributes:
-      name: of the tensor.
-      transposed: whether it is stored `[out, in]`.
-      offset: what is added to its values.
-      rows: its rows in the tensor.
-      all_rows: how many rows the tensor has; None if it holds no other parameter.
-    """
-
-    name: str
-    transposed: bool
-    offset: float = 0.0
-    rows: slice = field(default_factory=lambda: slice(None))
-    all_rows: int | None = None
+        return _cast(place.name, place.of(stored), self.dtype)
 
 
 @dataclass(frozen=True)
@@ -374,7 +340,7 @@ class QuantizedFile:
           InputError: a file is missing, truncated, changed, or not what the manifest's decoder has.
         """
         place = self.folder / checkpoint.OUTSIDE
-        shapes = {param: shape for param, shape in _shapes(self.config).items() if not _stacked(param)}
+        shapes = {param: shape for param, shape in shapes_of(self.config).items() if not _stacked(param)}
         for item in place.glob("[!.]*"):
             if item.name not in shapes:
                 raise checkpoint.damaged(item, f"{checkpoint.MANIFEST} has no place for it")
@@ -386,7 +352,7 @@ class QuantizedFile:
     def blocks(self, first: int = 0) -> Iterator[Block]:
         """Blocks from layer `first` on. Errors as of `outside`."""
         finished = self._finished()
-        shapes = {_path(p): s[1:] for p, s in _shapes(self.config).items() if p.startswith(f"{BLOCKS}0.")}
+        shapes = {_path(p): s[1:] for p, s in shapes_of(self.config).items() if p.startswith(f"{BLOCKS}0.")}
         for layer in range(first, self.config.layers):
             item = checkpoint.block_folder(self.folder, layer)
             if layer not in finished:
@@ -470,16 +436,6 @@ def _cast(name: str, stored: np.ndarray, dtype: str) -> np.ndarray:
             raise InputError(f"{name} holds NaN or infinite values.")
         raise InputError(f"{name} holds values up to {np.abs(stored).max():g}, more than {dtype} can.")
     return values
-
-
-@lru_cache(8)
-def _shapes(config: DecoderConfig) -> Mapping[str, tuple[int, ...]]:
-    """The shape of each of a decoder's parameters, layers stacked on axis 0, e.g. of "segments.0.mlp.up.kernel".
-
-    Layers in the configuration's first run have the parameters of all layers.
-    """
-    decoder = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0)))
-    return {name: leaf.shape for name, leaf in flat_params(decoder).items()}
 
 
 def _stacked(name: str) -> bool:

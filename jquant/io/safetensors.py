@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from jquant.errors import InputError
 from jquant.io.files import check_plain, read_json
 from jquant.models.config import DecoderConfig, config_from_hf
+from jquant.models.families import family_of
 
 # ml_dtypes comes with jax and teaches NumPy bfloat16.
 FLOAT8 = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2, "F8_E8M0": ml_dtypes.float8_e8m0fnu}
@@ -25,7 +26,8 @@ class SafetensorsCheckpoint:
       format: "hf", which names the tensors' naming scheme.
       description: how the weights are stored, e.g. "safetensors BF16".
       files: all that it consists of.
-      shapes: its tensors' shapes by name, kernels `[out, in]`.
+      shapes: its tensors' shapes by name, kernels as they are stored. Names are those that transformers writes; files
+        of GPT-2 on the hub lack what all of them begin with.
       quantization: quantization_config of config.json, if it has one; `jquant.io.export.read` reads such tensors.
 
     Raises:
@@ -63,6 +65,7 @@ class SafetensorsCheckpoint:
         for name, (shard, _) in self._tensors.items():
             if placed and placed.get(name) != shard:
                 raise InputError(f"{shard} holds the tensor {name}, which {index.name} does not place there.")
+        self._add_prefix()
         kinds = [kind for _, kind in self._tensors.values()]
         self.description = f"safetensors {max(set(kinds), key=kinds.count)}"
 
@@ -85,8 +88,19 @@ class SafetensorsCheckpoint:
                 piece = handle.get_slice(name)
                 self._tensors[name], self.shapes[name] = (shard, piece.get_dtype()), tuple(piece.get_shape())
 
+    def _add_prefix(self) -> None:
+        """Gives tensors their full names, if all lack the prefix of their family's."""
+        family = family_of(self.config)
+        prefix, head = family.hf_prefix, family.hf["head.kernel"]
+        self._cut = 0
+        if prefix and not any(name.startswith(prefix) for name in self._tensors):
+            full = {name: name if name == head else prefix + name for name in self._tensors}
+            self._cut = len(prefix)
+            self._tensors = {full[name]: value for name, value in self._tensors.items()}
+            self.shapes = {full[name]: value for name, value in self.shapes.items()}
+
     def read(self, name: str) -> np.ndarray:
-        """One tensor in its stored dtype, kernels `[out, in]`.
+        """One tensor in its stored dtype.
 
         Raises:
           InputError: no such tensor, or it isn't stored as floats.
@@ -109,6 +123,8 @@ class SafetensorsCheckpoint:
     def read_any(self, name: str) -> np.ndarray:
         """One of its tensors in its stored dtype, whatever that is."""
         shard, kind = self._tensors[name]
+        if self._cut and name != family_of(self.config).hf["head.kernel"]:
+            name = name[self._cut :]
         if kind in FLOAT8:
             return _read_float8(shard, name, FLOAT8[kind])
         # Opened for each tensor: all pages read from one open mapping would count as this process's memory.

@@ -41,9 +41,11 @@ REAL = {
     "embedding_scale": (1e-3, 1e6),
 }
 OPTIONAL = ("local_rope_base", "attention_scale", "attention_softcap", "logits_softcap")
-ACTIVATIONS = ("silu", "gelu_tanh")
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
+NORMS = ("rms", "layer")
 QKV = ("attention.q", "attention.k", "attention.v")
-PROJECTIONS = {*QKV, "attention.o", "mlp.gate", "mlp.up", "mlp.down"}
+UNGATED = (*QKV, "attention.o", "mlp.up", "mlp.down")
+PROJECTIONS = {*UNGATED, "mlp.gate"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class DecoderConfig:
 
     `family` names the table of its tensors and sites (`models/families.py`).
 
-    `rope_divisors` divides each of the head_dim / 2 rotary frequencies: linear scaling, YaRN, Llama-3's rule and a GGUF
+    `rope_divisors` divides each of the rotary frequencies: linear scaling, YaRN, Llama-3's rule and a GGUF
     file's rope_freqs tensor can all be written so. `rope_magnitude` multiplies the rotated
     queries and keys (YaRN).
 
@@ -60,7 +62,7 @@ class DecoderConfig:
       biases: the projections that have a bias, e.g. "attention.q".
       qk_norm: whether each head's queries and keys are normalised before their rotary embedding.
       post_norms: whether the outputs of attention and MLP are normalised before they enter the residual stream.
-      activation: of the MLP's gate, one of ACTIVATIONS.
+      activation: of the MLP's gate, or of `up` without one; one of ACTIVATIONS.
       windows: for each layer the number of tokens that a query sees, its own among them, or None for all; None if all
         layers see all.
       local_rope_base: the rotary base of layers with a window, which then scale no frequency; None if all layers have
@@ -70,6 +72,12 @@ class DecoderConfig:
       attention_softcap: scores s become c · tanh(s / c).
       logits_softcap: logits likewise.
       embedding_scale: what embeddings are multiplied by.
+      norm: "rms", or "layer" for LayerNorms with biases; qk_norm's are RMSNorms.
+      gated: whether the MLP has a gate: down(activation(gate(x)) · up(x)), else down(activation(up(x))).
+      rotary_dim: how many of a head's channels have rotary positions, the first ones; None for all.
+      position_offset: the row of position 0 in a table of learned positions, which are added to the embeddings; None
+        without a table.
+      parallel_residual: whether attention and MLP read the same residual stream, and not one after the other.
 
     Raises:
       InputError: a field of another type, or out of range.
@@ -100,6 +108,11 @@ class DecoderConfig:
     attention_softcap: float | None = None
     logits_softcap: float | None = None
     embedding_scale: float = 1.0
+    norm: str = "rms"
+    gated: bool = True
+    rotary_dim: int | None = None
+    position_offset: int | None = None
+    parallel_residual: bool = False
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -110,13 +123,23 @@ class DecoderConfig:
             raise InputError(f"no_rope names layer {max(self.no_rope)}; there are {self.layers}.")
         if self.heads % self.kv_heads:
             raise InputError(f"{self.heads} attention heads cannot share {self.kv_heads} key/value heads evenly.")
-        if self.head_dim % 2:
-            raise InputError(f"Heads of {self.head_dim} channels have no rotary pairs: it takes an even number.")
-        if self.rope_divisors is not None and len(self.rope_divisors) != self.head_dim // 2:
+        if self.turned > self.head_dim:
+            raise InputError(f"Heads of {self.head_dim} channels have no {self.turned} rotary ones.")
+        if self.turned % 2 and len(set(self.no_rope)) < self.layers:
+            of = "Heads of" if self.rotary_dim is None else "Heads with rotary_dim"
+            raise InputError(f"{of} {self.turned} channels have no rotary pairs: it takes an even number.")
+        if self.rope_divisors is not None and len(self.rope_divisors) != self.turned // 2:
             raise InputError(
-                f"{len(self.rope_divisors)} rope_divisors (rope_freqs) are not one for each of {self.head_dim // 2} "
+                f"{len(self.rope_divisors)} rope_divisors (rope_freqs) are not one for each of {self.turned // 2} "
                 f"pairs of rotary channels."
             )
+        if not self.gated and "mlp.gate" in self.biases:
+            raise InputError("An MLP without a gate has no bias of it (mlp.gate).")
+
+    @property
+    def turned(self) -> int:
+        """How many channels of a head have rotary positions, in layers with these."""
+        return self.head_dim if self.rotary_dim is None else self.rotary_dim
 
     def window(self, layer: int) -> int | None:
         """How many tokens a layer's queries see, their own among them; None for all."""
@@ -164,14 +187,20 @@ def _check(field: str, value: Any, name: str) -> Any:
         if type(value) in (int, float) and least <= value <= most:
             return float(value)
         expected = f"a number from {least:g} to {most:g}"
-    elif field in ("tied", "qk_norm", "post_norms"):
+    elif field in ("tied", "qk_norm", "post_norms", "gated", "parallel_residual"):
         if type(value) is bool:
             return value
         expected = "true or false"
-    elif field == "activation":
-        if value in ACTIVATIONS:
+    elif field in ("activation", "norm"):
+        names = ACTIVATIONS if field == "activation" else NORMS
+        if value in names:
             return value
-        expected = _list(ACTIVATIONS)
+        expected = _list(names)
+    elif field in ("rotary_dim", "position_offset"):
+        least, most = (2, MOST["head_dim"]) if field == "rotary_dim" else (0, 1 << 10)
+        if value is None or (type(value) is int and least <= value <= most):
+            return value
+        expected = f"a whole number from {least} to {most}"
     elif field == "biases":
         if isinstance(value, tuple) and set(value) <= PROJECTIONS:
             return value
@@ -280,6 +309,37 @@ _HF = {
     "tie_word_embeddings": "tied",
     "rope_theta": "rope_base",
 }
+_HF_GPT2 = {
+    "vocab_size": "vocab_size",
+    "n_embd": "hidden",
+    "n_inner": "ffn",
+    "n_layer": "layers",
+    "n_head": "heads",
+    "layer_norm_epsilon": "norm_eps",
+    "n_positions": "context_length",
+    "tie_word_embeddings": "tied",
+    "activation_function": "activation",
+}
+_HF_OPT = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden",
+    "ffn_dim": "ffn",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "max_position_embeddings": "context_length",
+    "tie_word_embeddings": "tied",
+    "activation_function": "activation",
+}
+_HF_NEOX = {key: name for key, name in _HF.items() if name not in ("kv_heads", "head_dim", "norm_eps", "rope_base")} | {
+    "layer_norm_eps": "norm_eps",
+    "rotary_emb_base": "rope_base",
+    "use_parallel_residual": "parallel_residual",
+    "hidden_act": "activation",
+}
+# Activations of MLPs without a gate: transformers' names -> ours.
+_HF_ACTIVATIONS = {"relu": "relu", "gelu": "gelu"} | dict.fromkeys(
+    ("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), "gelu_tanh"
+)
 # Keys that change what the model computes, with the values at which they do not.
 _HF_FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
@@ -311,7 +371,9 @@ _HF_IDLE = frozenset(
     initializer_range is_decoder id2label label2id is_llama_config name_or_path _name_or_path output_attentions
     output_hidden_states pretraining_tp prefix problem_type return_dict task_specific_params tokenizer_class torchscript
     tf_legacy_loss transformers_version transformers.js_config unsloth_fixed unsloth_version use_bfloat16 use_cache
-    cross_attention_hidden_size finetuning_task pruned_heads""".split()  # noqa: SIM905
+    cross_attention_hidden_size finetuning_task pruned_heads attn_pdrop n_ctx reorder_and_upcast_attn summary_activation
+    summary_first_dropout summary_proj_to_labels summary_type summary_use_proj dropout activation_dropout layerdrop
+    init_std hidden_dropout classifier_dropout""".split()  # noqa: SIM905
 )
 _ROPE_KINDS = {
     "default": set(),
@@ -336,10 +398,12 @@ class _Variant:
 
     Attributes:
       fields: of DecoderConfig, which the files do not say.
+      keys: config.json's keys -> fields.
       defaults: config.json's keys beyond Llama's, or with other defaults: what transformers takes if they are missing.
       fixed: replaces entries of `_HF_FIXED`.
       rope_kinds: the kinds of rope scaling.
       gguf: likewise `defaults`, of a GGUF header's keys without the architecture.
+      gguf_fields: likewise `fields`, where llama.cpp fixes more.
     """
 
     fields: Mapping[str, Any] = field(default_factory=dict)
@@ -347,6 +411,8 @@ class _Variant:
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     rope_kinds: Collection[str] = tuple(_ROPE_KINDS)
     gguf: Mapping[str, Any] = field(default_factory=dict)
+    keys: Mapping[str, str] = field(default_factory=lambda: _HF)
+    gguf_fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 _QWEN_WINDOWS = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
@@ -354,6 +420,7 @@ _GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "head_dim": 256, "query_pre_
     "sliding_window": 4096, "layer_types": None, "final_logit_softcapping": None, "tie_word_embeddings": True
 }  # fmt: skip
 _GELU = ("gelu_pytorch_tanh",)
+_OLDER = {"norm": "layer", "gated": False, "biases": UNGATED}
 _VARIANTS = {
     "llama": _Variant(),
     "mistral": _Variant(defaults={"sliding_window": 4096}),
@@ -398,10 +465,39 @@ _VARIANTS = {
     "phi3": _Variant(
         defaults={"sliding_window": None}, rope_kinds=("default",), gguf={"attention.sliding_window": 0}
     ),
+    "gpt2": _Variant(
+        _OLDER | {"position_offset": 0},
+        {"layer_norm_epsilon": 1e-5, "n_positions": 1024, "tie_word_embeddings": True,
+         "activation_function": "gelu_new"},
+        {"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,)},
+        rope_kinds=(),
+        keys=_HF_GPT2,
+        gguf_fields={"activation": "gelu_tanh"},
+    ),
+    "opt": _Variant(
+        _OLDER | {"position_offset": 2, "norm_eps": 1e-5},
+        {"tie_word_embeddings": True, "activation_function": "relu", "do_layer_norm_before": True,
+         "word_embed_proj_dim": None},
+        {"enable_bias": (True,), "layer_norm_elementwise_affine": (True,), "_remove_final_layer_norm": (False,)},
+        rope_kinds=(),
+        keys=_HF_OPT,
+    ),
+    "gpt_neox": _Variant(
+        _OLDER,
+        {"layer_norm_eps": 1e-5, "rotary_pct": 0.25, "rotary_emb_base": 1e4, "use_parallel_residual": True,
+         "hidden_act": "gelu"},
+        {"attention_bias": (True,)},
+        rope_kinds=("default", "linear"),
+        keys=_HF_NEOX,
+        gguf={"use_parallel_residual": True, "rope.dimension_count": None},
+        gguf_fields={"activation": "gelu_tanh"},  # llama.cpp's only GELU, whatever the model was trained with
+    ),
 }  # fmt: skip
 HF_FAMILIES = tuple(_VARIANTS)
 # llama.cpp's architectures; its converter writes Mistral as llama.
-GGUF_FAMILIES = {"gemma3": "gemma3_text"} | {name: name for name in _VARIANTS if name not in ("mistral", "gemma3_text")}
+GGUF_FAMILIES = {"gemma3": "gemma3_text", "gptneox": "gpt_neox"} | {
+    name: name for name in _VARIANTS if name not in ("mistral", "gemma3_text", "gpt_neox", "opt")
+}
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
@@ -414,29 +510,73 @@ def config_from_hf(raw: Mapping[str, Any], source: str) -> DecoderConfig:
     """
     family = _known(raw.get("model_type"), HF_FAMILIES, f"{source}: model_type")
     variant = _VARIANTS[family]
-    fixed = {key: of for key, of in _HF_FIXED.items() if key not in variant.defaults} | dict(variant.fixed)
+    keys = variant.keys
+    fixed = {key: of for key, of in _HF_FIXED.items() if key not in {**variant.defaults, **keys}} | dict(variant.fixed)
+    if "activation" in keys.values():
+        fixed.pop("hidden_act", None)
+        fixed |= {key: tuple(_HF_ACTIVATIONS) for key, name in keys.items() if name == "activation"}
     _refuse_variants(raw, fixed, source, family)
-    rope_keys = {"rope_parameters", "rope_scaling", "original_max_position_embeddings"}
-    _warn(raw.keys() - {*_HF, *fixed, *_HF_IDLE, *variant.defaults, *rope_keys}, source)
+    rope_keys = {"rope_parameters", "rope_scaling", "original_max_position_embeddings"} if variant.rope_kinds else set()
+    _warn(raw.keys() - {*keys, *fixed, *_HF_IDLE, *variant.defaults, *rope_keys}, source)
     raw = {**variant.defaults, **raw}
-    # transformers writes null for a field that is not set.
-    read = {name: _check(name, raw[key], f"{source}: {key}") for key, name in _HF.items() if raw.get(key) is not None}
-    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-        if _HF[key] not in read:
-            raise InputError(f"{source} lacks {key!r}.")
-    if "norm_eps" not in read:
-        raise InputError(f"{source} lacks 'rms_norm_eps'.")
-    if "head_dim" not in read and read["hidden"] % read["heads"]:
-        raise InputError(f"{source}: hidden_size {read['hidden']} is no multiple of {read['heads']} attention heads.")
+    read = _hf_shape(raw, variant, source)
     settled = {
         "kv_heads": read["heads"],
         "head_dim": read["hidden"] // read["heads"],
         "tied": False,
         "context_length": 2048,
     } | read
-    ropes = _hf_ropes(raw, settled, variant, source)
     special = _hf_layers(raw, settled["layers"], source) | _hf_scales(raw, settled["hidden"], source)
+    special |= _hf_positions(raw, settled, variant, source)
+    ropes = _hf_ropes(raw, {**settled, **special}, variant, source)
     return _settled(settled, ropes, special, variant.fields, {"family": family})
+
+
+def _hf_shape(raw: Mapping[str, Any], variant: _Variant, source: str) -> dict[str, Any]:
+    """The fields of the keys that are there; `raw` has the family's defaults.
+
+    Raises:
+      InputError: a key that has no default is missing, or a value is no such field's.
+    """
+    # transformers writes null for a field that is not set.
+    given = {key: value for key in variant.keys if (value := raw.get(key)) is not None}
+    of = lambda key: _HF_ACTIVATIONS[given[key]] if variant.keys[key] == "activation" else given[key]  # noqa: E731
+    read = {name: _check(name, of(key), f"{source}: {key}") for key, name in variant.keys.items() if key in given}
+    if "n_inner" in variant.keys and "hidden" in read:
+        read.setdefault("ffn", 4 * read["hidden"])
+    for key, name in variant.keys.items():
+        if name in ("vocab_size", "hidden", "ffn", "layers", "heads", "norm_eps") and name not in read:
+            raise InputError(f"{source} lacks {key!r}.")
+    if "head_dim" not in read and read["hidden"] % read["heads"]:
+        raise InputError(f"{source}: hidden_size {read['hidden']} is no multiple of {read['heads']} attention heads.")
+    return read
+
+
+def _hf_positions(raw: Mapping[str, Any], shape: Mapping[str, Any], variant: _Variant, source: str) -> dict[str, Any]:
+    """The fields of learned positions, and of rotary ones on a part of each head.
+
+    Raises:
+      InputError: a part that is no pairs of channels; OPT-350M's norms and embeddings.
+    """
+    if raw.get("do_layer_norm_before") is False or raw.get("word_embed_proj_dim") not in (None, shape["hidden"]):
+        raise InputError(
+            f"{source}: jquant's opt decoder knows norms before attention and MLP (do_layer_norm_before true) and "
+            f"embeddings of hidden_size channels (word_embed_proj_dim); OPT-350M has others."
+        )
+    if not variant.rope_kinds:
+        return {"no_rope": tuple(range(shape["layers"]))}
+    if "rotary_pct" not in variant.defaults:
+        return {}
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling")
+    told = rope.get("partial_rotary_factor") if isinstance(rope, dict) else None
+    part = _number({**raw, **({} if told is None else {"rotary_pct": told})}, "rotary_pct", source, 0, 1)
+    turned = int(part * shape["head_dim"])
+    if turned < 2 or turned % 2:
+        raise InputError(
+            f"{source}: rotary_pct {part:g} turns {turned} of each head's {shape['head_dim']} channels, which are no "
+            f"pairs: it takes an even number from 2."
+        )
+    return {} if turned == shape["head_dim"] else {"rotary_dim": turned}
 
 
 def _settled(*parts: Mapping[str, Any]) -> DecoderConfig:
@@ -522,6 +662,8 @@ def _hf_scales(raw: Mapping[str, Any], hidden: int, source: str) -> dict[str, An
 
 def _hf_ropes(raw: Mapping[str, Any], shape: Mapping[str, Any], variant: _Variant, source: str) -> dict[str, Any]:
     """The rope fields; Gemma 3 has two kinds of layers, whose settings transformers 5 writes by the layers' kind."""
+    if not variant.rope_kinds:
+        return {"rope_base": 10000.0, "rope_divisors": None}
     if "rope_local_base_freq" not in raw:
         return _hf_rope(raw, shape, source, variant.rope_kinds)
     by_kind = raw.get("rope_parameters")
@@ -553,13 +695,14 @@ def _hf_rope(raw: Mapping[str, Any], shape: Mapping[str, Any], source: str, kind
     if not isinstance(kind, str) or kind not in kinds:
         raise InputError(f"{name}: rope_type {reprlib.repr(kind)} is not supported; jquant knows {_list(kinds)}.")
     base = _check("rope_base", rope.get("rope_theta", shape.get("rope_base", 10000.0)), f"{name}: rope_theta")
-    _refuse_variants(rope, {"partial_rotary_factor": (1.0,)}, name, str(raw["model_type"]))
+    if "rotary_dim" not in shape:
+        _refuse_variants(rope, {"partial_rotary_factor": (1.0,)}, name, str(raw["model_type"]))
     idle = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"}
     if surplus := rope.keys() - idle - _ROPE_KINDS[kind]:
         raise InputError(f"{name}: rope_type {kind!r} does not take {_list(sorted(surplus))}.")
     context = raw.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
     rope["original_max_position_embeddings"] = context or shape["context_length"]
-    divisors, magnitude = _scaling(kind, rope, base, shape["head_dim"], name)
+    divisors, magnitude = _scaling(kind, rope, base, shape.get("rotary_dim", shape["head_dim"]), name)
     return {"rope_base": base, "rope_divisors": divisors, "rope_magnitude": magnitude}
 
 
@@ -626,6 +769,7 @@ _GGUF = {
     "context_length": "context_length",
     "rope.freq_base": "rope_base",
 }
+_GGUF_LAYER_NORM = {"attention.layer_norm_epsilon" if name == "norm_eps" else key: name for key, name in _GGUF.items()}
 _GGUF_GENERAL: dict[str, tuple[Any, ...]] = {"general.type": ("model",), "split.count": (0, 1)}
 _GGUF_FIXED: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
@@ -688,21 +832,22 @@ def config_from_gguf(
     architecture = _known(header.get("general.architecture"), GGUF_FAMILIES, f"{source}: general.architecture")
     family, prefix = GGUF_FAMILIES[architecture], f"{architecture}."
     variant = _VARIANTS[family]
+    keys = _GGUF_LAYER_NORM if variant.fields.get("norm") == "layer" else _GGUF
     fixed = {prefix + key: allowed for key, allowed in _GGUF_FIXED.items() if key not in variant.gguf}
     _refuse_variants(header, {**fixed, **_GGUF_GENERAL}, source, family)
     own = {key.removeprefix(prefix): value for key, value in header.items() if key.startswith(prefix)}
-    _warn((prefix + key for key in own.keys() - _GGUF_READ - variant.gguf.keys()), source)
-    read = {name: _check(name, own[key], f"{source}: {prefix}{key}") for key, name in _GGUF.items() if key in own}
+    _warn((prefix + key for key in own.keys() - _GGUF_READ - keys.keys() - variant.gguf.keys()), source)
+    read = {name: _check(name, own[key], f"{source}: {prefix}{key}") for key, name in keys.items() if key in own}
     if "vocab_size" not in read and isinstance(header.get("tokenizer.ggml.tokens"), list):
         read["vocab_size"] = len(header["tokenizer.ggml.tokens"])
-    for key, name in _GGUF.items():
+    for key, name in keys.items():
         if name not in read and name not in ("kv_heads", "head_dim", "rope_base"):
             raise InputError(f"{source} lacks the GGUF key {prefix + key!r}.")
     if "head_dim" not in read and read["hidden"] % read["heads"]:
         raise InputError(f"{source}: {read['hidden']} channels are no multiple of {read['heads']} attention heads.")
     settled = {"kv_heads": read["heads"], "head_dim": read["hidden"] // read["heads"], "rope_base": 10000.0} | read
     width = settled["head_dim"]
-    for key in ("attention.value_length", "rope.dimension_count"):
+    for key in sorted({"attention.value_length", "rope.dimension_count"} - variant.gguf.keys()):
         value = own.get(key, width)
         if type(value) is not int or value != width:
             raise InputError(
@@ -711,14 +856,15 @@ def config_from_gguf(
     scale = own.get("attention.scale", 0)
     if scale != 0 and not (isinstance(scale, float) and math.isclose(scale, width**-0.5, rel_tol=1e-5)):
         raise InputError(f"{source}: {prefix}attention.scale is {reprlib.repr(scale)}; jquant takes 1/√{width}.")
-    divisors, magnitude = _gguf_rope(own, settled, f"{source}: {prefix}")
-    if rope_divisors is not None and len(rope_divisors) != width // 2:
-        raise InputError(f"{source}: rope_freqs.weight has {len(rope_divisors)} values, not {width // 2}.")
+    special = _gguf_special({**variant.gguf, **own}, settled, family, f"{source}: {prefix}")
+    turned = special.get("rotary_dim", width)
+    divisors, magnitude = _gguf_rope(own, {**settled, "head_dim": turned}, f"{source}: {prefix}")
+    if rope_divisors is not None and len(rope_divisors) != turned // 2:
+        raise InputError(f"{source}: rope_freqs.weight has {len(rope_divisors)} values, not {turned // 2}.")
     if divisors and rope_divisors:
         divisors = tuple(map(math.prod, zip(divisors, rope_divisors, strict=True)))
     ropes = {"rope_divisors": divisors or rope_divisors, "rope_magnitude": magnitude}
-    special = _gguf_special({**variant.gguf, **own}, settled, family, f"{source}: {prefix}")
-    return _settled(settled, ropes, special, variant.fields, {"tied": tied, "family": family})
+    return _settled(settled, ropes, special, variant.fields, variant.gguf_fields, {"tied": tied, "family": family})
 
 
 def _gguf_special(own: Mapping[str, Any], shape: Mapping[str, Any], family: str, name: str) -> dict[str, Any]:
@@ -745,6 +891,14 @@ def _gguf_special(own: Mapping[str, Any], shape: Mapping[str, Any], family: str,
                 f"{name}{key} takes a number, or one value for each of {layers} layers, not {reprlib.repr(pattern)}."
             )
         read["windows"] = _windows(slides, window)
+    if "use_parallel_residual" in variant.gguf:
+        key = "use_parallel_residual"
+        read["parallel_residual"] = _check("parallel_residual", own[key], name + key)
+    if own.get("rope.dimension_count") and "rope.dimension_count" in variant.gguf:
+        turned = _check("rotary_dim", own["rope.dimension_count"], f"{name}rope.dimension_count")
+        read |= {} if turned == shape["head_dim"] else {"rotary_dim": turned}
+    if not variant.rope_kinds:
+        read["no_rope"] = tuple(range(layers))
     if variant.fields.get("post_norms"):
         read["embedding_scale"] = shape["hidden"] ** 0.5
         if layers == _GGUF_SCALED[family]:

@@ -89,6 +89,28 @@ class RMSNorm(nnx.Module):
         return wide.astype(x.dtype) * self.scale.get_value()
 
 
+class LayerNorm(nnx.Module):
+    """(x − mean x) · scale / √(var x + ε) + bias, in float32 (arXiv 1607.06450)."""
+
+    def __init__(self, features: int, eps: float):
+        self.scale = nnx.Param(jnp.ones(features))
+        self.bias = nnx.Param(jnp.zeros(features))
+        self.eps = eps
+        self.rotation: hadamard.Rotation | None = None  # none: it would change the mean
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        """Normalises the last axis."""
+        wide = x.astype(jnp.float32)
+        wide -= jnp.mean(wide, -1, keepdims=True)
+        wide *= jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.eps)
+        return (wide * self.scale.get_value() + self.bias.get_value()).astype(x.dtype)
+
+
+def norm_of(config: DecoderConfig) -> RMSNorm | LayerNorm:
+    """A norm of the residual stream."""
+    return (LayerNorm if config.norm == "layer" else RMSNorm)(config.hidden, config.norm_eps)
+
+
 @dataclass(frozen=True)
 class Scores:
     """How attention scores s = q·k come about; fields as in `DecoderConfig`, the window that of one layer."""
@@ -188,40 +210,56 @@ class Attention(nnx.Module):
         return function if self.devices is None else self.devices.over_heads(function, self.config.kv_heads)
 
 
-_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
+_ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "relu": jax.nn.relu,
+}
 
 
 class MLP(nnx.Module):
-    """down(activation(gate(x)) · up(x)); `rotation` rotates the input of `down` (`jquant.models.folding`)."""
+    """down(activation(gate(x)) · up(x)), or down(activation(up(x))) without a gate (`DecoderConfig.gated`).
+
+    `rotation` rotates the input of `down` (`jquant.models.folding`).
+    """
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        self.activation = config.activation
+        self.activation, self.gated = config.activation, config.gated
         self.rotation: hadamard.Rotation | None = None
         self.together: SideBySide | None = None  # gate and up as one; set by generation
-        self.gate = Linear(config.hidden, config.ffn, rngs, "mlp.gate" in config.biases)
+        if config.gated:
+            self.gate = Linear(config.hidden, config.ffn, rngs, "mlp.gate" in config.biases)
         self.up = Linear(config.hidden, config.ffn, rngs, "mlp.up" in config.biases)
         self.down = Linear(config.ffn, config.hidden, rngs, "mlp.down" in config.biases)
 
     def __call__(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Taps]:
         """Output and taps."""
-        gate, up = self.together(x) if self.together else (self.gate(x), self.up(x))
-        inner = _ACTIVATIONS[self.activation](gate) * up
+        activation = _ACTIVATIONS[self.activation]
+        if self.gated:
+            gate, up = self.together(x) if self.together else (self.gate(x), self.up(x))
+            inner = activation(gate) * up
+        else:
+            inner = activation(self.up(x))
         if self.rotation is not None:
             inner = hadamard.apply(inner, self.rotation)
         return self.down(inner), {"mlp_input": x, "mlp_output": inner}
 
 
 class Block(nnx.Module):
-    """One pre-norm decoder layer; with `DecoderConfig.post_norms` what it adds to the stream is normalised, too."""
+    """One pre-norm decoder layer; with `DecoderConfig.post_norms` what it adds to the stream is normalised, too.
+
+    With `DecoderConfig.parallel_residual` the MLP reads the stream that attention reads.
+    """
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, layer: int = 0):
-        norm = lambda: RMSNorm(config.hidden, config.norm_eps)  # noqa: E731
-        self.attention_norm = norm()
+        self.parallel = config.parallel_residual
+        self.attention_norm = norm_of(config)
         self.attention = Attention(config, rngs, layer)
-        self.attention_post_norm = norm() if config.post_norms else None
-        self.mlp_norm = norm()
+        self.attention_post_norm = norm_of(config) if config.post_norms else None
+        self.mlp_norm = norm_of(config)
         self.mlp = MLP(config, rngs)
-        self.mlp_post_norm = norm() if config.post_norms else None
+        self.mlp_post_norm = norm_of(config) if config.post_norms else None
 
     def __call__(
         self,
@@ -232,13 +270,15 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "b t d"], Taps, tuple[Any, Any] | None]:
         """Residual stream after the layer, its taps, and its cache."""
         attended, taps, cache = self.attention(self.attention_norm(x), rotary, cache, start)
-        x = x + (attended if self.attention_post_norm is None else self.attention_post_norm(attended))
-        out, mlp_taps = self.mlp(self.mlp_norm(x))
-        return x + (out if self.mlp_post_norm is None else self.mlp_post_norm(out)), taps | mlp_taps, cache
+        after = x + (attended if self.attention_post_norm is None else self.attention_post_norm(attended))
+        out, mlp_taps = self.mlp(self.mlp_norm(x if self.parallel else after))
+        return after + (out if self.mlp_post_norm is None else self.mlp_post_norm(out)), taps | mlp_taps, cache
 
 
 class Decoder(nnx.Module):
     """Token ids to logits. `embedding` is `[vocab, d]`, an array or `Transposed`; a tied head is the same, not a copy.
+
+    `positions`, `[offset + context, d]`, are learned ones (`DecoderConfig.position_offset`), or None.
 
     The residual stream may be rotated by `norm.rotation` (`jquant.models.folding`): `embed` rotates it and the last
     norm rotates it back, so embedding and head do not change and may stay tied.
@@ -247,12 +287,14 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         self.config = config
         self.embedding = nnx.Param(0.02 * rngs.params.normal((config.vocab_size, config.hidden)))
+        rows = None if config.position_offset is None else config.position_offset + config.context_length
+        self.positions = nnx.Param(0.02 * rngs.params.normal((rows, config.hidden))) if rows else None
 
         def stack(run: range) -> Block:
             return nnx.split_rngs(splits=len(run))(nnx.vmap(lambda rngs: Block(config, rngs, run[0])))(rngs)
 
         self.segments = nnx.List([stack(run) for run in config.runs])
-        self.norm = RMSNorm(config.hidden, config.norm_eps)
+        self.norm = norm_of(config)
         self.head = None if config.tied else Linear(config.hidden, config.vocab_size, rngs)
 
     def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t vocab"]:
@@ -269,11 +311,23 @@ class Decoder(nnx.Module):
         """How attention rounds past keys and values (`with_cache`)."""
         return self.segments[0].attention.cached
 
-    def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-        """The residual stream before the first layer."""
+    def embed(self, tokens: Int[Array, "b t"], start: Int[Array, ""] | int = 0) -> Float[Array, "b t d"]:
+        """The residual stream before the first layer; the first of the tokens is at position `start`.
+
+        Raises:
+          InputError: more tokens than learned positions.
+        """
         x = self.embedding.get_value()[tokens].astype(self.dtype)
         if self.config.embedding_scale != 1:
             x = x * jnp.asarray(self.config.embedding_scale, x.dtype)  # rounded to it, as transformers does
+        if self.positions is not None and self.config.position_offset is not None:
+            if tokens.shape[1] > self.config.context_length:
+                raise InputError(
+                    f"{self.config.family} has learned positions for {self.config.context_length} tokens; a text of "
+                    f"{tokens.shape[1]} has more."
+                )
+            rows = self.config.position_offset + start + jnp.arange(tokens.shape[1])
+            x = x + self.positions.get_value()[rows].astype(x.dtype)
         return x if self.norm.rotation is None else hadamard.apply(x, self.norm.rotation)
 
     def hidden(self, tokens: Int[Array, "b t"], remat: bool = False) -> Float[Array, "b t d"]:
@@ -307,7 +361,7 @@ class Decoder(nnx.Module):
 
 
 def outside_of(decoder: Decoder) -> Decoder:
-    """The decoder without its layers: embedding, last norm and head."""
+    """The decoder without its layers: embedding, learned positions, last norm and head."""
     outside = nnx.merge(*nnx.split(decoder))
     outside.segments = nnx.List([])
     return outside

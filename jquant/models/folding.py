@@ -96,8 +96,14 @@ def rotations(
     """The rotations of `rotate`, by name: of the "stream", each "head", and the MLP's "inner" channels.
 
     Raises:
-      InputError: a rotation of the residual stream, where norms stand between it and what is added to it.
+      InputError: a rotation of the residual stream, where norms stand between it and what is added to it, or where
+        norms subtract the mean.
     """
+    if residual and config.norm == "layer":
+        raise InputError(
+            f"{config.family} has LayerNorms, which subtract the mean of the channels: a rotation of the residual "
+            f"stream is exact for RMSNorm alone, so rotate with residual=False."
+        )
     if residual and config.post_norms:
         raise InputError(
             f"{config.family} normalises the outputs of attention and MLP before they enter the residual stream, and "

@@ -15,8 +15,9 @@ from jquant.errors import InputError
 from jquant.formats import block_shape
 from jquant.methods import Rules, assign
 from jquant.models.adapters import Adapted
+from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Decoder
-from jquant.models.families import Family, family_of
+from jquant.models.families import absorbs, family_of
 from jquant.models.params import Params, flat_params, weight_name
 from jquant.pipeline.outside import OUTSIDE, outside_choices
 from jquant.qtensor import QTensor
@@ -114,7 +115,7 @@ def make_plan(decoder: Decoder, method: "str | Method | Rules | Plan") -> Plan:
         for path, chosen in choices.items():
             _check_weight(weight_name(layer, path), params[path], chosen)
         layers.append(tuple((path, chosen) for path, chosen in choices.items() if chosen is not None))
-        _check_layer(layer, dict(layers[-1]), family, rotated[layer])
+        _check_layer(layer, dict(layers[-1]), decoder.config, rotated[layer])
     plan = Plan(tuple(layers), outside_choices(decoder, {name: methods[name] for name in OUTSIDE}))
     if len({method.tuning for method in plan.methods}) > 1:
         raise InputError("A plan's weights are tuned together: give its methods the same tuning.")
@@ -140,11 +141,18 @@ def _check_weight(name: str, weight: jax.ShapeDtypeStruct | QTensor | Adapted, m
         raise InputError(f"{name}: {wrong}") from None
 
 
-def _check_layer(layer: int, methods: dict[str, Method], family: Family, rotated: bool) -> None:
-    for site in family.sites:
+def _check_layer(layer: int, methods: dict[str, Method], config: DecoderConfig, rotated: bool) -> None:
+    for site in family_of(config).sites:
         if len({method.transform for path, method in methods.items() if path in site.weights}) > 1:
             readers = ", ".join(site.weights)
             raise InputError(f"layers.{layer}: {readers} read one input, so they must share a transform.")
+        for path in site.weights if not absorbs(site, config) else ():
+            if (chosen := methods.get(path)) is not None and chosen.transform is not None:
+                raise InputError(
+                    f"{weight_name(layer, path)} reads what {config.activation} makes, and no scale passes through "
+                    f"that into {site.producer}: leave its transform out by a rule, such as "
+                    f'[("{path.removesuffix(".kernel")}", "gptq"), ("", …)].'
+                )
     if (down := methods.get("mlp.down.kernel")) is None or down.transform is None:
         return
     if rotated or (down.rotation is not None and down.rotation.mlp):

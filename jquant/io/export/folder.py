@@ -25,9 +25,11 @@ from jquant.io.export.base import FolderFormat
 from jquant.io.export.beside import CONFIG, card, files_beside
 from jquant.io.files import check_new, sync, write_bytes
 from jquant.io.language_model import LanguageModel
+from jquant.io.places import place_of
 from jquant.models.adapters import first_adapted
+from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Block, Decoder, blocks, outside_of
-from jquant.models.families import Family, family_of
+from jquant.models.families import family_of
 from jquant.models.params import Params, flat_params, weight_name
 from jquant.models.size import Size, size_of
 from jquant.parallel.processes import gather, on_first
@@ -73,10 +75,10 @@ class _Survey:
 def _survey(model: Any, name: str, formats: Mapping[str, FolderFormat]) -> _Survey:
     """Reads the model once, and raises InputError for what the format can't say."""
     outside, named = _outside(model), family_of(model.config).hf
-    if len(named) != len(set(named.values())):
+    if name != "plain" and len(named) != len(set(named.values())):
         raise InputError(
-            f"Folders of {model.config.family} hold several projections as one weight, which jquant can't write yet: "
-            f"keep the model by save."
+            f"Folders of {model.config.family} hold several projections as one weight, which jquant can only write "
+            f'"plain": export so, or keep the model by save.'
         )
     if outside.norm.rotation is not None:
         raise InputError(
@@ -129,33 +131,36 @@ def _check(params: Params, prefix: str, name: str, formats: Mapping[str, FolderF
 
 def _tensors(model: Any, format: FolderFormat, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
     """The folder's tensors by name, block by block."""
-    family = family_of(model.config)
-    for path, leaf in gather(flat_params(_outside(model))).items():
-        yield from _named(family.hf[path], path, _stored(path, leaf, family), format, dtype)
+    yield from _named(model.config, gather(flat_params(_outside(model))), ..., format, dtype)
     for layer, block in enumerate(_blocks(model)):
-        for path, leaf in gather(flat_params(block)).items():
-            name = family.hf[f"layers.{path}"].format(layer)
-            yield from _named(name, path, _stored(path, leaf, family), format, dtype)
+        params = {f"layers.{path}": leaf for path, leaf in gather(flat_params(block)).items()}
+        yield from _named(model.config, params, layer, format, dtype)
 
 
-def _stored(path: str, leaf: Any, family: Family) -> Any:
-    """A parameter as the family's files hold it: Gemma's hold a norm's gain minus 1."""
-    if not path.endswith("scale") or not family.hf_norm_offset:
-        return leaf
-    return (np.asarray(leaf, np.float32) - np.float32(family.hf_norm_offset)).astype(leaf.dtype)
-
-
-def _named(name: str, path: str, leaf: Any, format: FolderFormat, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of one parameter, whose arrays are in this process."""
-    leaf = jax.tree.map(jnp.asarray, leaf)
-    if isinstance(leaf, Transposed):
-        yield name, np.ascontiguousarray(format.to_tensors(leaf.weight, dtype)["weight"])
-    elif isinstance(leaf, QTensor):
-        for end, array in format.to_tensors(leaf, dtype).items():
-            yield f"{name.removesuffix(WEIGHT)}.{end}", np.ascontiguousarray(array)
-    else:
-        array = np.asarray(leaf)
-        yield name, np.ascontiguousarray(array.T if path.endswith("kernel") else array)
+def _named(
+    config: DecoderConfig, params: Params, layer: Any, format: FolderFormat, dtype: str
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of parameters of a layer, or outside the layers, whose arrays are in this process."""
+    family, joined = family_of(config), {}
+    for path, leaf in params.items():
+        leaf, place = jax.tree.map(jnp.asarray, leaf), place_of(config, "hf", path, layer)
+        fused = family.fused_with("hf", path)
+        if isinstance(leaf, Transposed):
+            yield place.name, np.ascontiguousarray(format.to_tensors(leaf.weight, dtype)["weight"])
+            continue
+        if isinstance(leaf, QTensor):
+            tensors = format.to_tensors(leaf, dtype)
+            if len(fused) == 1 and place.transposed:
+                for end, array in tensors.items():
+                    yield f"{place.name.removesuffix(WEIGHT)}.{end}", np.ascontiguousarray(array)
+                continue
+            leaf = tensors["weight"].T
+        values = np.asarray(leaf)
+        tensor, missing = joined.setdefault(place.name, (np.empty(place.shape, values.dtype), set(fused)))
+        place.put(tensor, values)
+        missing.discard(path)
+        if not missing:
+            yield place.name, joined.pop(place.name)[0]
 
 
 def _outside(model: Any) -> Decoder:

@@ -22,7 +22,7 @@ from jquant.io.gguf.blocks import block_size, to_blocks
 from jquant.io.save import Origin
 from jquant.models.config import GGUF_FAMILIES, DecoderConfig, config_from_gguf
 from jquant.models.decoder import Decoder, blocks, outside_of
-from jquant.models.families import family_of
+from jquant.models.families import Family, family_of
 from jquant.models.params import flat_params, weight_name
 from jquant.parts import brief
 from jquant.qtensor import QTensor, Transposed
@@ -30,7 +30,7 @@ from jquant.qtensor import QTensor, Transposed
 FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 ARCHITECTURES = {family: name for name, family in GGUF_FAMILIES.items()} | {"mistral": "llama"}
 ROTARY = ("attention.q.kernel", "attention.k.kernel")
-OUTSIDE = ("embedding", "norm.scale", "head.kernel")  # not in a block
+OUTSIDE = ("embedding", "positions", "norm.scale", "norm.bias", "head.kernel")  # not in a block
 
 
 class Entry(NamedTuple):
@@ -59,6 +59,11 @@ def write_gguf(model: Origin, path: str | Path, floats: str = "F16", force: bool
         can't hold; the message says which.
     """
     path = Path(path).expanduser()
+    if model.config.family not in ARCHITECTURES:
+        raise InputError(
+            f'llama.cpp has no architecture for {model.config.family} models: export(model, folder, "plain") writes a '
+            f"folder."
+        )
     if floats not in FLOATS:
         raise InputError(f"A GGUF file's floats are {', '.join(FLOATS)}, not {floats!r}.")
     if path.is_dir() or (path.exists() and not force):
@@ -98,10 +103,6 @@ def write_gguf(model: Origin, path: str | Path, floats: str = "F16", force: bool
 def _entries(model: Any, floats: str) -> Iterator[Entry]:
     """The file's tensors, in its order: embedding, blocks, last norm, head."""
     names, config = family_of(model.config).gguf, model.config
-    if len(names) != len(set(names.values())):
-        raise InputError(
-            f"Files of {config.family} hold several projections as one weight, which jquant can't write as GGUF yet."
-        )
     outside, layers = _parts(model)
     if outside.norm.rotation is not None:
         raise InputError("The model's residual stream is rotated, which GGUF can't say: model.save(folder) can.")
@@ -116,11 +117,41 @@ def _entries(model: Any, floats: str) -> Iterator[Entry]:
                 f"layers.{layer}.mlp.down.kernel reads rotated inputs, which GGUF can't say: rotate with mlp=False, or "
                 f"write model.save(folder)."
             )
-        for path, leaf in flat_params(block).items():
-            yield _entry(weight_name(layer, path), names[f"layers.{path}"].format(layer), leaf, config, floats)
+        entries = {
+            f"layers.{path}": _entry(
+                weight_name(layer, path), names[f"layers.{path}"].format(layer), leaf, config, floats
+            )
+            for path, leaf in flat_params(block).items()
+        }
+        yield from _joined(entries, family_of(config))
     for name in OUTSIDE[1:]:
         if name in params:
-            yield _entry(name, names[name], params[name], config, floats)
+            # llama.cpp's converter writes positions in 32 bits.
+            yield _entry(name, names[name], params[name], config, "F32" if name == "positions" else floats)
+
+
+def _joined(entries: dict[str, Entry], family: Family) -> Iterator[Entry]:
+    """A block's tensors, each once; the rows of several parameters follow one another in the family's order.
+
+    Raises:
+      InputError: parameters of one tensor that are stored in different types.
+    """
+    for name, entry in entries.items():
+        fused = family.fused_with("gguf", name)
+        if name != fused[0]:
+            continue
+        if len(fused) == 1:
+            yield entry
+            continue
+        parts = [entries[other] for other in fused]
+        if len({part.kind for part in parts}) > 1:
+            raise InputError(
+                f"{entry.name} holds {', '.join(other.removeprefix('layers.') for other in fused)}, and a tensor has "
+                f"one type, not {', '.join(dict.fromkeys(part.kind for part in parts))}: quantize them alike."
+            )
+        shape = (sum(part.shape[0] for part in parts), *entry.shape[1:])
+        rows = lambda parts=parts: np.concatenate([part.rows() for part in parts])  # noqa: E731
+        yield entry._replace(shape=shape, rows=rows)
 
 
 def _parts(model: Any) -> tuple[Decoder, Iterator[Any]]:
@@ -217,6 +248,7 @@ def _metadata(model: Origin, kinds: list[str]) -> dict[str, Any]:
       InputError: a part of the configuration that the keys can't say.
     """
     config = model.config
+    rotary = len(config.no_rope) < config.layers
     common = max(dict.fromkeys(kinds), key=kinds.count)
     shape = {
         "vocab_size": config.vocab_size,
@@ -228,9 +260,10 @@ def _metadata(model: Origin, kinds: list[str]) -> dict[str, Any]:
         "attention.head_count_kv": config.kv_heads,
         "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim,
-        "attention.layer_norm_rms_epsilon": float(config.norm_eps),
-        "rope.dimension_count": config.head_dim,
-        "rope.freq_base": float(config.rope_base),
+        f"attention.layer_norm_{'rms_' if config.norm == 'rms' else ''}epsilon": float(config.norm_eps),
+        "rope.dimension_count": config.turned if rotary else None,
+        "rope.freq_base": float(config.rope_base) if rotary else None,
+        "use_parallel_residual": config.parallel_residual if config.family == "gpt_neox" else None,
         "rope.freq_base_swa": config.local_rope_base,
         "attention.sliding_window": next((window for window in config.windows or () if window), None),
         "attn_logit_softcapping": config.attention_softcap,
