@@ -181,14 +181,15 @@ def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 # llama.cpp's names of architectures, where they differ from config.json's.
-ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}
+ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3", "gpt_neox": "gptneox"}
 
 
 def gguf_tensors(model: transformers.PreTrainedModel) -> dict[str, np.ndarray]:
     """The model's tensors as llama.cpp's converter writes them, float32.
 
     Its names are those of the gguf package. Models that it converts as Llama (SmolLM3 is one) have
-    their rotary rows interleaved; Gemma's norms become gains.
+    their rotary rows interleaved; Gemma's norms become gains. GPT-2's weights are turned to `[out, in]`, and
+    GPT-NeoX's q, k and v, which are fused head by head, follow one another as a whole.
     """
     config, tensors = model.config, {}
     architecture = ARCHITECTURES.get(config.model_type, config.model_type)
@@ -198,6 +199,11 @@ def gguf_tensors(model: transformers.PreTrainedModel) -> dict[str, np.ndarray]:
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         array = value.numpy()
+        if architecture == "gpt2" and ".c_" in name:
+            array = array.T
+        if architecture == "gptneox" and "query_key_value" in name:
+            heads = config.num_attention_heads
+            array = array.reshape(heads, 3, -1, *array.shape[1:]).swapaxes(0, 1).reshape(array.shape)
         if architecture in ("llama", "smollm3") and "q_proj" in name:
             array = interleaved(array, config.num_attention_heads)
         if architecture in ("llama", "smollm3") and "k_proj" in name:
@@ -205,7 +211,7 @@ def gguf_tensors(model: transformers.PreTrainedModel) -> dict[str, np.ndarray]:
         if architecture.startswith("gemma") and name.endswith("norm.weight"):
             array = array + 1
         tensors[names.get_name(name, try_suffixes=(".weight", ".bias"))] = array
-    if config.rope_parameters.get("rope_type") == "llama3":
+    if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "llama3":
         half = model.config.head_dim // 2
         plain = config.rope_parameters["rope_theta"] ** (-np.arange(half) / half)
         tensors["rope_freqs.weight"] = (plain / model.model.rotary_emb.inv_freq.numpy()).astype(np.float32)
@@ -228,15 +234,25 @@ def write_gguf(
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
-    writer.add_rope_freq_base(rope["rope_theta"])
+    if config.model_type == "gpt2":
+        writer.add_feed_forward_length(config.n_inner)
+        writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    elif config.model_type == "gpt_neox":
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_layer_norm_eps(config.layer_norm_eps)
+        writer.add_parallel_residual(config.use_parallel_residual)
+        width = config.hidden_size // config.num_attention_heads
+        writer.add_rope_dimension_count(int(config.rope_parameters["partial_rotary_factor"] * width))
+    else:
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_head_count_kv(config.num_key_value_heads)
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+        writer.add_rope_freq_base(rope["rope_theta"])
     vocabulary = tokenizer().get_vocab()
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
