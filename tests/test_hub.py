@@ -102,6 +102,33 @@ def test_several_members_of_one_download(index, tmp_path, monkeypatch):
     assert leftovers(tmp_path) == set(files)
 
 
+def test_a_file_in_parts_is_joined_once(index, tmp_path, monkeypatch, capsys):
+    """Its licence is said before it is fetched, and a wrong hash leaves the parts alone."""
+    names = "tiny_pkg/x.part0", "tiny_pkg/x.part1"
+    halves = TEXT[:10], TEXT[10:]
+    package, version, sha256 = make_wheel(index, *zip(names, halves, strict=True))
+    parts = [
+        {"package": package, "version": version, "sha256": sha256, "member": name, "member_sha256": digest}
+        for name, digest in zip(names, (hashlib.sha256(half).hexdigest() for half in halves), strict=True)
+    ]
+    config = {"name": "mine", "licence": "Licence of Nobody", "source": {"file": "x", "sha256": DIGEST, "parts": parts}}
+    refused(lambda: hub.fetch_joined("x", "0" * 64, parts), "x from the package index has sha256")
+    refused(lambda: hub.fetch_joined("../x", DIGEST, parts), "plain relative path")
+    refused(lambda: load._fetch_parts(config | {"source": config["source"] | {"parts": []}}), "needs parts as a list")
+    refused(
+        lambda: load._fetch_parts(config | {"source": config["source"] | {"parts": [parts[0] | {"member": 1}]}}),
+        "needs member as text",
+    )
+    capsys.readouterr()
+    file = load._fetch_parts(config)
+    assert file.read_bytes() == TEXT
+    assert leftovers(tmp_path) == {file}
+    assert capsys.readouterr().err == "mine comes under the Licence of Nobody.\n"
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("pip ran again"))
+    assert load._fetch_parts(config) == file
+    assert capsys.readouterr().err == ""
+
+
 def test_a_file_named_pip_in_the_current_folder_does_not_run(index, tmp_path, monkeypatch):
     (tmp_path / "pip.py").write_text("open('ran', 'w')")
     monkeypatch.chdir(tmp_path)
@@ -549,6 +576,10 @@ def test_config(kind, name):
         assert config["path"] == "???"
         return
     assert config["path"] is None
+    if name == "gemma3_270m":
+        assert set(config["source"]) == {"file", "sha256", "parts"}
+        assert "terms" in config["licence"]
+        return
     assert set(config["source"]) in ({"hub", "revision"}, {"wheel", "version", "sha256", "member", "member_sha256"})
 
 
@@ -556,7 +587,8 @@ def test_wheel_configs_pass_the_checks_on_names():
     models = [hub.load_config("model", "smollm2_135m")["source"]]
     texts = [hub.load_config(kind, name) for kind, name in CONFIGS if name.endswith("_utf8")]
     assert len(texts) == 6
-    for source in models + texts:
+    parts = hub.load_config("model", "gemma3_270m")["source"]["parts"]
+    for source in models + texts + parts:
         package = source.get("wheel") or source["package"]
         hub._check_names(package, source["version"], source["sha256"], {source["member"]: source["member_sha256"]})
 

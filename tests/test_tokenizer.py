@@ -346,7 +346,7 @@ def test_a_missing_field_is_named(tmp_path, field):
         ({"model": "t5"}, "kind 't5'.*model.tokenizer="),
         ({"model": "llama"}, "no field tokenizer.ggml.scores"),
         ({"model": "llama", "scores": [0.0], "merges": "x"}, "unusable"),
-        ({"model": "llama", "arch": "gemma2"}, "gemma2"),
+        ({"model": "llama", "arch": "phi3"}, "phi3"),
         ({"tokens": ["a", "b", "a"]}, "twice"),
         ({"tokens": [1, 2, 3]}, "unusable"),
         ({"tokens": "abc"}, "ill-typed field tokenizer.ggml.tokens"),
@@ -361,6 +361,15 @@ def test_a_missing_field_is_named(tmp_path, field):
 def test_an_unusable_field_is_an_input_error(tmp_path, changes, message):
     path = write_gguf(tmp_path / "x.gguf", {"a": 0, "b": 1, "ab": 2}, **({"merges": ["a b"]} | changes))
     with pytest.raises(InputError, match=message):
+        tokenizer_from_gguf(path)
+
+
+def test_scores_that_do_not_order_merges_are_refused(tmp_path):
+    tokens = ["a", "b", "c", "ab", "bc", "abc"]
+    path = write_gguf(
+        tmp_path / "x.gguf", {token: i for i, token in enumerate(tokens)}, model="llama", scores=[0.0] * 6
+    )
+    with pytest.raises(InputError, match="scores that do not order its merges"):
         tokenizer_from_gguf(path)
 
 

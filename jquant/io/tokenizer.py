@@ -246,7 +246,7 @@ def _byte_level(fields: _Fields, vocab: dict[str, int]) -> tuple[tokenizers.Toke
 def _sentencepiece(fields: _Fields, vocab: dict[str, int]) -> tuple[tokenizers.Tokenizer, bool]:
     """SentencePiece BPE with byte fallback, its merges recovered from the scores (transformers' `generate_merges`)."""
     architecture = str(fields.metadata.get("general.architecture", ""))
-    if architecture.startswith(("gemma", "phi3")):  # Gemma: scores do not order its merges; Phi-3: other spaces
+    if architecture.startswith("phi3"):  # other spaces
         raise InputError(f"{fields.path} has the SentencePiece dialect of {architecture}; {_WAY_OUT}")
     if longest := next((token for token in vocab if len(token) > _LONGEST), None):
         raise InputError(f"{fields.path} has a token of {len(longest):,} characters; {_WAY_OUT}")
@@ -256,6 +256,9 @@ def _sentencepiece(fields: _Fields, vocab: dict[str, int]) -> tuple[tokenizers.T
         for cut in range(1, len(token))
         if token[:cut] in vocab and token[cut:] in vocab
     ]
+    made = {left + right: score for score, left, right in merges}
+    if len(set(made.values())) < len(made) / 2:
+        raise InputError(f"{fields.path} has scores that do not order its merges; {_WAY_OUT}")
     merges.sort(key=lambda merge: (merge[0], len(merge[1]), len(merge[2])), reverse=True)
     model = models.BPE(vocab, [merge[1:] for merge in merges], fuse_unk=True, byte_fallback=True)
     backend = tokenizers.Tokenizer(model)
