@@ -248,6 +248,44 @@ def side_by_side(kernels: Sequence[Any]) -> Any | None:
     return choose.kernel(PackedMatrix(codes, scale, zero, first.format, first.in_features), first.activation, None)
 
 
+def columns_of(q: QTensor, chosen: slice | Int[np.ndarray, " n"]) -> QTensor:
+    """Some columns of a weight.
+
+    Raises:
+      InputError: columns share their scales.
+    """
+    _check_own_scales(q)
+    take = lambda leaf: leaf[..., chosen]  # noqa: E731
+    zero = stored_grid(q)[1] if is_integer(q.zero) else q.zero
+    scale, zero = jax.tree.map(take, (q.scale, zero))
+    return replace(q, codes=take(q.codes), scale=scale, zero=_store(zero, q.format))
+
+
+def joined_columns(parts: Sequence[QTensor]) -> QTensor:
+    """Weights of the same inputs as one, `[in, out of all]`.
+
+    Raises:
+      InputError: their formats, or how their inputs are rounded, differ; columns share their scales.
+    """
+    first = parts[0]
+    for part in parts:
+        _check_own_scales(part)
+        if (part.format, part.activation, part.in_features) != (first.format, first.activation, first.in_features):
+            raise InputError(
+                f"{brief(first.format)} and {brief(part.format)} can't be one weight: quantize them alike."
+            )
+    if first.input_scale is not None:
+        raise InputError("weights whose inputs have scales of their own can't be one.")
+    grids = [(part.codes, part.scale, stored_grid(part)[1] if is_integer(part.zero) else part.zero) for part in parts]
+    codes, scale, zero = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, -1), *grids)
+    return replace(first, codes=codes, scale=scale, zero=_store(zero, first.format))
+
+
+def _check_own_scales(q: QTensor) -> None:
+    if block_shape(q.format, q.shape)[1] > 1 or _is_centred(q.format.scale):
+        raise InputError(f"{brief(q.format)} has scales that several columns share, so its columns can't be parted.")
+
+
 def bits_per_weight(tree: Any) -> float:
     """Stored bits (codes, scales, zeros, remainders) per weight over every array and QTensor of a pytree."""
     leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, QTensor))

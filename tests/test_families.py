@@ -33,7 +33,7 @@ from jquant import (
 )
 from jquant.calibration.options import Options
 from jquant.evaluation.generation import empty_cache, in_steps, step
-from jquant.formats import Int
+from jquant.formats import NF4, Int
 from jquant.io.export.gguf import write_gguf
 from jquant.io.load import open_model
 from jquant.learning.losses import head_of
@@ -618,8 +618,19 @@ def test_a_packed_export_of_another_family_comes_back(saved, tmp_path, name, for
     np.testing.assert_array_equal(forward(again.decoder, TOKENS), forward(q.decoder, TOKENS))
 
 
+def same(ours: LanguageModel, theirs: LanguageModel) -> None:
+    """Packed weights are equal to the last bit."""
+    found = flat_params(theirs.decoder)
+    for path, leaf in flat_params(ours.decoder).items():
+        if isinstance(leaf, QTensor):
+            assert jax.tree.structure(leaf) == jax.tree.structure(found[path]), path
+            for a, b in zip(jax.tree.leaves(leaf), jax.tree.leaves(found[path]), strict=True):
+                np.testing.assert_array_equal(a, b, err_msg=path)
+
+
 @pytest.mark.parametrize("name", ["phi3", "gpt2", "gpt_neox"])
-def test_fused_weights_are_written_plain_and_as_gguf_and_in_no_packed_format(saved, tmp_path, name):
+def test_fused_weights_are_written_and_read(saved, tmp_path, name):
+    """Plain and as GGUF whatever the parts' formats are, if one holds them all; packed if they have one format."""
     loaded = saved(name)[2]
     q = quantize(loaded, [("attention", "q8_0"), ("", "q4_0")], progress=False)
     export(q, tmp_path / "plain", "plain")
@@ -627,12 +638,22 @@ def test_fused_weights_are_written_plain_and_as_gguf_and_in_no_packed_format(sav
     for path, leaf in flat_params(q.decoder).items():
         values = dequantize(leaf) if isinstance(leaf, QTensor) else leaf
         np.testing.assert_array_equal(again[path], values, err_msg=path)
-    with refused(name, "one weight", "plain"):
-        export(q, tmp_path / "packed", "gptq_v2")
+    if name == "gpt2":
+        with refused(name, "turned around", "plain"):
+            export(q, tmp_path / "packed", "gptq_v2")
+    else:
+        for format, packed in (("gptq_v2", Int(4, 32)), ("compressed-tensors", Int(4, 32)), ("bitsandbytes", NF4(32))):
+            one = quantize(loaded, Method(packed), progress=False)
+            export(one, tmp_path / format, format)
+            same(one, load_model(tmp_path / format, progress=False))
+        mixed = quantize(loaded, [("attention.v", Method(Int(8, 32))), ("", Method(Int(4, 32)))], progress=False)
+        with refused("qkv_proj" if name == "phi3" else "query_key_value", "attention.q.kernel", "quantize them alike"):
+            export(mixed, tmp_path / "mixed", "compressed-tensors")
     if name != "gpt_neox":
         export(q, tmp_path / "x.gguf")
         read = flat_params(load_model(tmp_path / "x.gguf", progress=False).decoder)
         np.testing.assert_array_equal(read["segments.0.attention.k.kernel"], again["segments.0.attention.k.kernel"])
+        same(q, load_model(tmp_path / "x.gguf", packed=True, progress=False))
         mixed = quantize(loaded, [("attention.v", "q4_0"), ("", "q8_0")], progress=False)
         with refused("blk.0.attn_qkv.weight", "Q4_0", "Q8_0"):
             write_gguf(mixed, tmp_path / "mixed.gguf")

@@ -112,6 +112,17 @@ def test_codes_and_scales_survive_bit_for_bit(tmp_path, wide, kind):
     found = read(tmp_path / "x.gguf")
     kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "x.gguf").tensors}
     again = arrays(load_model(tmp_path / "x.gguf", progress=False))
+    packed = load_model(tmp_path / "x.gguf", packed=True, progress=False)
+    for name, leaf in flat_params(q.decoder).items():
+        ours = flat_params(packed.decoder)[name]
+        assert jax.tree.structure(ours) == jax.tree.structure(leaf)
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(leaf), strict=True):
+            assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    write_gguf(packed, tmp_path / "again.gguf")
+    files = [gguf.GGUFReader(tmp_path / name).tensors for name in ("x.gguf", "again.gguf")]
+    assert [(t.name, t.tensor_type, t.data.tobytes()) for t in files[0]] == [
+        (t.name, t.tensor_type, t.data.tobytes()) for t in files[1]
+    ]
     for name, leaf in flat_params(q.decoder.segments[0]).items():
         if isinstance(leaf, QTensor):
             np.testing.assert_array_equal(again[f"segments.0.{name}"], dequantize(leaf), err_msg=name)

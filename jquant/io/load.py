@@ -33,7 +33,7 @@ from jquant.models.params import flat_params, with_params
 from jquant.parallel.mesh import Devices
 from jquant.progress import Progress, showing
 from jquant.provenance import digest
-from jquant.qtensor import QTensor, Transposed
+from jquant.qtensor import QTensor, Transposed, columns_of
 from jquant.report import Report
 from jquant.rounding import SolveInfo
 
@@ -222,7 +222,7 @@ class ModelFile:
                     digest.update(handle.read(SAMPLE))
         return digest.hexdigest()[:16]
 
-    def _put(self, param: str, layer: Any) -> Array | QTensor:
+    def _put(self, param: str, layer: Any) -> Array | QTensor | Transposed:
         return jax.device_put(self._read(param, layer))
 
     def _read(self, param: str, layer: Any) -> Any:
@@ -230,7 +230,9 @@ class ModelFile:
         place = self._place(param, layer)
         stored = self.checkpoint.read(place.name)
         if isinstance(stored, QTensor):
-            return stored
+            if param == "embedding":
+                return Transposed(stored)
+            return stored if len(place.numbers) == stored.shape[-1] else columns_of(stored, place.columns)
         return _cast(place.name, place.of(stored), self.dtype)
 
 
@@ -458,7 +460,12 @@ def _abstract_outside(config: DecoderConfig) -> Decoder:
 
 
 def load_model(
-    model: str | Path, *, dtype: str | None = None, devices: Devices | None = None, progress: Progress | bool = True
+    model: str | Path,
+    *,
+    dtype: str | None = None,
+    packed: bool = False,
+    devices: Devices | None = None,
+    progress: Progress | bool = True,
 ) -> LanguageModel:
     """Loads a named model (configs/model/), a Hugging Face folder, a .gguf file, or a folder that jquant wrote.
 
@@ -469,6 +476,8 @@ def load_model(
       model: `"smollm2_135m"`, `"path/to/folder"` or `"path/to/file.gguf"`.
       dtype: of activations and of weights that are not quantized; by default that of the named config or of the saved
         model, else float32.
+      packed: whether a .gguf file's blocks stay packed, as `jquant.GGUF` names them, to evaluate or export them; by
+        default they are floats, to quantize.
       devices: to cut the model over, so that each holds a part of every weight; `perplexity`, `compare` and `generate`
         then work there.
       progress: whether to show progress; or a function, called with ("load", tensors done, tensors in
@@ -478,7 +487,7 @@ def load_model(
       InputError: no such name or path; a file that is missing, broken or of another architecture; a tensor with the
         wrong shape, or with NaN or infinite values.
     """
-    return open_model(model, dtype=dtype).load(progress, devices)
+    return open_model(model, dtype=dtype, packed=packed).load(progress, devices)
 
 
 def load_from_config(
@@ -488,20 +497,22 @@ def load_from_config(
     return open_from_config(config, dtype=dtype).load(progress)
 
 
-def open_model(model: str | Path, *, dtype: str | None = None) -> ModelFile | QuantizedFile:
+def open_model(model: str | Path, *, dtype: str | None = None, packed: bool = False) -> ModelFile | QuantizedFile:
     """Opens what `load_model` loads; same arguments and errors."""
     path = Path(model).expanduser()
     if (path / checkpoint.MANIFEST).is_file():
         return QuantizedFile(path, dtype)
     if path.exists():
-        return _open(path, path.name, dtype or "float32")
+        return _open(path, path.name, dtype or "float32", packed)
     if isinstance(model, Path) or path.suffix == ".gguf" or len(path.parts) > 1:
         raise InputError(f"{model} does not exist.")
-    return open_from_config(load_config("model", model), dtype=dtype)
+    return open_from_config(load_config("model", model), dtype=dtype, packed=packed)
 
 
-def open_from_config(config: dict[str, Any], *, dtype: str | None = None) -> ModelFile | QuantizedFile:
-    """Opens what `load_from_config` loads."""
+def open_from_config(
+    config: dict[str, Any], *, dtype: str | None = None, packed: bool = False
+) -> ModelFile | QuantizedFile:
+    """Opens what `load_from_config` loads; `packed` as of `load_model`, also where the config says so."""
     if config.get("path"):
         path = Path(config["path"]).expanduser()
         if not path.exists():
@@ -516,7 +527,8 @@ def open_from_config(config: dict[str, Any], *, dtype: str | None = None) -> Mod
     else:
         path = fetch_repo(*text_fields(config["source"], ("hub", "revision"), f"the source of model {config['name']}"))
     tokenizer = config.get("tokenizer") and Path(config["tokenizer"]).expanduser()
-    return _open(path, config["name"], str(dtype or config.get("dtype") or "float32"), tokenizer)
+    dtype = str(dtype or config.get("dtype") or "float32")
+    return _open(path, config["name"], dtype, packed or bool(config.get("packed")), tokenizer)
 
 
 def _fetch_parts(config: dict[str, Any]) -> Path:
@@ -531,7 +543,7 @@ def _fetch_parts(config: dict[str, Any]) -> Path:
     return fetch_joined(file, sha256, values, licence)
 
 
-def _open(path: Path, name: str, dtype: str, tokenizer: Path | None = None) -> ModelFile:
+def _open(path: Path, name: str, dtype: str, packed: bool, tokenizer: Path | None = None) -> ModelFile:
     """A folder or a .gguf file; `tokenizer` is another folder with tokenizer.json, if the file has none."""
     checkpoint: Checkpoint
     if path.is_dir():
@@ -539,7 +551,7 @@ def _open(path: Path, name: str, dtype: str, tokenizer: Path | None = None) -> M
         if checkpoint.quantization is not None:
             checkpoint = PackedCheckpoint(checkpoint)
     else:
-        checkpoint = GGUFCheckpoint(path)
+        checkpoint = GGUFCheckpoint(path, packed)
     folder = tokenizer or (path if path.is_dir() else None)
     words = tokenizer_from_folder(folder) if folder else tokenizer_from_gguf(path)
     return ModelFile(checkpoint, words, name, dtype, read_source_files(path, folder))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from flax import nnx
-from jaxtyping import Shaped
+from jaxtyping import Int, Shaped
 
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Decoder
@@ -34,6 +34,11 @@ class TensorPlace:
     transposed: bool
     offset: float = 0.0
     columns: Any = field(default_factory=lambda: slice(None))
+
+    @property
+    def numbers(self) -> Int[np.ndarray, " out"]:
+        """Those of the parameter's columns."""
+        return np.arange(self.shape[0 if self.transposed else -1])[self.columns]
 
     def of(self, stored: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "*_ out"]:
         """The parameter in the file's tensor."""

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,7 +34,7 @@ from jquant.models.params import Params, flat_params, weight_name
 from jquant.models.size import Size, size_of
 from jquant.parallel.processes import gather, on_first
 from jquant.parts import brief
-from jquant.qtensor import QTensor, Transposed
+from jquant.qtensor import QTensor, Transposed, columns_of, joined_columns
 
 SHARD = 5_000_000_000  # bytes of a file, as transformers cuts models
 WEIGHT = ".weight"
@@ -75,9 +75,9 @@ class _Survey:
 def _survey(model: Any, name: str, formats: Mapping[str, FolderFormat]) -> _Survey:
     """Reads the model once, and raises InputError for what the format can't say."""
     outside, named = _outside(model), family_of(model.config).hf
-    if name != "plain" and len(named) != len(set(named.values())):
+    if name != "plain" and family_of(model.config).hf_turned:
         raise InputError(
-            f"Folders of {model.config.family} hold several projections as one weight, which jquant can only write "
+            f"Folders of {model.config.family} hold kernels turned around, which jquant can only write "
             f'"plain": export so, or keep the model by save.'
         )
     if outside.norm.rotation is not None:
@@ -103,12 +103,36 @@ def _survey(model: Any, name: str, formats: Mapping[str, FolderFormat]) -> _Surv
         for path, leaf in params.items():
             if path.endswith("kernel"):
                 module = named[f"layers.{path}"].format(layer).removesuffix(WEIGHT)
-                _note(survey, module, leaf)
+                _note(survey, module, leaf if name == "plain" else _whole(model.config, params, path, module))
                 survey.kinds[brief(leaf.format) if isinstance(leaf, QTensor) else str(leaf.dtype)] += 1
         survey.size += size_of(block)
     head = embedding if outside.head is None else outside.head.kernel.get_value()
     _note(survey, named["head.kernel"].removesuffix(WEIGHT), head)
     return survey
+
+
+def _whole(config: DecoderConfig, params: Params, path: str, module: str) -> Any:
+    """The weight that the file holds: a parameter, or several joined.
+
+    Raises:
+      InputError: packed ones of different formats, or packed ones and floats.
+    """
+    fused = [other.removeprefix("layers.") for other in family_of(config).fused_with("hf", f"layers.{path}")]
+    parts = [params[other] for other in fused]
+    if len(parts) == 1 or not any(isinstance(part, QTensor) for part in parts):
+        return parts[0]
+    try:
+        return jax.eval_shape(lambda parts: _join(config, parts, [f"layers.{other}" for other in fused]), parts)
+    except (InputError, AttributeError) as wrong:
+        reason = wrong if isinstance(wrong, InputError) else "some are floats: quantize them alike."
+        raise InputError(f"{module} holds {', '.join(fused)}: {reason}") from None
+
+
+def _join(config: DecoderConfig, parts: Sequence[QTensor], names: Sequence[str]) -> QTensor:
+    """Packed weights as the columns of one, in the file's order."""
+    columns = [place_of(config, "hf", name, 0).numbers for name in names]
+    parts = [jax.tree.map(jnp.asarray, part) for part in parts]
+    return columns_of(joined_columns(parts), np.argsort(np.concatenate(columns)))
 
 
 def _note(survey: _Survey, module: str, leaf: Any) -> None:
@@ -150,9 +174,12 @@ def _named(
             continue
         if isinstance(leaf, QTensor):
             tensors = format.to_tensors(leaf, dtype)
-            if len(fused) == 1 and place.transposed:
-                for end, array in tensors.items():
-                    yield f"{place.name.removesuffix(WEIGHT)}.{end}", np.ascontiguousarray(array)
+            if tensors.keys() != {"weight"}:  # it is packed; several parameters are written with the first
+                if path == fused[0]:
+                    if len(fused) > 1:
+                        tensors = format.to_tensors(_join(config, [params[other] for other in fused], fused), dtype)
+                    for end, array in tensors.items():
+                        yield f"{place.name.removesuffix(WEIGHT)}.{end}", np.ascontiguousarray(array)
                 continue
             leaf = tensors["weight"].T
         values = np.asarray(leaf)

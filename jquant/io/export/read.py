@@ -5,16 +5,13 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from flax import nnx
-
 from jquant.errors import InputError
 from jquant.io.export import awq, bitsandbytes, compressed_tensors, gptq
 from jquant.io.export.base import check_finite
+from jquant.io.places import place_of
 from jquant.io.safetensors import SafetensorsCheckpoint
 from jquant.models.config import DecoderConfig
-from jquant.models.decoder import Decoder
 from jquant.models.families import family_of
-from jquant.models.params import flat_params
 from jquant.qtensor import QTensor
 
 # (tensors, quantization_config, shape, module's name) -> weight
@@ -24,7 +21,7 @@ READERS: dict[str, Callable[[dict[str, Any], dict[str, Any], tuple[int, int], st
     "bitsandbytes": lambda tensors, config, shape, _: bitsandbytes.from_tensors(tensors, config, shape),
     "compressed-tensors": compressed_tensors.from_tensors,
 }
-WEIGHT, STACKED = ".weight", "segments."
+WEIGHT = ".weight"
 
 
 class PackedCheckpoint:
@@ -99,21 +96,17 @@ def _is_float(stored: SafetensorsCheckpoint, weight: str, parts: dict[str, str])
 
 @lru_cache(8)
 def _kernels(config: DecoderConfig) -> dict[str, tuple[int, int]]:
-    """The shape `[in, out]` of each kernel by its name in the file.
+    """The shape `[in, out]` of each weight of kernels by its name in the file.
 
     Raises:
-      InputError: the family's files hold several kernels as one weight.
+      InputError: the family's files hold kernels `[in, out]`.
     """
-    named, found = family_of(config).hf, {}
-    if len(named) != len(set(named.values())):
-        raise InputError(f"Packed weights of {config.family} hold several projections, which jquant does not read.")
-    for path, leaf in flat_params(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0)))).items():
-        if not path.endswith("kernel"):
-            continue
-        if path.startswith(STACKED):
-            run, _, inner = path.removeprefix(STACKED).partition(".")
-            for layer in config.runs[int(run)]:
-                found[named[f"layers.{inner}"].format(layer)] = leaf.shape[-2:]
-        else:
-            found[named[path]] = leaf.shape[-2:]
+    family, found = family_of(config), {}
+    if family.hf_turned:
+        raise InputError(f"Packed weights of {config.family} are turned around, which jquant does not read.")
+    for name in family.hf:
+        layers = range(config.layers) if name.startswith("layers.") else [...]
+        if name.endswith("kernel") and (name != "head.kernel" or not config.tied):
+            for place in (place_of(config, "hf", name, layer) for layer in layers):
+                found[place.name] = place.shape[::-1]
     return found

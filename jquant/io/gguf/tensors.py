@@ -1,14 +1,22 @@
-"""A GGUF file as a checkpoint: its decoder's shape, and its tensors through the gguf package's own dequantizers."""
+"""A GGUF file as a checkpoint: its decoder's shape, and its tensors as floats or packed as they are.
+
+Floats come from the gguf package's own dequantizers.
+"""
 
 from pathlib import Path
+from typing import Any
 
 import gguf
+import jax
 import numpy as np
 
 from jquant.errors import InputError
+from jquant.formats import GGUF
+from jquant.io.gguf.blocks import from_blocks
 from jquant.io.gguf.header import Tensor, read_header
 from jquant.models.config import DecoderConfig, config_from_gguf
 from jquant.models.families import family_of
+from jquant.qtensor import QTensor
 
 _ROTARY = (".attn_q.weight", ".attn_k.weight")
 _ROPE = "rope_freqs.weight"
@@ -17,6 +25,10 @@ _PLAIN = {gguf.GGMLQuantizationType.F32: np.float32, gguf.GGMLQuantizationType.F
 
 class GGUFCheckpoint:
     """A .gguf file; each tensor is mapped into memory only while it is read.
+
+    Args:
+      path: of the file.
+      packed: whether matrices in blocks of `jquant.GGUF` are read as QTensors.
 
     Attributes:
       config: the decoder's shape.
@@ -30,10 +42,9 @@ class GGUFCheckpoint:
     """
 
     format = "gguf"
-    quantized = False
 
-    def __init__(self, path: Path):
-        self.path, self.files = path, [path]
+    def __init__(self, path: Path, packed: bool = False):
+        self.path, self.files, self.quantized = path, [path], packed
         header = read_header(path)
         self._tensors = header.tensors
         for kind in {tensor.kind: name for name, tensor in self._tensors.items()}.items():
@@ -49,28 +60,38 @@ class GGUFCheckpoint:
         kinds = [t.kind.name for name, t in self._tensors.items() if ".ffn_" in name and len(t.shape) == 2]
         self.description = f"gguf {max(set(kinds), key=kinds.count)}" if kinds else "gguf"
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor as float32, kernels `[out, in]`, rotary pairs in the order (i, i + d/2).
+    def read(self, name: str) -> Any:
+        """One tensor as float32, kernels `[out, in]`, or as a QTensor `[in, out]`.
+
+        Rotary pairs are in the order (i, i + d/2).
 
         Raises:
           InputError: no such tensor.
         """
         if name not in self._tensors:
             raise InputError(f"{self.path} lacks the tensor {name}.")
-        values = self._values(self._tensors[name])
+        tensor = self._tensors[name]
+        packed = self.quantized and tensor.kind.name in GGUF and len(tensor.shape) == 2
+        values: Any = self._packed(tensor) if packed else self._values(tensor)
         if not name.endswith(_ROTARY) or not family_of(self.config).gguf_interleaved:
             return values
         # llama.cpp interleaves each Llama head's rotary pairs: its rows (2i, 2i + 1) are our rows (i, i + d/2).
         head = self.config.head_dim
-        if values.ndim != 2 or len(values) % head:
-            raise InputError(f"{self.path}: {name} has shape {values.shape}, which is no whole heads of {head} rows.")
-        return values.reshape(-1, head // 2, 2, values.shape[-1]).swapaxes(1, 2).reshape(values.shape)
+        if len(tensor.shape) != 2 or tensor.shape[0] % head:
+            raise InputError(f"{self.path}: {name} has shape {tensor.shape}, which is no whole heads of {head} rows.")
+        order = np.arange(tensor.shape[0]).reshape(-1, head // 2, 2).swapaxes(1, 2).reshape(-1)
+        return jax.tree.map(lambda leaf: leaf[..., order], values) if packed else values[order]
 
-    def _values(self, tensor: Tensor) -> np.ndarray:
+    def _packed(self, tensor: Tensor) -> QTensor:
+        return from_blocks(self._rows(tensor), tensor.kind.name, tensor.shape[1])
+
+    def _rows(self, tensor: Tensor) -> np.ndarray:
         # Mapped for each tensor: all pages read from one open mapping would count as this process's memory.
         data = np.memmap(self.path, np.uint8, "r", tensor.offset, (tensor.nbytes,))
-        rows = data.view(_PLAIN[tensor.kind]) if tensor.kind in _PLAIN else data.reshape(*tensor.shape[:-1], -1)
-        return gguf.dequantize(rows, tensor.kind).reshape(tensor.shape)
+        return data.view(_PLAIN[tensor.kind]) if tensor.kind in _PLAIN else data.reshape(*tensor.shape[:-1], -1)
+
+    def _values(self, tensor: Tensor) -> np.ndarray:
+        return gguf.dequantize(self._rows(tensor), tensor.kind).reshape(tensor.shape)
 
 
 def _check_readable(path: Path, kind: gguf.GGMLQuantizationType, name: str) -> None:
