@@ -139,8 +139,8 @@ def test_another_format_is_refused(tmp_path, content):
 
 
 def test_another_architecture_is_refused(tmp_path, small):
-    with refused("x.gguf", "'gpt2'", "gemma3, llama, qwen2"):
-        load_model(checkpoints.write_gguf(tmp_path / "x.gguf", small, architecture="gpt2"))
+    with refused("x.gguf", "'mpt'", "gemma3, llama, qwen2"):
+        load_model(checkpoints.write_gguf(tmp_path / "x.gguf", small, architecture="mpt"))
 
 
 @pytest.mark.parametrize("name", ["blk.1.ffn_up.weight", "token_embd.weight", "output_norm.weight"])
@@ -237,7 +237,7 @@ def test_config_defaults_are_transformers(folder, small):
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"model_type": "gpt2"}, ["config.json", "'gpt2'", "llama, mistral, qwen2"]),
+        ({"model_type": "mpt"}, ["config.json", "'mpt'", "llama, mistral, qwen2"]),
         ({"model_type": None}, ["config.json", "model_type"]),
         ({"attention_bias": True}, ["config.json", "attention_bias"]),
         ({"mlp_bias": True}, ["config.json", "mlp_bias"]),

@@ -123,21 +123,22 @@ class DecoderConfig:
             raise InputError(f"no_rope names layer {max(self.no_rope)}; there are {self.layers}.")
         if self.heads % self.kv_heads:
             raise InputError(f"{self.heads} attention heads cannot share {self.kv_heads} key/value heads evenly.")
-        if self.turned > self.head_dim:
-            raise InputError(f"Heads of {self.head_dim} channels have no {self.turned} rotary ones.")
-        if self.turned % 2 and len(set(self.no_rope)) < self.layers:
+        if self.rotary_channels > self.head_dim:
+            raise InputError(f"Heads of {self.head_dim} channels have no {self.rotary_channels} rotary ones.")
+        if self.rotary_channels % 2 and len(set(self.no_rope)) < self.layers:
             of = "Heads of" if self.rotary_dim is None else "Heads with rotary_dim"
-            raise InputError(f"{of} {self.turned} channels have no rotary pairs: it takes an even number.")
-        if self.rope_divisors is not None and len(self.rope_divisors) != self.turned // 2:
+            raise InputError(f"{of} {self.rotary_channels} channels have no rotary pairs: it takes an even number.")
+        pairs = self.rotary_channels // 2
+        if self.rope_divisors is not None and len(self.rope_divisors) != pairs:
             raise InputError(
-                f"{len(self.rope_divisors)} rope_divisors (rope_freqs) are not one for each of {self.turned // 2} "
-                f"pairs of rotary channels."
+                f"{len(self.rope_divisors)} rope_divisors (rope_freqs) are not one for each of {pairs} pairs of rotary "
+                f"channels."
             )
         if not self.gated and "mlp.gate" in self.biases:
             raise InputError("An MLP without a gate has no bias of it (mlp.gate).")
 
     @property
-    def turned(self) -> int:
+    def rotary_channels(self) -> int:
         """How many channels of a head have rotary positions, in layers with these."""
         return self.head_dim if self.rotary_dim is None else self.rotary_dim
 
@@ -495,8 +496,10 @@ _VARIANTS = {
 }  # fmt: skip
 HF_FAMILIES = tuple(_VARIANTS)
 # llama.cpp's architectures; its converter writes Mistral as llama.
-GGUF_FAMILIES = {"gemma3": "gemma3_text", "gptneox": "gpt_neox"} | {
-    name: name for name in _VARIANTS if name not in ("mistral", "gemma3_text", "gpt_neox", "opt")
+GGUF_FAMILIES = {
+    "gemma3": "gemma3_text",
+    **{name: name for name in _VARIANTS if name not in ("mistral", "gemma3_text", "gpt_neox", "opt")},
+    "gptneox": "gpt_neox",
 }
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 
@@ -540,15 +543,16 @@ def _hf_shape(raw: Mapping[str, Any], variant: _Variant, source: str) -> dict[st
     """
     # transformers writes null for a field that is not set.
     given = {key: value for key in variant.keys if (value := raw.get(key)) is not None}
-    of = lambda key: _HF_ACTIVATIONS[given[key]] if variant.keys[key] == "activation" else given[key]  # noqa: E731
-    read = {name: _check(name, of(key), f"{source}: {key}") for key, name in variant.keys.items() if key in given}
+    given |= {key: _HF_ACTIVATIONS[given[key]] for key in given if variant.keys[key] == "activation"}
+    read = {variant.keys[key]: _check(variant.keys[key], value, f"{source}: {key}") for key, value in given.items()}
     if "n_inner" in variant.keys and "hidden" in read:
         read.setdefault("ffn", 4 * read["hidden"])
     for key, name in variant.keys.items():
         if name in ("vocab_size", "hidden", "ffn", "layers", "heads", "norm_eps") and name not in read:
             raise InputError(f"{source} lacks {key!r}.")
     if "head_dim" not in read and read["hidden"] % read["heads"]:
-        raise InputError(f"{source}: hidden_size {read['hidden']} is no multiple of {read['heads']} attention heads.")
+        key = next(key for key, name in variant.keys.items() if name == "hidden")
+        raise InputError(f"{source}: {key} {read['hidden']} is no multiple of {read['heads']} attention heads.")
     return read
 
 
@@ -558,7 +562,9 @@ def _hf_positions(raw: Mapping[str, Any], shape: Mapping[str, Any], variant: _Va
     Raises:
       InputError: a part that is no pairs of channels; OPT-350M's norms and embeddings.
     """
-    if raw.get("do_layer_norm_before") is False or raw.get("word_embed_proj_dim") not in (None, shape["hidden"]):
+    if "do_layer_norm_before" in variant.defaults and (
+        raw["do_layer_norm_before"] is not True or raw["word_embed_proj_dim"] not in (None, shape["hidden"])
+    ):
         raise InputError(
             f"{source}: jquant's opt decoder knows norms before attention and MLP (do_layer_norm_before true) and "
             f"embeddings of hidden_size channels (word_embed_proj_dim); OPT-350M has others."
@@ -568,12 +574,14 @@ def _hf_positions(raw: Mapping[str, Any], shape: Mapping[str, Any], variant: _Va
     if "rotary_pct" not in variant.defaults:
         return {}
     rope = raw.get("rope_parameters") or raw.get("rope_scaling")
-    told = rope.get("partial_rotary_factor") if isinstance(rope, dict) else None
-    part = _number({**raw, **({} if told is None else {"rotary_pct": told})}, "rotary_pct", source, 0, 1)
+    rope = rope if isinstance(rope, dict) else {}  # `_hf_rope` refuses others
+    told = rope.get("partial_rotary_factor")
+    key, values = ("rotary_pct", raw) if told is None else ("partial_rotary_factor", rope)
+    part = _number(values, key, source, 0, 1)
     turned = int(part * shape["head_dim"])
     if turned < 2 or turned % 2:
         raise InputError(
-            f"{source}: rotary_pct {part:g} turns {turned} of each head's {shape['head_dim']} channels, which are no "
+            f"{source}: {key} {part:g} turns {turned} of each head's {shape['head_dim']} channels, which are no "
             f"pairs: it takes an even number from 2."
         )
     return {} if turned == shape["head_dim"] else {"rotary_dim": turned}

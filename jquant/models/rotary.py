@@ -9,7 +9,7 @@ from jquant.models.config import DecoderConfig, Rope
 
 def rotary_table(config: DecoderConfig, positions: Int[Array, " t"]) -> Float[Array, "ropes t half 2"]:
     """Cosine and sine of each position and frequency pair, float32, times the magnitude; one table for each rope."""
-    return jnp.stack([_table(rope, config.turned // 2, positions) for rope in config.ropes])
+    return jnp.stack([_table(rope, config.rotary_channels // 2, positions) for rope in config.ropes])
 
 
 def _table(rope: Rope, half: int, positions: Int[Array, " t"]) -> Float[Array, "t half 2"]:

@@ -261,7 +261,7 @@ def _metadata(model: Origin, kinds: list[str]) -> dict[str, Any]:
         "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim,
         f"attention.layer_norm_{'rms_' if config.norm == 'rms' else ''}epsilon": float(config.norm_eps),
-        "rope.dimension_count": config.turned if rotary else None,
+        "rope.dimension_count": config.rotary_channels if rotary else None,
         "rope.freq_base": float(config.rope_base) if rotary else None,
         "use_parallel_residual": config.parallel_residual if config.family == "gpt_neox" else None,
         "rope.freq_base_swa": config.local_rope_base,
