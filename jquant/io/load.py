@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -26,7 +26,8 @@ from jquant.io.safetensors import SafetensorsCheckpoint
 from jquant.io.source_files import read_source_files
 from jquant.io.tokenizer import Tokenizer, tokenizer_from_folder, tokenizer_from_gguf
 from jquant.models.config import DecoderConfig
-from jquant.models.decoder import Block, Decoder, with_blocks
+from jquant.models.decoder import Block, Decoder, one_layer, with_blocks
+from jquant.models.decoder import parameter_shapes as _shapes
 from jquant.models.families import family_of
 from jquant.models.params import flat_params, with_params
 from jquant.parallel.mesh import Devices
@@ -472,16 +473,6 @@ def _cast(name: str, stored: np.ndarray, dtype: str) -> np.ndarray:
     return values
 
 
-@lru_cache(8)
-def _shapes(config: DecoderConfig) -> Mapping[str, tuple[int, ...]]:
-    """The shape of each of a decoder's parameters, layers stacked on axis 0, e.g. of "segments.0.mlp.up.kernel".
-
-    Layers in the configuration's first run have the parameters of all layers.
-    """
-    decoder = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0)))
-    return {name: leaf.shape for name, leaf in flat_params(decoder).items()}
-
-
 def _stacked(name: str) -> bool:
     return name.startswith(BLOCKS)
 
@@ -496,8 +487,8 @@ def _abstract_block(config: DecoderConfig, layer: int) -> Block:
 
 
 def _abstract_outside(config: DecoderConfig) -> Decoder:
-    decoder = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0)))
-    decoder.segments = nnx.List([])
+    decoder = nnx.eval_shape(lambda: Decoder(one_layer(config), nnx.Rngs(0)))
+    decoder.config, decoder.segments = config, nnx.List([])
     return decoder
 
 

@@ -5,16 +5,13 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from flax import nnx
-
 from jquant.errors import InputError
 from jquant.io.export import awq, bitsandbytes, compressed_tensors, gptq
 from jquant.io.export.base import check_finite
 from jquant.io.safetensors import SafetensorsCheckpoint
 from jquant.models.config import DecoderConfig
-from jquant.models.decoder import Decoder
+from jquant.models.decoder import parameter_shapes
 from jquant.models.families import family_of
-from jquant.models.params import flat_params
 from jquant.qtensor import QTensor
 
 # (tensors, quantization_config, shape, module's name) -> weight
@@ -107,13 +104,13 @@ def _kernels(config: DecoderConfig) -> dict[str, tuple[int, int]]:
     named, found = family_of(config).hf, {}
     if len(named) != len(set(named.values())):
         raise InputError(f"Packed weights of {config.family} hold several projections, which jquant does not read.")
-    for path, leaf in flat_params(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0)))).items():
+    for path, shape in parameter_shapes(config).items():
         if not path.endswith("kernel"):
             continue
         if path.startswith(STACKED):
             run, _, inner = path.removeprefix(STACKED).partition(".")
             for layer in config.runs[int(run)]:
-                found[named[f"layers.{inner}"].format(layer)] = leaf.shape[-2:]
+                found[named[f"layers.{inner}"].format(layer)] = shape[-2:]
         else:
-            found[named[path]] = leaf.shape[-2:]
+            found[named[path]] = shape[-2:]
     return found
