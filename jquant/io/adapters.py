@@ -240,18 +240,21 @@ def _named(names: Any, modules: Collection[str]) -> Collection[str]:
         return modules
     if isinstance(names, str):
         return full_matches([names], modules)[names]
-    # Every end of a module's name, from a dot on.
-    ends = {module: {module, *(module[i + 1 :] for i, c in enumerate(module) if c == ".")} for module in modules}
-    return [module for module in modules if not ends[module].isdisjoint(names or ())]
+    return [module for module in modules if not _ends(module).isdisjoint(names or ())]
 
 
 def _by_pattern(patterns: dict[str, Any] | None, modules: Collection[str]) -> dict[str, Any]:
-    """Each module's value: that of the first pattern that matches the end of its name, as PEFT's `get_pattern_key`."""
-    whole = {rf"(.*\.)?({key})$": value for key, value in (patterns or {}).items()}
-    matched, values = full_matches(list(whole), modules), {}
-    for pattern, value in reversed(whole.items()):
-        values |= dict.fromkeys(matched[pattern], value)
+    """Each module's value: that of the first pattern that matches an end of its name, as PEFT's `get_pattern_key`."""
+    ends = {module: _ends(module) for module in modules}
+    matched, values = full_matches(list(patterns or {}), set().union(*ends.values())), {}
+    for pattern, value in reversed((patterns or {}).items()):
+        values |= {module: value for module in modules if not ends[module].isdisjoint(matched[pattern])}
     return values
+
+
+def _ends(module: str) -> set[str]:
+    """The ends of a name that begin after a dot, and the name itself."""
+    return {module, *(module[i + 1 :] for i, letter in enumerate(module) if letter == ".")}
 
 
 def _read(path: Path, config: DecoderConfig, expected: Mapping[str, tuple[Any, LoRA]]) -> Iterator[tuple[str, Adapted]]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -157,7 +157,7 @@ class ModelFile:
 
     def _layers(self, param: str) -> Sequence[Any]:
         """The layers that a parameter stacks; [...] outside the blocks."""
-        return self.config.runs[int(param.split(".")[1])] if _stacked(param) else [...]
+        return _runs(self.config)[int(param.split(".")[1])] if _stacked(param) else [...]
 
     def _place(self, param: str, layer: Any) -> "_Place":
         """Where a parameter of a layer is in the file."""
@@ -471,6 +471,12 @@ def _cast(name: str, stored: np.ndarray, dtype: str) -> np.ndarray:
             raise InputError(f"{name} holds NaN or infinite values.")
         raise InputError(f"{name} holds values up to {np.abs(stored).max():g}, more than {dtype} can.")
     return values
+
+
+@lru_cache(8)
+def _runs(config: DecoderConfig) -> tuple[range, ...]:
+    """Its `runs`, which a file can make thousands, found once for all parameters."""
+    return config.runs
 
 
 def _stacked(name: str) -> bool:
