@@ -91,7 +91,9 @@ def train(settings: dict[str, Any]) -> Row:
         start = quantize_to_folder(source, Path(settings["start"]), method, calibration, options).load(report)
         if not found:  # trainings that share the start say what it took
             on_first(partial(write_json, spent, {"seconds": time.perf_counter() - begin}))
-        started = float(read_json(spent)["seconds"])
+        started = read_json(spent).get("seconds")
+        if not isinstance(started, float):
+            raise InputError(f"{spent} does not say the seconds: move it away.")
         if calibration is not None:
             seen.append(run_hashes(model.tokenizer.encode(load_text(settings["calibration"]["data"]))))
         decoder, metrics = start.decoder, ""

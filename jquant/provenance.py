@@ -69,13 +69,15 @@ def differences(earlier: Any, now: Any, path: str = "") -> list[str]:
         pairs = [(str(index), old, new) for index, (old, new) in enumerate(zip(earlier, now, strict=True))]
     else:
         return [] if earlier == now else [f"{path} {_short(earlier)}, now {_short(now)}".strip()]
-    return [line for key, old, new in pairs for line in differences(old, new, f"{path}.{key}" if path else key)]
+    named = [(f"{path}.{_short(key)}" if path else _short(key), old, new) for key, old, new in pairs]
+    return [line for key, old, new in named for line in differences(old, new, key)]
 
 
 def _short(described: Any) -> str:
     if isinstance(described, dict) and "type" in described:
         return str(described["type"]).rpartition(".")[2][:60]
     text = described if isinstance(described, str) else json.dumps(described)
+    text = " ".join(text.encode(errors="backslashreplace").decode().split())
     return text if len(text) <= 60 else f"{text[:59]}…"
 
 

@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,14 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
-LIMIT_S = 10
+sys.path.insert(0, str(ROOT))
+LIMIT_S = 20
 SLACK = 64 << 20
 GOOD = ("same", "weights", "as told", "refused")
 
 ODD = [None, True, False, -1, 0, 1, 2, 3, 7, 1e9, 10**9, 10**30, 2**63, 1.5, -0.0, 1e-9, 1e300, float("nan"), "", "x"]
 ODD += ["../../x", "/etc/passwd", "\ud800", "a\0b", "x" * 5000, [], {}, [0], [[]], {"x": {}}, ["x", 1], [None] * 9]
+ODD += [10**400, "(a+)+$", "re:(.*.*)*x", "(.|.)*" * 9 + "!", ["(([a-z.0-9]+)+)+!"], "(" * 999, ["x" * 5000], "a\nb"]
 WORDS = [0, 1, 2, 3, 8, 9, 31, 33, 255, 1 << 16, 1 << 31, 1 << 32, 1 << 40, 1 << 62, (1 << 63) - 1, (1 << 64) - 1]
 
 
@@ -50,12 +52,14 @@ WORDS = [0, 1, 2, 3, 8, 9, 31, 33, 255, 1 << 16, 1 << 31, 1 << 32, 1 << 40, 1 <<
 def change(case: Path, kind: str, rng: np.random.Generator) -> None:
     """Damages a file of a kind in the folder of a case."""
     name, how = KINDS[kind]
-    files = sorted(case.glob(name))
+    files = sorted(path for path in case.glob(name) if path.is_file())
     for _ in range(int(rng.integers(1, 4))):
         file = files[rng.integers(len(files))]
         data = file.read_bytes()
-        # Structure, where there is one, in two cases of three: bits alone seldom leave anything to be read.
-        file.write_bytes(how(data, rng) if rng.random() < 0.67 else _bytes(data, rng))
+        # Structure, where there is one, mostly: bits alone seldom leave anything to be read.
+        file.write_bytes(how(data, rng) if rng.random() < (0.9 if kind in DEEP else 0.67) else _bytes(data, rng))
+    if kind in FORGED and rng.random() < 0.7:
+        _forge(case)
 
 
 def _bytes(data: bytes, rng: np.random.Generator, head: int = 0) -> bytes:
@@ -113,7 +117,7 @@ def _replace(holder: Any, key: Any, rng: np.random.Generator) -> None:
             keys = list(holder) if isinstance(holder, dict) else range(len(holder))
             other = keys[int(rng.integers(len(keys)))]
             holder[key], holder[other] = holder[other], holder[key]
-        case 3 if isinstance(holder[key], int | float):
+        case 3 if isinstance(holder[key], int | float) and abs(holder[key]) < 1e300:
             holder[key] = holder[key] * float(rng.choice([-1, 0.5, 2, 1.01])) + int(rng.integers(-1, 2))
         case 4 if isinstance(holder[key], int):
             holder[key] = int(holder[key]) + int(rng.integers(-2, 3))
@@ -126,8 +130,118 @@ def _safetensors(data: bytes, rng: np.random.Generator) -> bytes:
     (length,) = struct.unpack_from("<Q", data.ljust(8))
     if rng.random() < 0.1 or length + 8 > len(data):
         return struct.pack("<Q", int(rng.choice(np.array(WORDS, np.uint64)))) + data[8:]
+    if rng.random() < 0.5:
+        return _tensors(data, rng)
     header = _json(data[8 : 8 + length], rng)
     return struct.pack("<Q", len(header)) + header + data[8 + length :]
+
+
+SHAPES = [[], [0], [1], [0, 2**62], [2**31, 0], [1] * 70, [2**63], [-1], [0] * 3]
+DTYPES = ["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4", "F6_E2M3"]
+DTYPES += ["I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL", "C64"]
+
+
+def _tensors(data: bytes, rng: np.random.Generator) -> bytes:
+    """One tensor renamed, left out, or of another type, shape, size or content; header and offsets fit the file."""
+    try:
+        (length,) = struct.unpack_from("<Q", data)
+        header = json.loads(data[8 : 8 + length])
+        facts = {"__metadata__": header.pop("__metadata__", {})}
+        places = {name: slice(*(8 + length + at for at in of["data_offsets"])) for name, of in header.items()}
+        parts = {name: data[place] for name, place in places.items()}
+        # Statistics and settings beside a weight's codes as often as all weights together.
+        small = [name for name in header if not name.endswith("weight")]
+        _change_tensor(header, parts, str(rng.choice(small if small and rng.random() < 0.5 else sorted(header))), rng)
+        at = 0
+        for name, part in parts.items():
+            header[name]["data_offsets"] = [at, at + len(part)]
+            at += len(part)
+        text = json.dumps(facts | header).encode()
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError, OverflowError, struct.error):
+        return _bytes(data, rng)  # damaged before
+    return struct.pack("<Q", len(text)) + text + b"".join(parts.values())
+
+
+def _change_tensor(header: dict[str, Any], parts: dict[str, bytes], name: str, rng: np.random.Generator) -> None:
+    entry, part, other = header[name], parts[name], str(rng.choice(sorted(header)))
+    size = len(part) // max(1, int(np.prod(entry["shape"])))
+    match int(rng.integers(9)):
+        case 0:
+            del header[name], parts[name]
+        case 1:
+            parts[name], parts[other] = parts[other], parts[name]
+            header[name], header[other] = header[other], header[name]
+        case 2:
+            entry["dtype"] = str(rng.choice(DTYPES))
+        case 3:
+            entry["shape"] = SHAPES[rng.integers(len(SHAPES))]
+        case 4:
+            entry["shape"] = [*entry["shape"][::-1], *[1] * int(rng.integers(2))]
+        case 5:  # another number of rows, and the bytes that belong to it
+            rows, *rest = entry["shape"] or [1]
+            rows = max(0, int(rng.choice([0, 1, rows - 1, rows + 1, 2 * rows, rows // 2])))
+            wanted = min(rows * size * int(np.prod(rest)), 1 << 20)
+            entry["shape"], parts[name] = [rows, *rest], part.ljust(wanted, b"\1")[:wanted]
+        case 6:  # the least or largest number, infinity, NaN
+            fill = [b"\0\0\0\0", b"\xff\xff\xff\xff", b"\0\x7c\0\x7c", b"\0\0\x80\x7f", b"\x7f\x7f\x7f\x7f"]
+            parts[name] = (fill[rng.integers(len(fill))] * (len(part) // 4 + 1))[: len(part)]
+        case 7 if part[:1] == b"{":  # bitsandbytes' settings
+            parts[name] = _json(part, rng)
+            entry["shape"] = [len(parts[name])]
+        case _:
+            parts[name] = _bytes(part, rng)[: len(part)].ljust(len(part), b"\0")
+
+
+def _quantization(data: bytes, rng: np.random.Generator) -> bytes:
+    """Something in quantization_config replaced, left out, renamed or exchanged."""
+    try:
+        content = json.loads(data)
+        inner = _json(json.dumps(content["quantization_config"]).encode(), rng)
+        return json.dumps(content | {"quantization_config": json.loads(inner)}).encode()
+    except (ValueError, RecursionError, LookupError, TypeError):
+        return _json(data, rng)
+
+
+OUTSIDE = [
+    "../sharded/model-00001-of-00004.safetensors",
+    "./model-00001-of-00004.safetensors",
+    "/etc/passwd",
+    "/dev/zero",
+]
+OUTSIDE += [
+    "up/sharded/model-00002-of-00004.safetensors",
+    "up",
+    "loop.safetensors",
+    "zero.safetensors",
+    "..",
+    ".",
+    "",
+    "~",
+]
+OUTSIDE += [
+    "..\\x",
+    "a\0b",
+    "\ud800",
+    "model-00001-of-00004.safetensors/",
+    "//model-00001-of-00004.safetensors",
+    "x" * 5000,
+]
+
+
+def _names(data: bytes, rng: np.random.Generator) -> bytes:
+    """Shards of an index renamed to what lies outside the folder."""
+    try:
+        content = json.loads(data)
+        names = content["weight_map"]
+        shard, outside = str(rng.choice(sorted(set(names.values())))), OUTSIDE[rng.integers(len(OUTSIDE))]
+        every = rng.random() < 0.5
+        moved = {
+            name: outside if value == shard and (every or rng.random() < 0.2) else value
+            for name, value in names.items()
+        }
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        return _json(data, rng)
+    return json.dumps(content | {"weight_map": moved}).encode()
 
 
 def _gguf(data: bytes, rng: np.random.Generator) -> bytes:
@@ -142,6 +256,81 @@ def _gguf(data: bytes, rng: np.random.Generator) -> bytes:
     at = min(max(at, 4), len(data) - 8)
     word = struct.pack("<Q", int(rng.choice(np.array(WORDS, np.uint64))))[: int(rng.choice([1, 4, 8]))]
     return data[:at] + word + data[at + len(word) :]
+
+
+def _fields(data: bytes, rng: np.random.Generator) -> bytes:
+    """One value of a GGUF header replaced, or an array's members; written back by the gguf package."""
+    import gguf
+
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "x.gguf").write_bytes(data)
+        try:
+            read = gguf.GGUFReader(Path(folder) / "x.gguf")
+            values = {name: of.contents() for name, of in read.fields.items() if not name.startswith("GGUF.")}
+            kinds = {name: of.types for name, of in read.fields.items()}
+            name = str(rng.choice(sorted(values)))
+            values[name] = _other(values[name], rng)
+            writer = gguf.GGUFWriter(Path(folder) / "y.gguf", str(values.pop("general.architecture")))
+            for key, value in values.items():
+                kind = kinds[key][0] if key != name else gguf.GGUFValueType.get_type(value)
+                writer.add_key_value(
+                    key, value, kind, kinds[key][-1] if kind == gguf.GGUFValueType.ARRAY and value == [] else None
+                )
+            for tensor in read.tensors:
+                writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+            return (Path(folder) / "y.gguf").read_bytes()
+        except (
+            ValueError,
+            TypeError,
+            IndexError,
+            KeyError,
+            OverflowError,
+            struct.error,
+            MemoryError,
+        ):  # can't be written
+            return _gguf(data, rng)
+
+
+def _other(value: Any, rng: np.random.Generator) -> Any:
+    """Another value for a header's key: of another type, or an array of another length or with other members."""
+    odd = [
+        -1,
+        0,
+        1,
+        3,
+        255,
+        1 << 20,
+        1 << 31,
+        0.5,
+        -1.0,
+        float("nan"),
+        1e30,
+        True,
+        "",
+        "x",
+        "gpt2",
+        "a b c",
+        "x" * 5000,
+    ]
+    odd += [[1, 2], ["x"], [0.5], ["x"] * 400, [1 << 40], [-1] * 320, [float("nan")] * 18, [True]]
+    if not isinstance(value, list) or not value or rng.random() < 0.2:
+        return odd[rng.integers(len(odd))]
+    at, same = int(rng.integers(len(value))), [one for one in odd if type(one) is type(value[0])]
+    match int(rng.integers(5)):
+        case 0:
+            return value[:at] or value
+        case 1:
+            return value + value[at:]
+        case 2:
+            return value[::-1]
+        case 3:
+            return [*value[:at], value[rng.integers(len(value))], *value[at + 1 :]]
+        case _:
+            return [*value[:at], same[rng.integers(len(same))], *value[at + 1 :]]
 
 
 def _sealed(data: bytes, rng: np.random.Generator) -> bytes:
@@ -165,13 +354,33 @@ def _with_checksum(content: dict[str, Any]) -> bytes:
         return (Path(folder) / "x.json").read_bytes()
 
 
+def _forge(case: Path) -> None:
+    """Gives every file of a checkpoint the checksum that fits, as its manifest and items have them."""
+    from jquant.io.checkpoint import checksum
+
+    for path in [*case.rglob("item.json"), *case.rglob("manifest.json")]:
+        try:
+            content = json.loads(path.read_bytes())
+            content.pop("sha256")
+            content["files"] = {name: checksum(path.parent / name) for name in content["files"]}
+            path.write_bytes(_with_checksum(content))
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # itself what was damaged
+            continue
+
+
+def _texts(data: bytes, rng: np.random.Generator) -> bytes:
+    """A JSON file, one with an object on each line, or a text that is neither."""
+    return _lines(data, rng) if data.startswith(b'{"step"') else _json(data, rng)
+
+
 def _lines(data: bytes, rng: np.random.Generator) -> bytes:
     lines = data.splitlines()
     at = int(rng.integers(len(lines)))
     return b"\n".join([*lines[:at], _json(lines[at], rng), *lines[at + 1 :]]) + b"\n"
 
 
-KINDS = {  # kind -> (files, how they are changed)
+How = Callable[[bytes, np.random.Generator], bytes]
+KINDS: dict[str, tuple[str, How]] = {  # kind -> (files, how they are changed); of several folders one, in turn
     "config.json": ("folder/config.json", _json),
     "safetensors": ("folder/model.safetensors", _safetensors),
     "index": ("sharded/model.safetensors.index.json", _json),
@@ -184,10 +393,26 @@ KINDS = {  # kind -> (files, how they are changed)
     "item": ("quantized/*/*/item.json", _sealed),
     "arrays": ("quantized/*/*/*/*", _json),
     "checkpoint words": ("quantized/tokenizer.json", _json),
+    "packed settings": ("packed-*/config.json", _quantization),
+    "packed tensors": ("packed-*/model.safetensors", _tensors),
+    "index names": ("sharded/model.safetensors.index.json", _names),
+    "vocabulary": ("vocabulary/[vmt]*", _json),
+    "gguf fields": ("x.gguf", _fields),
+    "gguf tokens": ("words.gguf", _fields),
+    "source": ("saved/source.json", _json),
+    "calibration": ("saved/calibration.safetensors", _safetensors),
+    "adapter settings": ("adapter/adapter_config.json", _json),
+    "adapter tensors": ("adapter/*.safetensors", _safetensors),
+    "journal": ("journal/*.json*", _texts),
+    "training state": ("journal/state/*/item.json", _sealed),
+    "training arrays": ("journal/state/*/*/*", _json),
     "rows": ("results/table.jsonl", _lines),
     "sweep": ("results/sweep.json", _json),
     "trial": ("results/trials/*/trial.json", _json),
 }
+# Kinds whose structure has much behind it.
+DEEP = ("packed settings", "packed tensors", "index names", "gguf fields", "gguf tokens", "adapter settings", "source")
+FORGED = ("arrays", "checkpoint words", "source", "calibration", "training arrays")  # files with a checksum elsewhere
 
 
 # ---- the process that reads -----------------------------------------------------------------------------------------
@@ -195,7 +420,6 @@ KINDS = {  # kind -> (files, how they are changed)
 
 def worker(templates: Path) -> None:
     """Reads cases told on standard input, one JSON line each, and tells what they came to."""
-    sys.path.insert(0, str(ROOT))
     import readers
 
     good = readers.Good(templates)
@@ -231,7 +455,7 @@ class Reader:
         self._start()
 
     def _start(self) -> None:
-        quiet = os.environ | {"RUST_BACKTRACE": "0", "TF_CPP_MIN_LOG_LEVEL": "3"}
+        quiet = _environment() | {"RUST_BACKTRACE": "0", "TF_CPP_MIN_LOG_LEVEL": "3"}
         self._process = subprocess.Popen(
             self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=quiet
         )
@@ -268,30 +492,44 @@ def run(
     outcomes = {kind: collections.Counter() for kind in kinds}
     with tempfile.TemporaryDirectory() as temporary:
         templates = Path(temporary) / "good"
-        subprocess.run([sys.executable, str(ROOT / "tests" / "readers.py"), str(templates)], check=True, cwd=ROOT)
+        write = [sys.executable, str(ROOT / "tests" / "readers.py"), str(templates)]
+        subprocess.run(write, check=True, cwd=ROOT, env=_environment())
         reader = Reader(templates)
         try:
             for number in range(cases):
                 kind = kinds[number % len(kinds)]
                 case = Path(temporary) / "case"
-                _copy(templates, case, KINDS[kind][0].split("/")[0])
+                parts = sorted(templates.glob(KINDS[kind][0].split("/")[0]))
+                _copy(templates, case, parts[number // len(kinds) % len(parts)].name)
                 change(case, kind, np.random.default_rng([seed, number]))
                 outcome, why = reader.read(case, kind)
                 outcomes[kind][outcome] += 1
                 if outcome not in GOOD:
                     print(f"case {number} of seed {seed}, {kind}: {outcome} {why}", file=sys.stderr)
                     if keep:
-                        shutil.copytree(case, keep / f"{seed}-{number}", dirs_exist_ok=True)
+                        shutil.copytree(case, keep / f"{seed}-{number}", symlinks=True, dirs_exist_ok=True)
                 shutil.rmtree(case)
         finally:
             reader.close()
     return outcomes
 
 
+def _environment() -> dict[str, str]:
+    """As the tests': most of the time is compilation of tiny programs, and what was compiled is kept."""
+    from jquant.cache_folder import cache_dir
+
+    return os.environ | {
+        "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(cache_dir() / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
 def _copy(templates: Path, case: Path, part: str) -> None:
     case.mkdir()
     if (templates / part).is_dir():
-        shutil.copytree(templates / part, case / part)
+        shutil.copytree(templates / part, case / part, symlinks=True)
     else:
         shutil.copy(templates / part, case / part)
 

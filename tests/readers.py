@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,9 @@ GGUF = {
     "llama.rope.freq_base": "rope_base",
 }
 
+
+# What links in a folder of shards lead to: other folders, themselves, and files that never end.
+LINKS = {"up": "..", "loop.safetensors": "loop.safetensors", "zero.safetensors": "/dev/zero"}
 
 # What the tests of `fuzz` itself have a reader do.
 TRAPS: dict[str, Callable[[], Any]] = {
@@ -88,6 +92,87 @@ def write(templates: Path) -> None:
     for lock in templates.rglob(".lock"):
         lock.unlink()
     _write_results(templates / "results")
+    _write_vocabulary(templates / "vocabulary")
+    _write_packed(templates)
+    _write_journal(templates / "journal")
+    for name, target in LINKS.items():
+        (templates / "sharded" / name).symlink_to(target)
+
+
+def _write_packed(templates: Path) -> None:
+    """A small model in every layout of packed weights, an adapter of it, and what `save` writes of it."""
+    import checkpoints
+
+    from jquant import FP4, FP8_E4M3, MXFP4, NF4, NVFP4, Activation, Int, LoRA, add_adapters, double_quantized
+    from jquant.io.adapters import save_adapters
+    from jquant.io.export import write_folder
+    from jquant.io.load import load_model
+    from jquant.models.decoder import blocks, with_blocks
+    from jquant.models.params import flat_params, with_params
+    from jquant.qtensor import quantize
+    from jquant.ranges import MinMax
+
+    # All projections are 32 × 32: most of the time is compilation.
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+    checkpoints.save(templates / "float", checkpoints.llama(num_hidden_layers=2, head_dim=16, **sizes))
+    model = load_model(templates / "float", progress=False)
+    layouts: dict[str, tuple[str, list[Any], Activation | None]] = {
+        "gptq": ("gptq", [Int(4, 16, True, "float16"), Int(8, 16, True, "float16")], None),
+        "gptq_v2": ("gptq_v2", [Int(3, 32, scale="float16")], None),
+        "awq": ("awq", [Int(4, 16, scale="float16")], None),
+        "int4": ("compressed-tensors", [Int(4, 16), Int(5, 32)], None),
+        "int8": ("compressed-tensors", [Int(8, "channel", symmetric=True)], Activation()),
+        "fp8": ("compressed-tensors", [FP8_E4M3(), FP8_E4M3((16, 16)), FP8_E4M3("tensor")], None),
+        "fp4": ("compressed-tensors", [MXFP4, NVFP4], None),
+        "nf4": ("bitsandbytes", [NF4(16, double_quantized())], None),
+        "bnb": ("bitsandbytes", [FP4(32)], None),
+    }
+    for name, (layout, formats, activation) in layouts.items():
+        layers = []
+        for block in blocks(model.decoder):
+            params = {path: leaf for path, leaf in flat_params(block).items() if path.endswith("kernel")}
+            for turn, (path, leaf) in enumerate(params.items()):
+                format = formats[turn % len(formats)]
+                params[path] = replace(quantize(leaf, *MinMax()(leaf, format), format), activation=activation)
+            layers.append(with_params(block, params))
+        packed = replace(model, decoder=with_blocks(model.decoder, layers))
+        write_folder(packed, templates / f"packed-{name}", layout)
+    adapted = add_adapters(model, [(r"attention\.q", LoRA(2, 4.0)), (r"layers\.1\.mlp", LoRA(3, 6.0))])
+    save_adapters(templates / "adapter", replace(adapted, calibrated_on=np.arange(5, dtype=np.uint64)))
+    replace(model, calibrated_on=np.arange(5, dtype=np.uint64)).save(templates / "saved")
+
+
+def _write_vocabulary(folder: Path) -> None:
+    """A tokenizer as its vocabulary and merges, which transformers makes one of."""
+    import checkpoints
+
+    content = json.loads(checkpoints.tokenizer().to_str())["model"]
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps(content["vocab"]))
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in content["merges"]]
+    (folder / "merges.txt").write_text("\n".join(merges))
+    settings = {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+
+
+def _write_journal(folder: Path) -> None:
+    from jquant.learning.journal import Journal, opened
+
+    with opened(Journal(folder), lambda: RUN) as writer:
+        assert writer is not None
+        for step in (1, 2):
+            writer.note(step, {"loss": 1.5, "tokens": 64 * step})
+        writer.wrote(2, _state(), last=True)
+
+
+RUN = {"method": {"type": "jquant.Method", "bits": 4}, "seed": 0, "model": "0123abcd", "rates": [0.1, 0.2]}
+
+
+def _state() -> dict[str, Any]:
+    import jax.numpy as jnp
+
+    return {"weights": jnp.arange(6.0).reshape(2, 3), "steps": jnp.int32(2)}
 
 
 def _write_results(folder: Path) -> None:
@@ -115,7 +200,10 @@ class Good:
 
         self._oracle = transformers.LlamaConfig()  # imported now: no case waits for it
         self._whole = {part: self._load(part, templates) for part in ("folder", "sharded", "x.gguf", "quantized")}
-        self._whole |= {part: self._load(part, templates) for part in ("words.gguf", "results")} | {"trap": {}}
+        self._base = self._model(templates / "float")
+        others = ["words.gguf", "results", "vocabulary", "adapter", "journal", "saved"]
+        others += [path.name for path in templates.glob("packed-*")]
+        self._whole |= {part: self._load(part, templates) for part in others} | {"trap": {}}
 
     def read(self, case: Path, kind: str, limited: Callable[[Path], AbstractContextManager[None]]) -> tuple[str, str]:
         """The outcome, as `fuzz` tells them, and why; `limited` bounds the memory that the reading takes."""
@@ -131,6 +219,8 @@ class Good:
         except BaseException as escaped:
             return "escaped", f"{type(escaped).__name__}: {escaped}"
         good = self._whole[part]
+        if kind == "index names" and not _inside(case / part):
+            return "silent", "a file outside the folder was read"
         if found == good:
             return "same", ""
         settings = [key for key in good if key != "weights" and found[key] != good[key]]
@@ -151,10 +241,77 @@ class Good:
             return _results(where / part)
         if part == "trap":
             return TRAPS[(where / part).read_text()]()
+        if part == "vocabulary":
+            from jquant.io.tokenizer import tokenizer_from_folder
+
+            return _words(tokenizer_from_folder(where / part))
+        if part == "journal":
+            return _training(where / part)
+        if part == "adapter":
+            return _adapted(self._base, where / part)
+        return _told(self._model(where / part), beside=part in ("folder", "saved"))
+
+    def _model(self, path: Path) -> Any:
         from jquant.io.load import load_model
 
-        model = load_model(where / part)
-        return {"config": vars(model.config) | {}, "weights": _digest(model.decoder), **_words(model.tokenizer)}
+        return load_model(path, progress=False)
+
+
+def _told(model: Any, beside: bool) -> dict[str, Any]:
+    """What is compared of a model that was loaded; with `beside` the files that an export would hand on, too."""
+    from jquant.io.export.beside import files_beside
+
+    _check(model)
+    files = files_beside(model, "float32", None) if beside else {}
+    files.pop("tokenizer.json", None)
+    seen = None if model.calibrated_on is None else model.calibrated_on.tolist()
+    told = {"config": vars(model.config) | {}, "weights": _digest(model.decoder), "beside": files, "seen": seen}
+    return told | _words(model.tokenizer)
+
+
+def _check(model: Any) -> None:
+    """Every parameter has the shape that the model's configuration gives it, and finite values."""
+    import jax.numpy as jnp
+
+    from jquant.io.load import _shapes
+    from jquant.models.params import flat_params
+    from jquant.qtensor import QTensor, Transposed, dequantize
+
+    shapes = _shapes(model.config)
+    for name, leaf in flat_params(model.decoder).items():
+        leaf = leaf.weight if isinstance(leaf, Transposed) else leaf
+        values = dequantize(leaf) if isinstance(leaf, QTensor) else jnp.asarray(leaf)
+        assert values.shape in (shapes[name], shapes[name][::-1]), f"{name} is {values.shape}, not {shapes[name]}"
+        assert bool(jnp.isfinite(values.astype(jnp.float32)).all()), f"{name} is not finite"
+
+
+def _adapted(base: Any, folder: Path) -> dict[str, Any]:
+    from jquant.io.adapters import load_adapters
+    from jquant.models.adapters import Adapted
+    from jquant.models.params import flat_params
+
+    model = load_adapters(base, folder)
+    params = flat_params(model.decoder)
+    found = {name: leaf for name, leaf in params.items() if isinstance(leaf, Adapted)}
+    told = {name: [(leaf.rank, leaf.alpha, leaf.dropout)] for name, leaf in found.items()}
+    assert model.calibrated_on is not None
+    return {"weights": _digest(model.decoder), "adapters": told, "seen": model.calibrated_on.tolist()}
+
+
+def _training(folder: Path) -> dict[str, Any]:
+    """Where a training goes on."""
+    from jquant.learning.journal import METRICS, Journal, opened
+
+    with opened(Journal(folder), lambda: RUN) as writer:
+        assert writer is not None
+        step, state = writer.resumed(_state)
+    state = {name: np.asarray(value).tolist() for name, value in state.items()}
+    return {"step": step, "weights": state, "metrics": (folder / METRICS).read_text()}
+
+
+def _inside(folder: Path) -> bool:
+    names = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].values()
+    return all(name in os.listdir(folder) and name not in LINKS for name in names)
 
 
 def _digest(decoder: Any) -> str:
@@ -185,9 +342,15 @@ def _results(folder: Path) -> dict[str, Any]:
 
 def _says(kind: str, path: Path, key: str, found: dict[str, Any]) -> bool:
     """Whether the file itself says what was read, by a reader that is not jquant's."""
-    if kind in ("rows", "sweep", "trial"):  # JSON is taken as it is; what it can't be was refused
+    if kind in ("rows", "sweep", "trial", "journal"):  # JSON is taken as it is; what it can't be was refused
         return True
-    if kind in ("gguf", "gguf sentencepiece"):
+    if key == "seen" or kind == "vocabulary":
+        return True  # hashes, which nothing else tells; what transformers made of the files
+    if key == "beside":
+        return _beside_says(path, found["beside"])
+    if key == "adapters":
+        return _adapter_says(path, found["adapters"])
+    if kind.startswith("gguf"):
         return _gguf_says(path, key, found)
     if key == "config":
         return _config_says(path, found["config"])
@@ -216,6 +379,30 @@ def _config_says(path: Path, config: dict[str, Any]) -> bool:
     rope = theirs.rope_parameters
     kinds = {"default": None, "linear": (rope.get("factor"),) * (config["head_dim"] // 2)}
     return rope["rope_theta"] == config["rope_base"] and config["rope_divisors"] == kinds[rope["rope_type"]]
+
+
+def _beside_says(path: Path, beside: dict[str, bytes]) -> bool:
+    """The files of an export are the folder's, or those in source.json; config.json but for its dtype."""
+    if (path / "source.json").exists():
+        source = json.loads((path / "source.json").read_text())
+    else:
+        source = {name: (path / name).read_text() for name in beside if (path / name).exists()}
+    own = ("dtype", "torch_dtype", "quantization_config")
+    plain = lambda text: {key: value for key, value in json.loads(text).items() if key not in own}  # noqa: E731
+    config = source.get("config.json")
+    if config and plain(config) != plain(beside["config.json"]):
+        return False
+    return all(
+        source.get(name, data.decode()) == data.decode() for name, data in beside.items() if name != "config.json"
+    )
+
+
+def _adapter_says(path: Path, adapters: dict[str, Any]) -> bool:
+    """Every rank, alpha and dropout is one of the numbers in adapter_config.json, or the dropout is none."""
+    raw = json.loads((path / "adapter_config.json").read_text())
+    patterns = [*(raw.get("rank_pattern") or {}).values(), *(raw.get("alpha_pattern") or {}).values()]
+    numbers = {raw.get("r"), raw.get("lora_alpha"), raw.get("lora_dropout", 0.0), *patterns}
+    return all(value in numbers for told in adapters.values() for value in told[0])
 
 
 def _settings_say(path: Path, key: str, found: dict[str, Any]) -> bool:

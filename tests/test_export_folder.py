@@ -1,6 +1,7 @@
 """Folders that other tools load: their own readers find our weights bit for bit, and we read them back unchanged."""
 
 import json
+import math
 import os
 import shutil
 from dataclasses import replace
@@ -41,6 +42,7 @@ from jquant import (
 )
 from jquant.formats import MXFP8_E4M3, Float, Format, block_shape
 from jquant.io.export import FORMATS, awq, bitsandbytes, compressed_tensors, folder, gptq, write_folder
+from jquant.io.export.base import check_finite
 from jquant.models.decoder import blocks, with_blocks
 from jquant.models.params import flat_params, with_params
 from jquant.pipeline.to_disk import quantize_to_folder
@@ -684,6 +686,11 @@ def test_a_tensor_too_many_is_named(exported, tmp_path):
         ("compressed-tensors", {"config_groups": {}}, "config_groups"),
         ("compressed-tensors", {"config_groups": {"g": {"weights": {"num_bits": 4, "type": "int"}}}}, "tensor"),
         ("bitsandbytes", {"load_in_4bit": False}, "not in 4 bits"),
+        ("gptq", {"bits": 10**400}, "bits"),
+        ("gptq", {"pack_dtype": "x" * 5000}, "pack_dtype"),
+        ("compressed-tensors", {"config_groups": {"g": {"targets": 5}}}, "targets='5'"),
+        ("compressed-tensors", {"config_groups": {"g": {"weights": {"num_bits": 10**400, "group_size": 32}}}}, "bits"),
+        ("compressed-tensors", {"config_groups": {"g": {"weights": {"num_bits": 4, "strategy": "a\nb"}}}}, "strategy"),
     ],
 )
 def test_settings_that_do_not_fit_are_named(exported, tmp_path, name, settings, said):
@@ -693,3 +700,43 @@ def test_settings_that_do_not_fit_are_named(exported, tmp_path, name, settings, 
     (tmp_path / "m/config.json").write_text(json.dumps(config))
     with refused(said):
         load_model(tmp_path / "m", progress=False)
+
+
+def test_codes_that_do_not_fill_their_words_are_refused():
+    """48 codes of 3 bits are 4.5 words; the good case is 64."""
+    config = {"bits": 3, "group_size": 16, "checkpoint_format": "gptq_v2"}
+    for rows in (64, 48):
+        tensors = {
+            "qweight": np.zeros((rows * 3 // 32, 32), np.int32),
+            "qzeros": np.zeros((rows // 16, 3), np.int32),
+            "scales": np.ones((rows // 16, 32), np.float16),
+            "g_idx": np.arange(rows, dtype=np.int32) // 16,
+        }
+        if rows == 64:
+            assert dequantize(gptq.from_tensors(tensors, config, (rows, 32))).shape == (64, 32)
+        else:
+            with refused("48 × 32 codes of 3 bits do not fill"):
+                gptq.from_tensors(tensors, config, (rows, 32))
+
+
+def test_blocks_larger_than_the_weight_are_one_block():
+    """DeepSeek's blocks of 128 × 128 of a smaller weight; a file may say any size."""
+    q = weight(FP8_E4M3("tensor"))
+    tensors = compressed_tensors.to_tensors(q)
+    tensors["weight_scale"] = tensors["weight_scale"].reshape(1, 1)
+    for size in (128, 10**30):
+        scheme = {"format": "float-quantized", "weights": {"num_bits": 8, "type": "float", "strategy": "block"}}
+        scheme["weights"]["block_structure"] = [size, size]
+        read = compressed_tensors.from_tensors(tensors, {"config_groups": {"g": scheme}}, q.shape)
+        np.testing.assert_array_equal(dequantize(read), dequantize(q))
+
+
+@pytest.mark.parametrize("value", [10**400, True, "0", math.nan])
+def test_a_mean_of_the_statistics_that_is_no_finite_number_is_refused(value):
+    q = weight(NF4(32, double_quantized()))
+    tensors, name = bitsandbytes.to_tensors(q, "float32"), "weight.quant_state.bitsandbytes__nf4"
+    config = FORMATS["bitsandbytes"].quantization_config({"m": q}, [])
+    state = json.loads(tensors[name].tobytes())
+    tensors[name] = np.frombuffer(json.dumps(state | {"nested_offset": value}).encode(), np.uint8)
+    with refused("NaN" if value != value else "nested_offset"):
+        check_finite(bitsandbytes.from_tensors(tensors, config, q.shape))

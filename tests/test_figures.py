@@ -198,6 +198,9 @@ def test_one_call_returns_the_axes_of_a_figure_and_draws_into_given_ones(tmp_pat
         plot.perplexity_bits([*rows, row("gptq", 4.3, 22, protocol=PROTOCOL | {"data": "u"})])
     with refused("No row has evaluations in"):
         plot.training_curves(table("qat"), tmp_path)
+    (tmp_path / f"{table('qat')[0]['fingerprint']}.metrics.jsonl").write_text('{"step": 1, "tokens": "x"}\n')
+    with refused("metrics.jsonl is not what a training wrote"):
+        plot.training_curves(table("qat"), tmp_path)
 
 
 LAZY = """

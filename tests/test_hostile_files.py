@@ -8,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import checkpoints
@@ -18,12 +19,16 @@ import pytest
 import torch
 import transformers
 from checkpoints import refused
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from jquant.io.gguf import read_header, read_metadata
 from jquant.io.load import load_model, open_model
+from jquant.io.safetensors import SafetensorsCheckpoint
 from jquant.io.tokenizer import tokenizer_from_folder, tokenizer_from_gguf
 from jquant.models.config import config_from_gguf, config_from_hf
+from jquant.models.decoder import Decoder, parameter_shapes
+from jquant.models.params import flat_params
 
 TOKENS = np.random.default_rng(0).integers(0, checkpoints.VOCAB, (1, 100), np.int32)
 SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48}
@@ -354,6 +359,31 @@ def test_an_index_that_disagrees_with_its_shards_is_refused(tmp_path, small, fau
         open_model(folder)
 
 
+@pytest.mark.parametrize("target", ["..", "x.safetensors", "/dev/zero", "../folder"])
+def test_a_link_in_the_place_of_a_shard_leads_to_a_file_or_is_refused(tmp_path, small, target):
+    """The hub's cache consists of links, so links are followed; what they lead to must be a plain file."""
+    folder, index = sharded(tmp_path, small)
+    first = index["weight_map"]["model.norm.weight"]
+    (folder / first).rename(tmp_path / "blob")
+    (folder / first).symlink_to(tmp_path / "blob")
+    open_model(folder)
+    (folder / "x.safetensors").symlink_to(target)
+    moved = {name: "x.safetensors" if shard == first else shard for name, shard in index["weight_map"].items()}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index | {"weight_map": moved}))
+    with refused("x.safetensors"):
+        open_model(folder)
+
+
+@pytest.mark.parametrize("shard", ["../sharded/{}", "./{}", "up/sharded/{}", "/etc/passwd", "..", "~", "{}/"])
+def test_a_shard_outside_the_folder_is_refused_even_where_there_is_one(tmp_path, small, shard):
+    folder, index = sharded(tmp_path, small)
+    (folder / "up").symlink_to("..")
+    names = {name: shard.format(value) for name, value in index["weight_map"].items()}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index | {"weight_map": names}))
+    with refused("sharded"):
+        open_model(folder)
+
+
 @pytest.mark.parametrize("shard", ["\ud800.safetensors", "a\0b.safetensors", "", "."])
 def test_a_shard_name_that_is_no_text_is_refused(tmp_path, small, shard):
     folder, index = sharded(tmp_path, small)
@@ -385,13 +415,71 @@ def test_a_special_token_outside_the_vocabulary_is_refused(folder, key, value):
         open_model(edit(folder, **{key: value}))
 
 
-def test_a_special_token_of_another_type_is_refused(folder):
+@pytest.mark.parametrize("value", [1.5, "\ud800", ["x" * 5000, 1.5]])
+def test_a_special_token_of_another_type_is_refused(folder, value):
     (folder / "generation_config.json").unlink()
-    with refused("bos_token_id", "1.5"):
-        open_model(edit(folder, bos_token_id=1.5))
+    with refused("bos_token_id"):
+        open_model(edit(folder, bos_token_id=value))
+
+
+# Dtypes and shapes that NumPy does not have: (dtype, shape, bytes).
+STRANGE = [
+    ("F8_E4M3FNUZ", [4], 4),
+    ("F4", [2, 2], 2),
+    ("I64", [0, 2**62], 0),
+    ("U8", [1] * 70, 1),
+    ("F32", [0, 2**63], 0),
+]
+
+
+@pytest.mark.parametrize(("dtype", "shape", "size"), STRANGE)
+def test_a_tensor_that_numpy_has_no_array_for_is_named(folder, dtype, shape, size):
+    """In place of a bias, which is read where no weight asks for it."""
+    raw, name = (folder / "model.safetensors").read_bytes(), "model.layers.0.self_attn.q_proj.bias"
+    (length,) = struct.unpack_from("<Q", raw)
+    header = json.loads(raw[8 : 8 + length])
+    end = max(entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__")
+    header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :] + bytes(size))
+    with refused(name):
+        open_model(folder)
+
+
+def test_layers_that_the_file_does_not_have_take_no_time(tmp_path):
+    """Gemma's windows alternate, so each of its layers was traced: 256 took a minute."""
+    folder = checkpoints.save(tmp_path / "folder", checkpoints.of_family("gemma2"))
+    edit(folder, num_hidden_layers=1 << 12, layer_types=["sliding_attention", "full_attention"] * (1 << 11))
+    begin = time.process_time()
+    with refused("lacks the tensor"):
+        open_model(folder)
+    assert time.process_time() - begin < 20
+
+
+@pytest.mark.parametrize("family", checkpoints.FAMILIES)
+def test_shapes_from_one_layer_are_those_of_the_whole_decoder(tmp_path, family):
+    folder = checkpoints.save(tmp_path / "folder", checkpoints.of_family(family))
+    config = SafetensorsCheckpoint(folder).config
+    params = flat_params(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))
+    assert parameter_shapes(config) == {name: leaf.shape for name, leaf in params.items()}
 
 
 # ---- GGUF -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("scores", ["0.5"] * checkpoints.VOCAB),
+        ("token_type", [1.0] * checkpoints.VOCAB),
+        ("tokens", list(range(checkpoints.VOCAB))),
+        ("bos_token_id", [-1] * checkpoints.VOCAB),
+    ],
+)
+def test_arrays_of_another_type_are_named(tmp_path, small, name, value):
+    key, kind = f"tokenizer.ggml.{name}", {"tokenizer.ggml.model": "llama"} if name == "scores" else {}
+    with refused("x.gguf", key):
+        tokenizer_from_gguf(gguf_with(tmp_path / "x.gguf", small, **kind, **{key: value}))
 
 
 @pytest.mark.parametrize(

@@ -328,11 +328,13 @@ def test_peft_reads_a_saved_adapter_and_gives_the_same_logits_and_gradients(
     [
         {"target_modules": ["q_proj", "down_proj"], "r": 4, "lora_alpha": 8,
          "rank_pattern": {"layers.1.self_attn.q_proj": 2}, "alpha_pattern": {"down_proj": 3}},
+        {"target_modules": ["q_proj", "v_proj"], "r": 4, "lora_alpha": 8,
+         "rank_pattern": {r".*\.0\..*|x": 2, "q_proj": 3}, "alpha_pattern": {r"layers\.[1-9]+\..*(k|v)_proj": 3}},
         {"target_modules": "all-linear", "r": 3, "lora_alpha": 6, "exclude_modules": ["k_proj"]},
         {"target_modules": r".*layers\.0\..*(gate|up)_proj", "r": 2, "lora_alpha": 5, "lora_dropout": 0.1},
         {"target_modules": ["v_proj", "o_proj"], "r": 2, "lora_alpha": 2, "layers_to_transform": [1]},
     ],
-    ids=["patterns", "all-linear", "regex", "one layer"],
+    ids=["patterns", "regexes", "all-linear", "regex", "one layer"],
 )  # fmt: skip
 def test_an_adapter_that_peft_wrote_gives_the_same_logits_here(peft, settings, torch_model, base, tokens, tmp_path):
     torch.manual_seed(0)
@@ -410,6 +412,13 @@ WRONG = {
     "a rank in words": (configured(rank_pattern={"q_proj": "3"}), "adapter_config.json", "rank_pattern"),
     "a dropout of 1": (configured(lora_dropout=1.0), "adapter_config.json", "dropout", "1.0"),
     "no rank": (lambda f: f.config.pop("r"), "r is None"),
+    "a target that takes for ever": (
+        configured(target_modules="(([a-z._0-9]+)+)+!"), "adapter_config.json", "takes longer"),
+    "a rank's pattern that takes for ever": (
+        configured(rank_pattern={"(.|.)*(.|.)*(.|.)*(.|.)*!": 3}), "adapter_config.json", "takes longer"),
+    "a pattern nested too deeply": (configured(target_modules="(" * 5000), "adapter_config.json", "no regular"),
+    "a target of 5000 characters": (configured(target_modules=["x" * 5000]), "no projection"),
+    "a long setting": (configured(**{"x" * 5000: "x" * 5000}), "none of the settings"),
     "an unknown setting": (configured(twist=3), "twist=3"),
     "no configuration": (lambda f: (f.folder / "adapter_config.json").unlink(), "adapter_config.json is missing"),
     "a truncated configuration": (

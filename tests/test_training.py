@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from test_pipeline import leaves, same_bytes
 
 from jquant import SEQ, CacheFormat, Int, Journal, Options, Stored, Tuning, with_cache
+from jquant.io.checkpoint import write_sealed
 from jquant.io.load import load_model
 from jquant.learning import loop
 from jquant.learning import teacher as teaching
@@ -104,6 +105,7 @@ def test_a_finished_training_is_read_not_repeated(decoder, quantized, tmp_path):
 SCRIPT = """
 import resource, sys, numpy as np
 from jquant import Journal, Tuning, method
+from jquant.io.checkpoint import write_sealed
 from jquant.io.load import load_model
 from jquant.learning.losses import model_loss
 from jquant.learning.tuning import begun, split, tune
@@ -192,6 +194,31 @@ def test_a_damaged_checkpoint_is_refused_by_its_file(decoder, quantized, tmp_pat
     largest = max((tmp_path / "state").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
     largest.write_bytes(largest.read_bytes()[:-1] + b"x")
     with refused(str(tmp_path / "state/7"), "checksum"):
+        tune(quantized, decoder, TOKENS, STAGE, journal=Journal(tmp_path), progress=False)
+
+
+@pytest.mark.parametrize(
+    "line", ["[]", '{"step": null}', '{"step": 1}', "1e999", "[" * 9999, '{"step": 7, "seconds": "x"}']
+)
+def test_lines_of_metrics_that_are_none_of_ours_are_dropped_or_count_no_seconds(decoder, quantized, tmp_path, line):
+    tune(quantized, decoder, TOKENS, STAGE, journal=Journal(tmp_path), progress=False)
+    before = leaves(tune(quantized, decoder, TOKENS, STAGE, journal=Journal(tmp_path), progress=False))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(line + "\n")
+    assert same_bytes(
+        before, leaves(tune(quantized, decoder, TOKENS, STAGE, journal=Journal(tmp_path), progress=False))
+    )
+
+
+@pytest.mark.parametrize("counts", [{}, [], {"leaf_99999": 1}, "x", None])
+def test_a_checkpoint_with_other_counts_is_refused(decoder, quantized, tmp_path, counts):
+    tune(quantized, decoder, TOKENS, STAGE, journal=Journal(tmp_path), progress=False)
+    [path] = tmp_path.glob("state/*/item.json")
+    write_sealed(
+        path,
+        {key: value for key, value in json.loads(path.read_text()).items() if key != "sha256"} | {"counts": counts},
+    )
+    with refused("item.json", "counts"):
         tune(quantized, decoder, TOKENS, STAGE, journal=Journal(tmp_path), progress=False)
 
 

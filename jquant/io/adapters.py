@@ -5,9 +5,9 @@ Pickle files (adapter_model.bin) are refused: reading one can run code.
 """
 
 import json
-import re
+import reprlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,8 @@ from jquant.errors import InputError
 from jquant.io.checkpoint import SEEN
 from jquant.io.files import read_json, write_folder
 from jquant.io.language_model import LanguageModel
-from jquant.io.safetensors import DTYPES, open_safetensors
+from jquant.io.patterns import full_matches
+from jquant.io.safetensors import DTYPES, open_safetensors, read_tensor
 from jquant.models.adapters import Adapted, LoRA, first_adapted
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import blocks, with_blocks
@@ -95,7 +96,7 @@ def load_adapters(model: LanguageModel, folder: str | Path) -> LanguageModel:
         raise InputError(f"{name} has an adapter already: merge_adapters(model) first.")
     try:
         adapters = _adapters(model.config, read_json(folder / CONFIG))
-    except (InputError, re.error) as wrong:
+    except InputError as wrong:
         where = "" if str(folder) in str(wrong) else f"{folder / CONFIG}: "
         raise InputError(f"{where}{wrong}") from None
     if (folder / PICKLE).exists() and not (folder / WEIGHTS).exists():
@@ -179,34 +180,35 @@ def _adapters(config: DecoderConfig, stored: Config) -> dict[str, LoRA]:
     """The adapters that adapter_config.json describes, by the weights' names."""
     _check_config(stored)
     modules = _modules(config)
-    targets, excluded, layers = (stored.get(k) for k in ("target_modules", "exclude_modules", "layers_to_transform"))
+    targets, layers = stored.get("target_modules"), stored.get("layers_to_transform")
     for target in targets if isinstance(targets, list) else []:
-        if not any(_names([target], module) for module in modules.values()):
-            raise InputError(f"target_modules has {target!r}, which is no projection of the model's layers.")
+        if not _named([target], modules.values()):
+            raise InputError(f"target_modules has {target[:100]!r}, which is no projection of the model's layers.")
+    named, excluded = (_named(stored.get(k), modules.values()) for k in ("target_modules", "exclude_modules"))
+    ranks, alphas = (_by_pattern(stored.get(k), modules.values()) for k in ("rank_pattern", "alpha_pattern"))
     chosen = [None] if layers is None else layers if isinstance(layers, list) else [layers]
     adapters = {}
     for name, module in modules.items():
         in_layers = chosen in ([None], []) or int(name.split(".")[1]) in chosen
-        if not in_layers or not _names(targets, module) or (excluded and _names(excluded, module)):
+        if not in_layers or module not in named or module in excluded:
             continue
-        rank = _by_pattern(stored.get("rank_pattern"), module, stored["r"])
-        alpha = _by_pattern(stored.get("alpha_pattern"), module, stored["lora_alpha"])
+        rank, alpha = ranks.get(module, stored["r"]), alphas.get(module, stored["lora_alpha"])
         adapters[name] = LoRA(rank, alpha, stored.get("lora_dropout", 0.0))
     if not adapters:
-        raise InputError(f"target_modules={targets!r} names no projection of the model's layers.")
+        raise InputError(f"target_modules={reprlib.repr(targets)} names no projection of the model's layers.")
     return adapters
 
 
 def _check_config(stored: Config) -> None:
     """Refuses what is no plain LoRA adapter, and values of another type."""
     if stored.get("peft_type") != "LORA":
-        raise InputError(f"peft_type is {stored.get('peft_type')!r}; jquant reads LORA adapters.")
+        raise InputError(f"peft_type is {reprlib.repr(stored.get('peft_type'))}; jquant reads LORA adapters.")
     if stored.get("bias", "none") != "none" or stored.get("init_lora_weights", True) not in STARTS:
         key = "bias" if stored.get("bias", "none") != "none" else "init_lora_weights"
-        raise InputError(f"{key}={stored[key]!r} changes the base model, which jquant's adapters don't.")
+        raise InputError(f"{key}={reprlib.repr(stored[key])} changes the base model, which jquant's adapters don't.")
     for key, value in stored.items():
         if key not in READ + ASIDE and value not in (None, False, "", [], {}):
-            raise InputError(f"{key}={value!r} is none of the settings that jquant reads.")
+            raise InputError(f"{key[:50]}={reprlib.repr(value)} is none of the settings that jquant reads.")
     whole, number = lambda value: type(value) is int, lambda value: type(value) in (int, float)
     layers = stored.get("layers_to_transform") or []
     takes = {
@@ -221,7 +223,7 @@ def _check_config(stored: Config) -> None:
     }
     for key, fits in takes.items():
         if not fits:
-            raise InputError(f"{key} is {stored.get(key)!r}, which is none of PEFT's values.")
+            raise InputError(f"{key} is {reprlib.repr(stored.get(key))}, which is none of PEFT's values.")
 
 
 def _are_names(value: Any) -> bool:
@@ -232,17 +234,27 @@ def _all_values(patterns: Any, fit: Callable[[Any], bool]) -> bool:
     return isinstance(patterns, dict) and all(map(fit, patterns.values()))
 
 
-def _names(modules: Any, module: str) -> bool:
-    """Whether PEFT's target_modules or exclude_modules name a module: a regex, or the ends of names."""
-    if isinstance(modules, str):
-        return modules == "all-linear" or re.fullmatch(modules, module) is not None
-    return any(module == name or module.endswith(f".{name}") for name in modules)
+def _named(names: Any, modules: Collection[str]) -> Collection[str]:
+    """The modules that PEFT's target_modules or exclude_modules name: by a regex, or by the ends of names."""
+    if names == "all-linear":
+        return modules
+    if isinstance(names, str):
+        return full_matches([names], modules)[names]
+    return [module for module in modules if not _ends(module).isdisjoint(names or ())]
 
 
-def _by_pattern(patterns: dict[str, Any] | None, module: str, usual: Any) -> Any:
-    """The value of the first pattern that matches the end of a module's name, as PEFT's `get_pattern_key` finds it."""
-    found = (value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module))
-    return next(found, usual)
+def _by_pattern(patterns: dict[str, Any] | None, modules: Collection[str]) -> dict[str, Any]:
+    """Each module's value: that of the first pattern that matches an end of its name, as PEFT's `get_pattern_key`."""
+    ends = {module: _ends(module) for module in modules}
+    matched, values = full_matches(list(patterns or {}), set().union(*ends.values())), {}
+    for pattern, value in reversed((patterns or {}).items()):
+        values |= {module: value for module in modules if not ends[module].isdisjoint(matched[pattern])}
+    return values
+
+
+def _ends(module: str) -> set[str]:
+    """The ends of a name that begin after a dot, and the name itself."""
+    return {module, *(module[i + 1 :] for i, letter in enumerate(module) if letter == ".")}
 
 
 def _read(path: Path, config: DecoderConfig, expected: Mapping[str, tuple[Any, LoRA]]) -> Iterator[tuple[str, Adapted]]:
@@ -252,7 +264,9 @@ def _read(path: Path, config: DecoderConfig, expected: Mapping[str, tuple[Any, L
         left = set(handle.keys())
         places = {tensor for name in expected for tensor in _tensors(modules[name])}
         if strange := sorted(left - places):
-            raise InputError(f"{path}: {strange[0]} has no place in the model, as {CONFIG} describes its adapters.")
+            raise InputError(
+                f"{path}: {strange[0][:200]!r} has no place in the model, as {CONFIG} describes its adapters."
+            )
         for name, (base, lora) in expected.items():
             shapes = ((lora.rank, base.shape[0]), (base.shape[1], lora.rank))
             a, b = (
@@ -274,7 +288,7 @@ def _tensor(handle: Any, path: Path, name: str, shape: tuple[int, int]) -> Any:
         )
     if stored.get_dtype() not in DTYPES:
         raise InputError(f"{path}: {name} is stored as {stored.get_dtype()}, not as floats.")
-    values = handle.get_tensor(name).astype(np.float32)
+    values = read_tensor(handle, path, name).astype(np.float32)
     if not np.isfinite(values).all():
         raise InputError(f"{path}: {name} holds NaN or infinite values.")
     return jnp.asarray(values)
@@ -284,7 +298,7 @@ def _seen(path: Path) -> np.ndarray:
     """Hashes of what adapters were trained on, uint64 `[runs]`."""
     with open_safetensors(path) as handle:
         fits = list(handle.keys()) == ["runs"] and handle.get_slice("runs").get_dtype() == "U64"
-        runs = handle.get_tensor("runs") if fits else np.empty((0, 0))
+        runs = read_tensor(handle, path, "runs") if fits else np.empty((0, 0))
     if runs.ndim != 1:
         raise InputError(f"{path} does not hold hashes of a text's runs of tokens.")
     return runs

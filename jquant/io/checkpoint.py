@@ -32,7 +32,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-import safetensors.numpy
 import tokenizers
 from etils import epath
 from flax.nnx.traversals import flatten_mapping, unflatten_mapping
@@ -40,7 +39,8 @@ from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 from jquant.activations import Activation
 from jquant.errors import InputError
 from jquant.formats import Codebook, Float, Format, Int, UInt
-from jquant.io.files import check_plain, read_json, sync, write_text
+from jquant.io.files import check_plain, is_text, read_json, sync, write_text
+from jquant.io.safetensors import open_safetensors, read_tensor
 from jquant.io.tokenizer import Tokenizer
 from jquant.qtensor import QTensor, Transposed, quantize
 from jquant.ranges import MinMax
@@ -391,8 +391,11 @@ def read_seen(folder: Path, manifest: Manifest) -> np.ndarray | None:
     if checksum(path) != manifest["files"][SEEN]:
         raise damaged(path, "its checksum differs")
     try:
-        runs = safetensors.numpy.load_file(path)["runs"]
-    except (safetensors.SafetensorError, KeyError) as broken:
+        with open_safetensors(path) as handle:
+            if "runs" not in handle.keys():  # noqa: SIM118
+                raise InputError("it has no runs")
+            runs = read_tensor(handle, path, "runs")
+    except InputError as broken:
         raise damaged(path, _first_line(broken)) from None
     if runs.ndim != 1 or runs.dtype != np.uint64:
         raise damaged(path, f"its runs are {runs.dtype} of shape {runs.shape}")
@@ -411,7 +414,7 @@ def read_source(folder: Path, manifest: Manifest) -> dict[str, str]:
     if checksum(path) != manifest["files"][SOURCE]:
         raise damaged(path, "its checksum differs")
     files = read_json(path)
-    if not fits(files, dict[str, str]):
+    if not fits(files, dict[str, str]) or not all(is_text(part) for item in files.items() for part in item):
         raise damaged(path, "it is no object of texts")
     return files
 

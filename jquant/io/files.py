@@ -59,6 +59,15 @@ def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
     return content
 
 
+def is_text(value: str) -> bool:
+    """Whether a string can be written as UTF-8: JSON can hold halves of surrogate pairs, which can't."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def hold(folder: Path, lock: FileLock) -> None:
     """Makes a folder and takes the lock in it.
 

@@ -65,7 +65,8 @@ class Kept:
                 stored = (file.metadata() or {}).get("digest")
             whole = {name: a.shape for name, a in arrays.items()} == dict(shapes)
             whole = whole and array_digest(*arrays.values()) == stored
-        except (SafetensorError, OSError):
+        # Of a dtype or shape that NumPy does not have: the others.
+        except (SafetensorError, OSError, AttributeError, TypeError, ValueError):
             whole, arrays = False, {}
         if whole:
             return arrays

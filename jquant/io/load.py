@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -22,12 +22,12 @@ from jquant.io.export.read import PackedCheckpoint
 from jquant.io.gguf import GGUFCheckpoint
 from jquant.io.hub import fetch_joined, fetch_repo, fetch_wheel_member, load_config, text_fields
 from jquant.io.language_model import LanguageModel
-from jquant.io.places import BLOCKS, TensorPlace, place_of, shapes_of
+from jquant.io.places import BLOCKS, TensorPlace, place_of
 from jquant.io.safetensors import SafetensorsCheckpoint
 from jquant.io.source_files import read_source_files
 from jquant.io.tokenizer import Tokenizer, tokenizer_from_folder, tokenizer_from_gguf
 from jquant.models.config import DecoderConfig
-from jquant.models.decoder import Block, Decoder, with_blocks
+from jquant.models.decoder import Block, Decoder, one_layer, parameter_shapes, with_blocks
 from jquant.models.families import family_of
 from jquant.models.params import flat_params, with_params
 from jquant.parallel.mesh import Devices
@@ -96,7 +96,7 @@ class ModelFile:
         """Raises InputError unless the file's tensors are those that the decoder needs, with their shapes."""
         stored, where = self.checkpoint.shapes, self.checkpoint.files[0]
         needed: dict[str, tuple[int, ...]] = {}
-        for param in shapes_of(self.config):
+        for param in parameter_shapes(self.config):
             for layer in self._layers(param):
                 place = self._place(param, layer)
                 needed[place.name] = place.shape
@@ -154,7 +154,7 @@ class ModelFile:
 
     def _layers(self, param: str) -> Sequence[Any]:
         """The layers that a parameter stacks; [...] outside the blocks."""
-        return self.config.runs[int(param.split(".")[1])] if _stacked(param) else [...]
+        return _runs(self.config)[int(param.split(".")[1])] if _stacked(param) else [...]
 
     def _place(self, param: str, layer: Any) -> TensorPlace:
         """Where a parameter of a layer is in the file."""
@@ -172,7 +172,7 @@ class ModelFile:
         if self.quantized:
             model = LanguageModel(_joined(self, progress, devices), self.tokenizer, self.name, self.stored_as)
             return replace(model, source_files=self.source_files)
-        shapes = shapes_of(self.config)
+        shapes = parameter_shapes(self.config)
         done, total = 0, sum(len(self._layers(param)) for param in shapes)
         params = {}
         with showing(progress) as tell:
@@ -342,7 +342,7 @@ class QuantizedFile:
           InputError: a file is missing, truncated, changed, or not what the manifest's decoder has.
         """
         place = self.folder / checkpoint.OUTSIDE
-        shapes = {param: shape for param, shape in shapes_of(self.config).items() if not _stacked(param)}
+        shapes = {param: shape for param, shape in parameter_shapes(self.config).items() if not _stacked(param)}
         for item in place.glob("[!.]*"):
             if item.name not in shapes:
                 raise checkpoint.damaged(item, f"{checkpoint.MANIFEST} has no place for it")
@@ -354,7 +354,7 @@ class QuantizedFile:
     def blocks(self, first: int = 0) -> Iterator[Block]:
         """Blocks from layer `first` on. Errors as of `outside`."""
         finished = self._finished()
-        shapes = {_path(p): s[1:] for p, s in shapes_of(self.config).items() if p.startswith(f"{BLOCKS}0.")}
+        shapes = {_path(p): s[1:] for p, s in parameter_shapes(self.config).items() if p.startswith(f"{BLOCKS}0.")}
         for layer in range(first, self.config.layers):
             item = checkpoint.block_folder(self.folder, layer)
             if layer not in finished:
@@ -440,6 +440,12 @@ def _cast(name: str, stored: np.ndarray, dtype: str) -> np.ndarray:
     return values
 
 
+@lru_cache(8)
+def _runs(config: DecoderConfig) -> tuple[range, ...]:
+    """Its `runs`, which a file can make thousands, found once for all parameters."""
+    return config.runs
+
+
 def _stacked(name: str) -> bool:
     return name.startswith(BLOCKS)
 
@@ -454,8 +460,8 @@ def _abstract_block(config: DecoderConfig, layer: int) -> Block:
 
 
 def _abstract_outside(config: DecoderConfig) -> Decoder:
-    decoder = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0)))
-    decoder.segments = nnx.List([])
+    decoder = nnx.eval_shape(lambda: Decoder(one_layer(config), nnx.Rngs(0)))
+    decoder.config, decoder.segments = config, nnx.List([])
     return decoder
 
 

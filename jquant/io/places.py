@@ -1,18 +1,14 @@
 """Where each of a decoder's parameters is in the files of its family."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from flax import nnx
 from jaxtyping import Int, Shaped
 
 from jquant.models.config import DecoderConfig
-from jquant.models.decoder import Decoder
+from jquant.models.decoder import parameter_shapes
 from jquant.models.families import family_of
-from jquant.models.params import flat_params
 
 BLOCKS = "segments."  # prefix of the stacked layers' parameters
 
@@ -60,7 +56,7 @@ def place_of(config: DecoderConfig, format: str, name: str, layer: Any = ...) ->
       name: as in the family's table.
       layer: its number, for a block's parameter.
     """
-    family, shapes = family_of(config), shapes_of(config)
+    family, shapes = family_of(config), parameter_shapes(config)
 
     def shape_of(name: str) -> tuple[int, ...]:
         inner = name.removeprefix("layers.")
@@ -78,13 +74,3 @@ def place_of(config: DecoderConfig, format: str, name: str, layer: Any = ...) ->
         family.hf_norm_offset if hf and name.endswith("scale") else 0.0,
         family.columns(format, name, widths, config.head_dim),
     )
-
-
-@lru_cache(8)
-def shapes_of(config: DecoderConfig) -> Mapping[str, tuple[int, ...]]:
-    """The shape of each of a decoder's parameters, layers stacked on axis 0, e.g. of "segments.0.mlp.up.kernel".
-
-    Layers in the configuration's first run have the parameters of all layers.
-    """
-    decoder = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0)))
-    return {name: leaf.shape for name, leaf in flat_params(decoder).items()}

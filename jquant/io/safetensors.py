@@ -1,6 +1,7 @@
 """Hugging Face folders: config.json and safetensors files, sharded or not, memory-mapped."""
 
 import json
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ class SafetensorsCheckpoint:
             return _read_float8(shard, name, FLOAT8[kind])
         # Opened for each tensor: all pages read from one open mapping would count as this process's memory.
         with open_safetensors(shard) as handle:
-            return handle.get_tensor(name)
+            return read_tensor(handle, shard, name)
 
 
 def open_safetensors(path: Path) -> Any:
@@ -145,6 +146,20 @@ def open_safetensors(path: Path) -> Any:
         raise InputError(f"{path} is not a whole safetensors file ({str(broken)[:200]}).") from None
 
 
+def read_tensor(handle: Any, path: Path, name: str) -> np.ndarray:
+    """One tensor of an open file.
+
+    Raises:
+      InputError: a dtype or shape that NumPy does not have.
+    """
+    try:
+        return handle.get_tensor(name)
+    except (SafetensorError, AttributeError, TypeError, ValueError, OverflowError) as broken:
+        piece = handle.get_slice(name)
+        facts = f"{piece.get_dtype()} of shape {reprlib.repr(piece.get_shape())}"
+        raise InputError(f"{path}: {name[:200]!r} is {facts}, which can't be read ({str(broken)[:100]}).") from None
+
+
 def _read_float8(path: Path, name: str, dtype: Any) -> np.ndarray:
     """A tensor of 8-bit floats, for which safetensors' own reader finds no type in NumPy."""
     open_safetensors(path)  # checks that header and offsets fit the file
@@ -153,4 +168,7 @@ def _read_float8(path: Path, name: str, dtype: Any) -> np.ndarray:
         entry = json.loads(file.read(size))[name]
         begin, end = entry["data_offsets"]
         file.seek(8 + size + begin)
-        return np.frombuffer(file.read(end - begin), dtype).reshape(entry["shape"])
+        try:
+            return np.frombuffer(file.read(end - begin), dtype).reshape(entry["shape"])
+        except (ValueError, OverflowError) as broken:
+            raise InputError(f"{path}: {name[:200]!r} can't be read ({str(broken)[:100]}).") from None

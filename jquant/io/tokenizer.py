@@ -8,6 +8,7 @@ code too, becomes an InputError.
 """
 
 import os
+import reprlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from jquant.errors import InputError
-from jquant.io.files import JSON_LIMIT, check_plain, read_json
+from jquant.io.files import JSON_LIMIT, check_plain, is_text, read_json
 from jquant.io.gguf.header import read_metadata
 
 _WAY_OUT = "model.tokenizer=<folder with tokenizer.json> would do instead"
@@ -162,13 +163,15 @@ def tokenizer_from_gguf(path: str | os.PathLike[str]) -> Tokenizer:
     `integrations/gguf/gguf_tokenizer_mapping.py`.
     """
     fields = _Fields(path, read_metadata(path))
-    tokens, kind = fields.get("tokens", list), fields.get("model", str)
+    tokens, kind = fields.members("tokens", str), fields.get("model", str)
     vocab = {token: index for index, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         raise InputError(f"{path} lists a token twice in tokenizer.ggml.tokens; {_WAY_OUT}")
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
     if kind not in builders:
-        raise InputError(f"{path} has a tokenizer of kind {kind!r}, which jquant does not build from GGUF; {_WAY_OUT}")
+        raise InputError(
+            f"{path} has a tokenizer of kind {kind[:50]!r}, which jquant does not build from GGUF; {_WAY_OUT}"
+        )
     with _sentences(f"{path} holds an unusable tokenizer", _WAY_OUT):  # for example a merge of unknown tokens
         backend, add_bos = builders[kind](fields, vocab)
         _add_special_tokens(backend, fields, tokens)
@@ -215,10 +218,18 @@ class _Fields(NamedTuple):
             raise InputError(f"{self.path} has {fault} field tokenizer.ggml.{name}; {_WAY_OUT}")
         return value
 
+    def members(self, name: str, kind: type) -> list[Any]:
+        """An array whose members are of one type."""
+        values = self.get(name, list)
+        if not all(type(value) is kind for value in values):
+            raise InputError(f"{self.path} has an ill-typed field tokenizer.ggml.{name}; {_WAY_OUT}")
+        return values
+
     def token_id(self, name: str, vocab_size: int) -> int | None:
         index = self.metadata.get(f"tokenizer.ggml.{name}_token_id")
         if index is not None and not (type(index) is int and 0 <= index < vocab_size):
-            raise InputError(f"{self.path} gives tokenizer.ggml.{name}_token_id {index} of {vocab_size}; {_WAY_OUT}")
+            told = " ".join(reprlib.repr(index).split())
+            raise InputError(f"{self.path} gives tokenizer.ggml.{name}_token_id {told} of {vocab_size}; {_WAY_OUT}")
         return index
 
 
@@ -227,9 +238,9 @@ def _byte_level(fields: _Fields, vocab: dict[str, int]) -> tuple[tokenizers.Toke
     name = fields.get("pre", str)
     if name not in PRE_TOKENIZERS:
         known = ", ".join(PRE_TOKENIZERS)
-        raise InputError(f"{fields.path} uses the pre-tokenizer {name!r}; jquant knows {known}; {_WAY_OUT}")
+        raise InputError(f"{fields.path} uses the pre-tokenizer {name[:50]!r}; jquant knows {known}; {_WAY_OUT}")
     pre = PRE_TOKENIZERS[name]
-    merges = [tuple(merge.split(" ")) for merge in fields.get("merges", list)]
+    merges = [tuple(merge.split(" ")) for merge in fields.members("merges", str)]
     backend = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=pre.ignore_merges))
     if pre.nfc:
         backend.normalizer = normalizers.NFC()
@@ -252,7 +263,7 @@ def _sentencepiece(fields: _Fields, vocab: dict[str, int]) -> tuple[tokenizers.T
         raise InputError(f"{fields.path} has a token of {len(longest):,} characters; {_WAY_OUT}")
     merges = [
         (score, token[:cut], token[cut:])
-        for token, score in zip(vocab, fields.get("scores", list), strict=True)
+        for token, score in zip(vocab, fields.members("scores", float), strict=True)
         for cut in range(1, len(token))
         if token[:cut] in vocab and token[cut:] in vocab
     ]
@@ -271,7 +282,7 @@ def _sentencepiece(fields: _Fields, vocab: dict[str, int]) -> tuple[tokenizers.T
 
 def _add_special_tokens(backend: tokenizers.Tokenizer, fields: _Fields, tokens: list[str]) -> None:
     """Adds control and user-defined tokens, and those with a role: their names in a text are matched as one token."""
-    types = fields.get("token_type", list)
+    types = fields.members("token_type", int)
     roles = {fields.token_id(role, len(tokens)) for role in ("bos", "eos", "unknown", "padding")}
     special = {i for i, (_, kind) in enumerate(zip(tokens, types, strict=True)) if kind == _CONTROL or i in roles}
     plain = {i for i, kind in enumerate(types) if kind == _USER_DEFINED} - special
@@ -350,8 +361,10 @@ def _special_ids(
         value = source.get(f"{name}_token_id", source.get(f"{name}_token"))
         entries = value if isinstance(value, list) else [value]
         tokens = [entry.get("content") if isinstance(entry, dict) else entry for entry in entries]
-        if any(token is not None and type(token) not in (int, str) for token in tokens):
-            raise InputError(f"{folder}: {name}_token_id takes an id, a token or a list of them, not {value!r}.")
+        if any((token is not None and type(token) not in (int, str)) or not is_text(str(token)) for token in tokens):
+            raise InputError(
+                f"{folder}: {name}_token_id takes an id, a token or a list of them, not {reprlib.repr(value)}."
+            )
         ids = [backend.token_to_id(token) if isinstance(token, str) else token for token in tokens]
         if ids := [i for i in ids if i is not None]:
             return tuple(ids)

@@ -9,6 +9,7 @@ A process may die at any moment. The same call goes on from the last checkpoint.
 """
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +28,7 @@ from filelock import FileLock
 from jquant import provenance
 from jquant.data import check_whole
 from jquant.errors import InputError
-from jquant.io.checkpoint import read_item, read_item_json, write_item
+from jquant.io.checkpoint import ITEM, damaged, read_item, read_item_json, write_item
 from jquant.io.files import hold, read_json, write_json, write_text
 from jquant.parallel.processes import as_first, gather, on_first
 
@@ -109,7 +110,10 @@ class Writer:
         named, place = _numbered(leaves), self._states / str(done)
         floats = {name: leaf.shape for name, leaf in named.items() if not _is_count(leaf)}
         read: dict[str, Any] = read_item(place, floats, lambda name, _: named[name].sharding)
-        counts: dict[str, int] = read_item_json(place).get("counts", {})
+        counts: Any = read_item_json(place).get("counts", {})
+        counts = counts if isinstance(counts, dict) else {}
+        if counts.keys() != named.keys() - floats.keys() or not all(map(_is_step, counts.values())):
+            raise damaged(place / ITEM, "its counts are not those of this training", place)
         read |= {name: np.full(named[name].shape, count, named[name].dtype) for name, count in counts.items()}
         return done, jax.tree.unflatten(structure, [read[name] for name in named])
 
@@ -197,27 +201,32 @@ def _is_count(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.integer)
 
 
+def _is_step(count: Any) -> bool:
+    return type(count) is int and 0 <= count < 1 << 31
+
+
 def _keep_metrics(path: Path, done: int) -> None:
     """Drops the lines of steps after the checkpoint."""
     try:
         lines = path.read_text().splitlines() if path.exists() else []
     except (OSError, UnicodeDecodeError) as broken:
         raise InputError(f"{path} can't be read ({broken}).") from None
-    write_text(path, "".join(line + "\n" for line in lines if _step_of(line) <= done))
+    write_text(path, "".join(line + "\n" for line in lines if _number_in(line, "step") <= done))
 
 
 def _seconds_in(path: Path) -> float:
     """The seconds of the last line."""
     lines = path.read_text().splitlines() if path.exists() else []
-    return float(json.loads(lines[-1])["seconds"]) if lines else 0.0
+    seconds = _number_in(lines[-1], "seconds") if lines else 0.0
+    return seconds if math.isfinite(seconds) else 0.0
 
 
-def _step_of(line: str) -> float:
-    """The step of a line; infinite for half a line."""
+def _number_in(line: str, key: str) -> float:
+    """A number of a line; infinite for half a line, and for what is none of ours."""
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError):
-        return float("inf")
+        return float(json.loads(line)[key])
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
+        return math.inf
 
 
 def _append(path: Path, line: str) -> None:

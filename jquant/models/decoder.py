@@ -6,9 +6,9 @@ the distinct inputs that its projections read, for calibration. Under jit, unuse
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
@@ -358,6 +358,27 @@ class Decoder(nnx.Module):
         """Projects final states onto the vocabulary."""
         logits = hidden @ self.embedding.get_value().T if self.head is None else self.head(hidden)
         return soft_capped(logits, self.config.logits_softcap)
+
+
+def one_layer(config: DecoderConfig) -> DecoderConfig:
+    """The configuration with its first layer alone, whose parameters have the shapes of every layer's."""
+    windows = None if config.windows is None else config.windows[:1]
+    return replace(config, layers=1, windows=windows, no_rope=())
+
+
+@lru_cache(8)
+def parameter_shapes(config: DecoderConfig) -> Mapping[str, tuple[int, ...]]:
+    """The shape of each of a decoder's parameters, layers stacked on axis 0, e.g. of "segments.0.mlp.up.kernel".
+
+    Only one layer is traced: a file can ask for thousands, and another kind of window for each.
+    """
+    decoder = nnx.eval_shape(lambda: Decoder(one_layer(config), nnx.Rngs(0)))
+    traced = {name: leaf.shape for name, leaf in flat_params(decoder).items()}
+    layer = {name: shape[1:] for name, shape in traced.items() if name.startswith("segments.")}
+    shapes = {name: shape for name, shape in traced.items() if name not in layer}
+    for index, run in enumerate(config.runs):
+        shapes |= {name.replace(".0.", f".{index}.", 1): (len(run), *shape) for name, shape in layer.items()}
+    return shapes
 
 
 def outside_of(decoder: Decoder) -> Decoder:

@@ -45,10 +45,14 @@ def curves(rows: Sequence[Row], folder: str | Path) -> list[tuple[Row, Curve]]:
     for row in rows:
         path = Path(folder) / f"{row.get('fingerprint')}.metrics.jsonl"
         if path.is_file():
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            tokens = {line["step"]: line["tokens"] for line in lines if "tokens" in line}
-            before = row["training_tokens"] - max(tokens.values())  # of a stage of blocks
-            found.append((row, [line | {"tokens": before + tokens[line["step"]]} for line in lines if "kl" in line]))
+            try:
+                lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+                tokens = {line["step"]: line["tokens"] for line in lines if "tokens" in line}
+                before = row["training_tokens"] - max(tokens.values())  # of a stage of blocks
+                curve = [line | {"tokens": before + tokens[line["step"]]} for line in lines if "kl" in line]
+            except (OSError, ValueError, LookupError, TypeError, RecursionError) as broken:
+                raise InputError(f"{path} is not what a training wrote ({type(broken).__name__}).") from None
+            found.append((row, curve))
     return found
 
 

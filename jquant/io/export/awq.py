@@ -65,7 +65,7 @@ def from_tensors(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], s
     bits, version = setting(config, "bits", int, 4), setting(config, "version", str, config.get("format") or "gemm")
     if bits != 4 or version.lower() != "gemm":
         raise InputError(
-            f"quantization_config has bits={bits} and version={version[:20]!r}, and jquant reads 4 and gemm"
+            f"quantization_config has bits={str(bits)[:20]} and version={version[:20]!r}, and jquant reads 4 and gemm"
         )
     if out % 8:
         raise InputError(f"its {out} outputs are no multiple of 8, as {TITLE} asks")

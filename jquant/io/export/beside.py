@@ -78,7 +78,10 @@ def _config(origin: Origin, dtype: str) -> dict[str, Any]:
     text = origin.source_files.get(CONFIG)
     try:
         raw: Any = json.loads(text) if text else None
-    except (ValueError, RecursionError):
+        _json(raw)
+        if not isinstance(raw, dict | None):
+            raise ValueError
+    except (ValueError, RecursionError):  # NaN and halves of surrogate pairs, which JSON can't hold, too
         raise InputError(f"{origin.name}: the config.json that it was read with is no JSON.") from None
     raw = _from_decoder(origin.config, origin.tokenizer) if raw is None else raw
     raw.pop("quantization_config", None)

@@ -13,6 +13,7 @@ Source: bitsandbytes 0.50, `functional.QuantState.as_dict`, and transformers' `B
 """
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -93,10 +94,12 @@ def from_tensors(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], s
     state = _state(tensors[STATE + kind])
     group = group_of(setting(state, "blocksize", int), rows)
     if state.get("shape") != [out, rows] or group == "channel" or rows * out % 2:
-        raise InputError(f"its state has shape={str(state.get('shape'))[:50]}, where {[out, rows]} belongs")
+        raise InputError(f"its state has shape={reprlib.repr(state.get('shape'))}, where {[out, rows]} belongs")
     blocks, nested = rows // group * out, "nested_offset" in state
     if nested and setting(state, "nested_blocksize", int) != NESTED:
-        raise InputError(f"its state has nested_blocksize={state['nested_blocksize']}, and jquant reads {NESTED}")
+        raise InputError(
+            f"its state has nested_blocksize={str(state['nested_blocksize'])[:20]}, and jquant reads {NESTED}"
+        )
     expected: dict[str, Any] = {
         "weight": (("uint8",), (rows * out // 2, 1)),
         "weight.absmax": (("uint8" if nested else "float32",), (blocks,)),
@@ -117,7 +120,7 @@ def from_tensors(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], s
     if not nested:
         scale: Any = jnp.asarray(transposed(absmax.reshape(out, -1)))
     else:
-        offset = setting(state, "nested_offset", (int, float))
+        offset = setting(state, "nested_offset", float)
         own = jnp.asarray(tensors["weight.nested_absmax"].reshape(-1, 1))
         table = double_quantized(min(NESTED, blocks))
         scale = QTensor(jnp.asarray(absmax.reshape(-1, 1)), own, jnp.full((1, 1), offset, jnp.float32), table, blocks)

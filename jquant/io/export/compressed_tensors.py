@@ -16,6 +16,7 @@ weight_global_scale is the reciprocal of our tensor's scale, so that scale may c
 Source: compressed-tensors 0.20, `compressors/`. Earlier versions pack widths that do not divide 32 in another way.
 """
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -107,7 +108,7 @@ def from_tensors(
     schemes = list(setting(config, "config_groups", dict).values())
     if not schemes or not all(isinstance(scheme, dict) for scheme in schemes):
         raise InputError("quantization_config has no config_groups")
-    naming = [scheme for scheme in schemes if module in (scheme.get("targets") or ())]
+    naming = [scheme for scheme in schemes if module in setting(scheme, "targets", list, [])]
     fitting, problem = [], None
     for scheme in naming or schemes:
         try:
@@ -209,7 +210,7 @@ def _from_scheme(
 ) -> QTensor:
     """`from_tensors` with one config group."""
     weights, rows, out = setting(scheme, "weights", dict), *shape
-    bits, group = setting(weights, "num_bits", int), _group(weights, rows)
+    bits, group = setting(weights, "num_bits", int), _group(weights, shape)
     symmetric, floating = setting(weights, "symmetric", bool, True), weights.get("type") == "float"
     activation = _activation(scheme.get("input_activations"), floating)
     tensors = dict(tensors)
@@ -221,7 +222,7 @@ def _from_scheme(
         return _from_integers(tensors, bits, group, symmetric, activation, shape)
     expected = _expected_floats(kind, bits, group, rows, out)
     if expected is None or not symmetric:
-        raise InputError(f"its weights are {kind[:50]} of {bits} bits, which jquant does not read")
+        raise InputError(f"its weights are {kind[:50]!r} of {str(bits)[:20]} bits, which jquant does not read")
     check_tensors(tensors, expected)
     if kind in PACKED_FLOATS:
         codes = transposed(tensors["weight_packed"])
@@ -276,7 +277,7 @@ def _from_integers(
 ) -> QTensor:
     rows, out = shape
     if bits not in BITS or not (group == "channel" or isinstance(group, int)):
-        raise InputError(f"it has {bits} bits with scales for {group!r}, which jquant does not read")
+        raise InputError(f"it has {str(bits)[:20]} bits with scales for {group!r}, which jquant does not read")
     scales, words = _scale_shape(group, rows, out), lambda n: -(-n * bits // 32)
     expected: dict[str, Any] = {"weight_scale": (SCALES, scales)}
     packed = "weight_packed" in tensors
@@ -307,8 +308,9 @@ def _from_integers(
     return QTensor(jnp.asarray(codes), jnp.asarray(transposed(scale)), zero, format, rows, activation)
 
 
-def _group(weights: Mapping[str, Any], rows: int) -> Any:
-    """A format's group from a config group."""
+def _group(weights: Mapping[str, Any], shape: tuple[int, int]) -> Any:
+    """A format's group from a config group, no larger than the weight."""
+    rows, out = shape
     strategy, size = weights.get("strategy"), weights.get("group_size")
     if strategy is None:
         strategy = "tensor" if size is None else "channel" if size == -1 else "group"
@@ -317,10 +319,10 @@ def _group(weights: Mapping[str, Any], rows: int) -> Any:
     if strategy == "block":
         block = weights.get("block_structure")
         if isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block):
-            return block[1], block[0]
+            return min(block[1], rows), min(block[0], out)
     if strategy in ("group", "tensor_group"):
         return group_of(size, rows)
-    raise InputError(f"its scales are for a {str(strategy)[:50]}, which jquant does not read")
+    raise InputError(f"its scales are for a {reprlib.repr(strategy)}, which jquant does not read")
 
 
 def _scale_shape(group: Any, rows: int, out: int) -> tuple[int, ...]:

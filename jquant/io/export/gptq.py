@@ -90,6 +90,8 @@ def from_tensors(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], s
     rows, out = shape
     bits, group = _width_and_group(tensors, config, rows)
     groups = groups_of(group, rows)
+    if rows * bits % 32 or out * bits % 32:
+        raise InputError(f"its {rows} × {out} codes of {bits} bits do not fill {TITLE}'s 32-bit words")
     check_tensors(
         tensors,
         {
@@ -154,9 +156,9 @@ def _width_and_group(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any
             if scales.shape[0] != groups_of(group_of(group, rows), rows):
                 group = rows // scales.shape[0] if scales.shape[0] > 1 else -1
     if bits not in BITS:
-        raise InputError(f"it has {bits} bits, and {TITLE} holds {', '.join(map(str, BITS))}")
+        raise InputError(f"it has {str(bits)[:20]} bits, and {TITLE} holds {', '.join(map(str, BITS))}")
     if setting(config, "pack_dtype", str, "int32") != "int32":
-        raise InputError(f"quantization_config has pack_dtype={config['pack_dtype']!r}, and jquant reads int32")
+        raise InputError(f"quantization_config has pack_dtype={config['pack_dtype'][:50]!r}, and jquant reads int32")
     return bits, group_of(group, rows)
 
 
