@@ -690,7 +690,11 @@ def test_a_tensor_too_many_is_named(exported, tmp_path):
         ("gptq", {"pack_dtype": "x" * 5000}, "pack_dtype"),
         ("compressed-tensors", {"config_groups": {"g": {"targets": 5}}}, "targets='5'"),
         ("compressed-tensors", {"config_groups": {"g": {"weights": {"num_bits": 10**400, "group_size": 32}}}}, "bits"),
-        ("compressed-tensors", {"config_groups": {"g": {"weights": {"num_bits": 4, "strategy": "a\nb"}}}}, "strategy"),
+        (
+            "compressed-tensors",
+            {"config_groups": {"g": {"weights": {"num_bits": 4, "strategy": "a\nb"}}}},
+            "scales are for",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_are_named(exported, tmp_path, name, settings, said):

@@ -432,6 +432,13 @@ STRANGE = [
 ]
 
 
+def test_a_dtype_of_two_lines_is_refused_in_one(folder):
+    raw = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(raw.replace(b'"F32"', b'"\\n"', 1))
+    with refused("model.safetensors", "not a whole"):
+        open_model(folder)
+
+
 @pytest.mark.parametrize(("dtype", "shape", "size"), STRANGE)
 def test_a_tensor_that_numpy_has_no_array_for_is_named(folder, dtype, shape, size):
     """In place of a bias, which is read where no weight asks for it."""

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from test_pipeline import leaves, same_bytes
 
 from jquant import SEQ, CacheFormat, Int, Journal, Options, Stored, Tuning, with_cache
-from jquant.io.checkpoint import write_sealed
+from jquant.io.checkpoint import checksum, write_sealed
 from jquant.io.load import load_model
 from jquant.learning import loop
 from jquant.learning import teacher as teaching
@@ -105,7 +105,6 @@ def test_a_finished_training_is_read_not_repeated(decoder, quantized, tmp_path):
 SCRIPT = """
 import resource, sys, numpy as np
 from jquant import Journal, Tuning, method
-from jquant.io.checkpoint import write_sealed
 from jquant.io.load import load_model
 from jquant.learning.losses import model_loss
 from jquant.learning.tuning import begun, split, tune
@@ -219,6 +218,26 @@ def test_a_checkpoint_with_other_counts_is_refused(decoder, quantized, tmp_path,
         {key: value for key, value in json.loads(path.read_text()).items() if key != "sha256"} | {"counts": counts},
     )
     with refused("item.json", "counts"):
+        tune(quantized, decoder, TOKENS, STAGE, journal=Journal(tmp_path), progress=False)
+
+
+@pytest.mark.parametrize("part", [".zarray", "its values"])
+def test_arrays_that_would_take_more_memory_than_their_files_are_refused(decoder, quantized, tmp_path, part):
+    """A piece of 4 GB made tensorstore abort the process; checksums are forged."""
+    tune(quantized, decoder, TOKENS, STAGE, journal=Journal(tmp_path), progress=False)
+    [item] = tmp_path.glob("state/*/item.json")
+    array = sorted(item.parent.glob("*/.zarray"))[0].parent
+    part = part if part == ".zarray" else next(path.name for path in array.glob("[!.]*"))
+    if part == ".zarray":
+        facts = json.loads((array / part).read_text())
+        (array / part).write_text(json.dumps(facts | {"chunks": [*facts["chunks"][:-1], 1_000_000_000]}))
+    else:
+        (array / part).write_bytes(b"")
+    content = json.loads(item.read_text())
+    del content["sha256"]
+    content["files"] |= {f"{array.name}/{part}": checksum(array / part)}
+    write_sealed(item, content)
+    with refused(array.name, "pieces" if part == ".zarray" else "too few"):
         tune(quantized, decoder, TOKENS, STAGE, journal=Journal(tmp_path), progress=False)
 
 

@@ -19,6 +19,7 @@ in an error message, too.
 import gc
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -167,6 +168,8 @@ def read_item(folder: Path, shapes: Mapping[str, tuple[int, ...]], place: Place 
                 f"{'.'.join(key)} is {_in_words(actual.get(key))}, where {_in_words(needed)} belongs",
                 folder,
             )
+    for key, array in stored.items():
+        _check_pieces(folder, ".".join(key), array, expected[key])
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     sharded = {
         key: jax.ShapeDtypeStruct(of.shape, of.dtype, sharding=place(".".join(key), of) if place else first)
@@ -417,6 +420,16 @@ def read_source(folder: Path, manifest: Manifest) -> dict[str, str]:
     if not fits(files, dict[str, str]) or not all(is_text(part) for item in files.items() for part in item):
         raise damaged(path, "it is no object of texts")
     return files
+
+
+def _check_pieces(folder: Path, name: str, array: Any, expected: jax.ShapeDtypeStruct) -> None:
+    """Raises InputError for an array in pieces larger than itself, or whose files don't fill it: both are allocated."""
+    pieces = array.storage and array.storage.chunk_shape
+    if pieces is None or any(piece > max(size, 1) for piece, size in zip(pieces, expected.shape, strict=True)):
+        raise damaged(folder, f"{name} of shape {expected.shape} is in pieces of {pieces}", folder)
+    size = sum(file.stat().st_size for file in (folder / name).rglob("*") if not file.name.startswith("."))
+    if size < math.prod(expected.shape) * expected.dtype.itemsize:
+        raise damaged(folder, f"{name} has {size:,} bytes, too few for {expected.shape}", folder)
 
 
 def _handler() -> ocp.PyTreeCheckpointHandler:

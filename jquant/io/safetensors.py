@@ -143,7 +143,7 @@ def open_safetensors(path: Path) -> Any:
     try:
         return safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as broken:
-        raise InputError(f"{path} is not a whole safetensors file ({str(broken)[:200]}).") from None
+        raise InputError(f"{path} is not a whole safetensors file ({' '.join(str(broken).split())[:200]}).") from None
 
 
 def read_tensor(handle: Any, path: Path, name: str) -> np.ndarray:
