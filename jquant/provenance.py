@@ -183,9 +183,9 @@ def _reached(roots: Set[str]) -> set[str]:
 @lru_cache(None)
 def _imported(name: str, stamp: Any) -> frozenset[str]:
     """The modules that define what a module imports, except installed ones and Python's own."""
-    tree, homes, aliases = _tree(name, stamp), set(), {}
-    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    for node in ast.walk(tree):
+    nodes, homes, aliases = _nodes(name, stamp), set(), {}
+    used = {node.id for node in nodes if isinstance(node, ast.Name)}
+    for node in nodes:
         if isinstance(node, ast.ImportFrom) and _is_ours(source := _absolute(node, name), name):
             # Of a package's own file only its definitions count, so only imports that they use are followed.
             needed = [
@@ -196,7 +196,7 @@ def _imported(name: str, stamp: Any) -> frozenset[str]:
             ours = [alias for alias in node.names if _is_ours(alias.name, name)]
             homes |= {alias.name for alias in ours}
             aliases |= {alias.asname or alias.name.partition(".")[0]: alias.name for alias in ours}
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases:
             homes.add(_home(aliases[node.value.id], node.attr))
     return frozenset(homes)
@@ -219,7 +219,7 @@ def _home(module: str, name: str) -> str:
 @lru_cache(None)
 def _from_others(module: str, stamp: Any) -> dict[str, tuple[str, str]]:
     """Each name that a module imports -> (its module, its name there)."""
-    nodes = [node for node in ast.walk(_tree(module, stamp)) if isinstance(node, ast.ImportFrom)]
+    nodes = [node for node in _nodes(module, stamp) if isinstance(node, ast.ImportFrom)]
     return {alias.asname or alias.name: (_absolute(node, module), alias.name) for node in nodes for alias in node.names}
 
 
@@ -262,6 +262,13 @@ class _Bare(ast.NodeTransformer):
 def _tree(module: str, stamp: Any) -> ast.Module:
     """A module's code without docstrings; empty if it is no Python file."""
     return _Bare().visit(ast.parse(Path(stamp[0]).read_bytes() if stamp and stamp[0].endswith(".py") else ""))
+
+
+@lru_cache(None)
+def _nodes(module: str, stamp: Any) -> tuple[ast.AST, ...]:
+    """What can import or use a name; a walk through all code takes longer than anything else here."""
+    kept = ast.Name | ast.Attribute | ast.Import | ast.ImportFrom
+    return tuple(node for node in ast.walk(_tree(module, stamp)) if isinstance(node, kept))
 
 
 @lru_cache(None)
