@@ -13,14 +13,24 @@ from jquant import Int, export, load_model, quantize
 from jquant.models.params import flat_params
 from jquant.qtensor import QTensor
 
-WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "tie_word_embeddings": True}
+SMALL = {"intermediate_size": 128, "tie_word_embeddings": True}
+WIDE = SMALL | {"hidden_size": 256, "intermediate_size": 512}  # rows of whole blocks, whatever the block type
+
+
+def made(folder: Path, **shape) -> Path:
+    checkpoints.save(folder, checkpoints.llama(**shape))
+    (folder / "text.txt").write_text(checkpoints.random_text(4000, seed=1))
+    return folder
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    folder = checkpoints.save(tmp_path_factory.mktemp("model"), checkpoints.llama(**WIDE))
-    (folder / "text.txt").write_text(checkpoints.random_text(4000, seed=1))
-    return folder
+    return made(tmp_path_factory.mktemp("small"), **SMALL)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory) -> Path:
+    return made(tmp_path_factory.mktemp("wide"), **WIDE)
 
 
 def command(folder: Path, output: Path, *more: str) -> list[str]:
@@ -50,15 +60,15 @@ def test_one_command_writes_a_folder_that_loads(folder, tmp_path, format, method
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "gptq"])
-def test_a_mixture_is_one_command(folder, tmp_path, rounding):
+def test_a_mixture_is_one_command(wide, tmp_path, rounding):
     how = ("mixture=q4_k_m", f"rounding={rounding}", "format=gguf")
-    ended = run_here("export", *command(folder, tmp_path / "out.gguf", *how))
+    ended = run_here("export", *command(wide, tmp_path / "out.gguf", *how))
     assert ended.returncode == 0, ended.stderr
     assert "out.gguf" in ended.stdout
     kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
     assert kinds["blk.0.ffn_up.weight"] == "Q4_K"
     assert kinds["blk.1.ffn_down.weight"] == kinds["token_embd.weight"] == "Q6_K"
-    ended = run_here("export", *command(folder, tmp_path / "out.gguf", *how))
+    ended = run_here("export", *command(wide, tmp_path / "out.gguf", *how))
     assert ended.returncode == 2
     assert "force=true" in ended.stderr
 
