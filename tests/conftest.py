@@ -33,6 +33,9 @@ jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
+# Whatever was imported so far lives on: a garbage collection need not look at it.
+gc.freeze()
+
 # What a shell starts in the background ignores interrupts, and processes that tests interrupt would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
