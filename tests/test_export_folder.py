@@ -41,6 +41,7 @@ from jquant import (
     rotate,
 )
 from jquant.formats import MXFP8_E4M3, Float, Format, block_shape
+from jquant.io.checkpoint import checksum, write_sealed
 from jquant.io.export import FORMATS, awq, bitsandbytes, compressed_tensors, folder, gptq, write_folder
 from jquant.io.export.base import check_finite
 from jquant.models.decoder import blocks, with_blocks
@@ -365,6 +366,28 @@ def test_a_folder_comes_back_bit_for_bit(tiny, tmp_path, name):
     write_folder(open_model(tmp_path / "out"), tmp_path / "again", name)  # block by block
     for file in ("model.safetensors", "config.json"):
         assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '{"model_type": NaN}', '{"x": "\\ud800"}', "{"])
+def test_an_original_config_that_can_not_be_written_again_is_refused(tiny, tmp_path, text):
+    model = replace(packed(tiny, NF4(32)), source_files=dict(tiny.source_files) | {"config.json": text})
+    with refused("config.json"):
+        write_folder(model, tmp_path / "out", "plain")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("texts", [{"config.json": "\ud800"}, {"\ud800": "{}"}, {"config.json": 3}])
+def test_texts_of_a_checkpoint_that_are_no_texts_are_refused(tiny, tmp_path, texts):
+    """Checksums are forged."""
+    tiny.save(tmp_path / "saved")
+    source, manifest = tmp_path / "saved/source.json", tmp_path / "saved/manifest.json"
+    source.write_text(json.dumps(texts))
+    content = json.loads(manifest.read_text())
+    del content["sha256"]
+    content["files"]["source.json"] = checksum(source)
+    write_sealed(manifest, content)
+    with refused("source.json", "no object of texts"):
+        load_model(tmp_path / "saved", progress=False)
 
 
 def test_config_is_the_original_ones_and_says_the_dtype(original, tiny, tmp_path):

@@ -23,6 +23,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from jquant.io.gguf import read_header, read_metadata
+from jquant.io.kept import Kept
 from jquant.io.load import load_model, open_model
 from jquant.io.safetensors import SafetensorsCheckpoint
 from jquant.io.tokenizer import tokenizer_from_folder, tokenizer_from_gguf
@@ -185,6 +186,20 @@ def test_two_tokens_of_one_id_are_refused(folder):
     (folder / "tokenizer.json").write_text(json.dumps(content))
     with refused("folder", "two tokens one id"):
         tokenizer_from_folder(folder)
+
+
+def test_an_id_of_a_billion_is_refused(folder):
+    """The library would walk through all ids up to it, and keep those without a token: 4 GB."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    last = list(content["model"]["vocab"])[-1]
+    for index in (1_000_000_000, 100_000):  # the second is read, and beyond the model's rows
+        content["model"]["vocab"][last] = index
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+        if index < 1 << 20:
+            assert tokenizer_from_folder(folder).backend.token_to_id(last) == index
+        else:
+            with refused("folder", "1,000,000,000"):
+                tokenizer_from_folder(folder)
 
 
 # ---- config.json ----------------------------------------------------------------------------------------------------
@@ -451,6 +466,16 @@ def test_a_tensor_that_numpy_has_no_array_for_is_named(folder, dtype, shape, siz
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :] + bytes(size))
     with refused(name):
         open_model(folder)
+
+
+@pytest.mark.parametrize(("dtype", "shape"), [("F4", [16]), ("F8_E4M3FNUZ", [8]), ("U8", [1] * 70 + [8])])
+def test_cached_arrays_that_numpy_has_no_array_for_are_computed_again(tmp_path, dtype, shape):
+    made = {"a": np.arange(2, dtype=np.float32)}
+    kept = Kept(tmp_path, {})
+    kept.arrays(0, {"a": (2,)}, made.copy)
+    header = json.dumps({"a": {"dtype": dtype, "shape": shape, "data_offsets": [0, 8]}}).encode()
+    kept.path(0).write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    np.testing.assert_array_equal(kept.arrays(0, {"a": (2,)}, made.copy)["a"], made["a"])
 
 
 def test_layers_that_the_file_does_not_have_take_no_time(tmp_path):

@@ -42,7 +42,7 @@ from jquant.errors import InputError
 from jquant.formats import Codebook, Float, Format, Int, UInt
 from jquant.io.files import check_plain, is_text, read_json, sync, write_text
 from jquant.io.safetensors import open_safetensors, read_tensor
-from jquant.io.tokenizer import Tokenizer
+from jquant.io.tokenizer import Tokenizer, check_ids
 from jquant.qtensor import QTensor, Transposed, quantize
 from jquant.ranges import MinMax
 from jquant.transforms import Rotation
@@ -378,6 +378,7 @@ def read_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
         if not isinstance(broken, Exception) and type(broken).__name__ != "PanicException":
             raise
         raise InputError(f"{path} can't be read ({_first_line(broken)}).") from None
+    check_ids(backend, str(path))
     eos_ids, rest = tuple(facts["eos_ids"]), (facts["add_bos"], facts["chat_template"], facts.get("pre"))
     return Tokenizer(backend, facts["bos_id"], eos_ids, *rest)
 

@@ -292,6 +292,7 @@ def _add_special_tokens(backend: tokenizers.Tokenizer, fields: _Fields, tokens: 
 
 # ---- Hugging Face folder --------------------------------------------------------------------------------------------
 
+_HOLES = 1 << 20  # most ids without a token
 # Without one of these, transformers 5 silently builds an empty tokenizer from config.json.
 _VOCABULARIES = ("*.model", "vocab.*", "tekken.json", "*.tiktoken")
 
@@ -312,9 +313,7 @@ def tokenizer_from_folder(path: str | os.PathLike[str]) -> Tokenizer:
         for name in ("generation_config.json", "tokenizer_config.json", "config.json")
     )
     backend = _backend(folder)
-    vocab = backend.get_vocab(with_added_tokens=False)
-    if len(set(vocab.values())) < len(vocab):
-        raise InputError(f"{folder} holds a tokenizer that gives two tokens one id; {_WAY_OUT}")
+    check_ids(backend, str(folder))
     backend.no_truncation()  # tokenizer.json may hold such settings of whoever saved it
     backend.no_padding()
     bos, eos = (_special_ids(backend, (generation, settings, config), name, folder) for name in ("bos", "eos"))
@@ -331,6 +330,15 @@ def tokenizer_from_folder(path: str | os.PathLike[str]) -> Tokenizer:
         add_bos=add_bos,
         chat_template=template if isinstance(template, str) else None,
     )
+
+
+def check_ids(backend: tokenizers.Tokenizer, where: str) -> None:
+    """Raises InputError for two tokens of one id, or ids far beyond their number: the library walks through all."""
+    ids = backend.get_vocab(with_added_tokens=False).values()
+    if len(set(ids)) < len(ids):
+        raise InputError(f"{where} holds a tokenizer that gives two tokens one id; {_WAY_OUT}")
+    if max(ids, default=0) > len(ids) + _HOLES:
+        raise InputError(f"{where} holds a tokenizer with {len(ids):,} tokens and the id {max(ids):,}; {_WAY_OUT}")
 
 
 def _backend(folder: Path) -> tokenizers.Tokenizer:
