@@ -418,11 +418,11 @@ FORGED = ("arrays", "checkpoint words", "source", "calibration", "training array
 # ---- the process that reads -----------------------------------------------------------------------------------------
 
 
-def worker(templates: Path) -> None:
+def worker(templates: Path, kinds: Sequence[str]) -> None:
     """Reads cases told on standard input, one JSON line each, and tells what they came to."""
     import readers
 
-    good = readers.Good(templates)
+    good = readers.Good(templates, sorted({path.name for kind in kinds for path in _parts(templates, kind)}))
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         told = json.loads(line)
@@ -449,9 +449,9 @@ def _data_bytes() -> int:
 class Reader:
     """The process, started anew where it hangs or dies."""
 
-    def __init__(self, templates: Path, limit_s: float = LIMIT_S):
+    def __init__(self, templates: Path, kinds: Sequence[str], limit_s: float = LIMIT_S):
         self._limit_s = limit_s
-        self._command = [sys.executable, __file__, "--worker", str(templates)]
+        self._command = [sys.executable, __file__, "--worker", str(templates), "--kinds", *kinds]
         self._start()
 
     def _start(self) -> None:
@@ -494,12 +494,12 @@ def run(
         templates = Path(temporary) / "good"
         write = [sys.executable, str(ROOT / "tests" / "readers.py"), str(templates)]
         subprocess.run(write, check=True, cwd=ROOT, env=_environment())
-        reader = Reader(templates)
+        reader = Reader(templates, kinds)
         try:
             for number in range(cases):
                 kind = kinds[number % len(kinds)]
                 case = Path(temporary) / "case"
-                parts = sorted(templates.glob(KINDS[kind][0].split("/")[0]))
+                parts = _parts(templates, kind)
                 _copy(templates, case, parts[number // len(kinds) % len(parts)].name)
                 change(case, kind, np.random.default_rng([seed, number]))
                 outcome, why = reader.read(case, kind)
@@ -526,6 +526,11 @@ def _environment() -> dict[str, str]:
     }
 
 
+def _parts(templates: Path, kind: str) -> list[Path]:
+    """The templates that have files of a kind."""
+    return sorted(templates.glob(KINDS[kind][0].split("/")[0]))
+
+
 def _copy(templates: Path, case: Path, part: str) -> None:
     case.mkdir()
     if (templates / part).is_dir():
@@ -538,12 +543,12 @@ def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--cases", type=int, default=4000)
     options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
+    options.add_argument("--kinds", nargs="*", default=list(KINDS), choices=KINDS)
     options.add_argument("--keep", type=Path, help="a folder for the cases that ended otherwise than they may")
     options.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     given = options.parse_args()
     if given.worker:
-        worker(given.worker)
+        worker(given.worker, given.kinds)
         return 0
     begin = time.perf_counter()
     outcomes = run(given.cases, given.seed, given.keep, given.kinds)

@@ -655,6 +655,7 @@ DAMAGES = [
     ("gptq", "qweight", lambda a: a[:-1], "qweight is int32 of shape (7, 128)"),
     ("gptq", "g_idx", lambda a: a[::-1].copy(), "order of its own (desc_act)"),
     ("gptq", "scales", partial(first, np.nan), "NaN"),
+    ("compressed-tensors", "weight_scale", lambda a: first(2.5e37, a.astype(np.float32)), "weights are infinite"),
     ("awq", "qzeros", lambda a: a[:, :-1].copy(), "qzeros is int32 of shape (2, 15)"),
     ("awq", "scales", lambda a: a.astype(np.float64), "scales is float64"),
     ("compressed-tensors", "weight_shape", partial(first, 7), "weight_shape says [7, 64]"),

@@ -14,9 +14,9 @@ import numpy as np
 from jaxtyping import Int32, Shaped, UInt8
 
 from jquant.errors import InputError
-from jquant.formats import Int
+from jquant.formats import Codebook, Float, Int
 from jquant.parts import brief
-from jquant.qtensor import QTensor, is_integer
+from jquant.qtensor import QTensor, dequantize, is_integer
 
 Tensors = dict[str, np.ndarray]
 Expected = Mapping[str, tuple[tuple[str, ...], tuple[int, ...]]]  # end of a name -> dtypes that it may have, shape
@@ -139,13 +139,23 @@ def check_finite(q: QTensor) -> QTensor:
     """The weight itself.
 
     Raises:
-      InputError: a scale or a float zero is NaN or infinite.
+      InputError: a scale or a float zero is NaN or infinite, or a weight can be.
     """
     for part in (q.scale, q.zero):
         for values in (part.scale, part.zero) if isinstance(part, QTensor) else (part,):
             if values is not None and values.dtype != jnp.uint8 and not bool(jnp.isfinite(_wide(values)).all()):
                 raise InputError("its scales hold NaN or infinite values")
+    scale: Any = dequantize(q.scale) if isinstance(q.scale, QTensor) else _wide(q.scale)
+    if not np.abs(np.asarray(scale, np.float64)).max() * _largest(q.format) <= np.finfo(np.float32).max:
+        raise InputError("its scales are so large that weights are infinite")
     return q
+
+
+def _largest(format: Any) -> float:
+    """The most by which a scale is multiplied."""
+    if isinstance(format, Float):
+        return format.largest
+    return max(map(abs, format.levels)) if isinstance(format, Codebook) else 2.0**format.bits
 
 
 def _wide(values: Any) -> Any:
