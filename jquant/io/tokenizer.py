@@ -228,7 +228,7 @@ class _Fields(NamedTuple):
     def token_id(self, name: str, vocab_size: int) -> int | None:
         index = self.metadata.get(f"tokenizer.ggml.{name}_token_id")
         if index is not None and not (type(index) is int and 0 <= index < vocab_size):
-            told = " ".join(reprlib.repr(index).split())
+            told = " ".join(str(index).split())[:50]
             raise InputError(f"{self.path} gives tokenizer.ggml.{name}_token_id {told} of {vocab_size}; {_WAY_OUT}")
         return index
 
