@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import yaml
 from checkpoints import refused
 from commands import run_here, run_in_process_of_its_own
 from flax import nnx
@@ -245,10 +244,10 @@ def test_bad_input_ends_in_one_sentence_and_leaves_nothing(workplace, methods, n
 
 @pytest.mark.parametrize("name", ["fp32", "w8a8", "gguf_q4_0", "awq_gptq"])
 def test_methods_that_change_more_than_one_weight_are_refused_before_any_work(workplace, name):
-    settings = yaml.safe_load((ROOT / "configs" / "sensitivity.yaml").read_text())
     nowhere = {"model": {"name": "nowhere"}, "results": str(workplace / "results"), "methods": [name]}
+    settings = OmegaConf.merge(OmegaConf.load(ROOT / "configs" / "sensitivity.yaml"), nowhere)
     with refused(name, "one weight at a time"):
-        analyse(settings | nowhere)
+        analyse(OmegaConf.to_container(settings, resolve=True))  # pyright: ignore[reportArgumentType]
 
 
 def test_evaluation_text_inside_the_calibration_text_is_refused_here_too(workplace):
