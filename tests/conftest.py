@@ -13,13 +13,12 @@ os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false --xla_cpu_paralle
 # On virtual devices, each with a thread of its own, collectives that run beside each other can wait for one another.
 os.environ["XLA_FLAGS"] += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+# The eight share the machine's cores. A process with another number of devices would find none of the kept programs.
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 
 import jax
 import pytest
 from jaxtyping import install_import_hook
-
-# Before jax is first used; the eight share the machine's cores.
-jax.config.update("jax_num_cpu_devices", 8)
 
 # Every shape and dtype written in a signature of jquant is checked at every call.
 install_import_hook("jquant", "beartype.beartype")
@@ -33,8 +32,9 @@ jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
-# Whatever was imported so far lives on: a garbage collection need not look at it.
+# Tracing makes objects by the million, few of them garbage: looking for it so rarely saves a twentieth of the time.
 gc.freeze()
+gc.set_threshold(50_000, 20, 50)
 
 # What a shell starts in the background ignores interrupts, and processes that tests interrupt would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -43,13 +43,18 @@ WIKITEXT = Path(__file__).parents[2] / "shared/data/wikitext-2-raw"
 NO_WIKITEXT = "WikiText-2 is absent"
 
 
-# The files that take longest begin first, so that both workers end together.
+# The files that take longest begin first, so that both workers end together; within a file, optimised tests come last.
 LONGEST = ("streaming", "contract", "sweep", "outliers", "table", "fuzz", "sharding", "hosts", "generation", "pipeline")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rank = {f"test_{name}": place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))
+
+    def order(item: pytest.Item) -> tuple[int, str, bool]:
+        optimised = item.get_closest_marker("optimised") is not None
+        return rank.get(item.path.stem, len(LONGEST)), str(item.path), optimised
+
+    items.sort(key=order)
 
 
 @pytest.hookimpl(tryfirst=True)

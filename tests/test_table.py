@@ -127,9 +127,7 @@ def test_one_command_writes_the_table_the_rows_and_the_figure_and_a_second_reuse
     assert (folder / "perplexity_bits.pdf").read_bytes().startswith(b"%PDF")
     assert str(folder) in done.stdout
 
-    again = table(
-        workplace, "name=whole", run=run_in_process_of_its_own
-    )  # what rows are compared with does not make them others
+    again = table(workplace, "name=whole")  # what rows are compared with does not make them others
     assert again.stdout.count("(kept)") == len(METHODS)
     assert rows_of(folder) == rows
 
@@ -208,7 +206,7 @@ def test_interrupting_keeps_finished_rows_and_the_next_run_goes_on(workplace):
     assert 1 <= len(kept) < 4
     assert sorted(path.name for path in folder.iterdir()) == [tables.LOCK, "table.jsonl"]
 
-    done = table(workplace, *overrides, run=run_in_process_of_its_own)
+    done = table(workplace, *overrides)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("(kept)") == len(kept)
     assert rows_of(folder)[: len(kept)] == kept
