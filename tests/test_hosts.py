@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import checkpoints
@@ -15,10 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoints import refused
+from commands import run_here
 from test_streaming import files
 
+import jquant
 from experiments.command_line import devices_of
 from jquant.errors import InputError
+from jquant.io.load import load_model
 from jquant.parallel.processes import as_first, gather, join, on_first
 
 ROOT = Path(__file__).parents[1]
@@ -46,7 +50,7 @@ def commands(folder: Path, output: str, *settings: str, script: str = "quantize"
 
 
 def run(folder: Path, command: list[str], environment: dict[str, str] | None = None) -> subprocess.Popen:
-    variables = os.environ | {"PYTHONPATH": str(ROOT)} | (environment or {})
+    variables = os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"} | (environment or {})
     return subprocess.Popen(
         command, cwd=folder, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -85,15 +89,22 @@ def two_by_slurm(folder: Path, *arguments: str) -> list[tuple[int, str, str]]:
 
 @pytest.fixture(scope="module")
 def alone(folder) -> Path:
-    """What one process writes."""
-    [(status, _, error)] = ended([run(folder, commands(folder, "alone"))])
-    assert status == 0, error
+    """What one process writes: this one."""
+    given = {"model.path": folder / "float", "output": folder / "alone", "calibration.data": folder / "text.txt"}
+    ended = run_here("quantize", "model=local", *(f"{key}={value}" for key, value in given.items()), *SAMPLING)
+    assert ended.returncode == 0, ended.stderr
     return folder / "alone"
 
 
+@pytest.fixture(scope="module")
+def by_two(folder):
+    """axis -> what two processes that cut it say; each run once, into two-<axis>."""
+    return cache(lambda axis: two(folder, f"two-{axis}", f"mesh.{axis}=2"))
+
+
 @pytest.mark.parametrize("axis", ["data", "model"])
-def test_two_processes_write_the_weights_of_one_and_tell_it_once(folder, alone, axis):
-    results = two(folder, f"two-{axis}", f"mesh.{axis}=2")
+def test_two_processes_write_the_weights_of_one_and_tell_it_once(folder, alone, by_two, axis):
+    results = by_two(axis)
     assert [status for status, _, _ in results] == [0, 0], results
     assert ["2 blocks by gptq" in output for _, output, _ in results] == [True, False]
     theirs, ours = files(alone), files(folder / f"two-{axis}")
@@ -102,27 +113,27 @@ def test_two_processes_write_the_weights_of_one_and_tell_it_once(folder, alone, 
     assert {Path(name).name for name in differing} <= {"manifest.json", "item.json"}  # the mesh; the error's last place
 
 
-def test_two_processes_under_slurm_go_on_where_two_stopped_and_score_what_one_scores(folder, alone):
-    first = two_by_slurm(folder, "resumed", "mesh.data=2")
-    assert [status for status, _, _ in first] == [0, 0], first
+def test_two_processes_under_slurm_go_on_where_two_stopped_and_score_what_one_scores(folder, alone, by_two):
+    by_two("data")
+    shutil.copytree(folder / "two-data", folder / "resumed")
     whole = files(folder / "resumed")
     shutil.rmtree(folder / "resumed" / "blocks" / "00001")
     again = two_by_slurm(folder, "resumed", "mesh.data=2")
     assert [status for status, _, _ in again] == [0, 0], again
     assert files(folder / "resumed") == whole
-    [one] = ended([run(folder, commands(folder, "alone", script="evaluate"))])
+    one = jquant.perplexity(load_model(alone), (folder / "text.txt").read_text(), context=32, windows=8)
     both = two(folder, "resumed", "mesh.data=2", script="evaluate")
-    told = [json.loads(result[1].splitlines()[-1]) for result in (one, both[0])]
-    assert told[1]["perplexity"] == pytest.approx(told[0]["perplexity"], rel=1e-4)
+    assert [status for status, _, _ in both] == [0, 0], both
+    assert json.loads(both[0][1].splitlines()[-1])["perplexity"] == pytest.approx(one.value, rel=1e-4)
     assert "perplexity" not in both[1][1]
 
 
-def test_two_processes_train_as_one_with_two_devices_and_go_on(folder):
+def test_two_processes_train_as_one_with_two_devices_and_go_on(folder, monkeypatch):
     """Losses, evaluations and the model's bytes; after a kill, too."""
     given = ("model.path=float", "name=trained", "bits=2", "group=32", "text.data=text.txt", "text.context=32")
     given += ("calibration.data=text.txt", "calibration.samples=8", "calibration.context=24", "tuning.windows=4")
     given += ("evaluation.data=other.txt", "evaluation.windows=4", "evaluation.context=32", "generation.tokens=0")
-    given += ("tuning.steps=40", "journal.every=3", "journal.evaluate_every=20", "mesh.data=2")
+    given += ("tuning.steps=12", "journal.every=3", "journal.evaluate_every=6", "mesh.data=2")
     (folder / "other.txt").write_text(checkpoints.random_text(800, seed=9))
 
     def settings(output: str) -> tuple[str, ...]:
@@ -134,10 +145,9 @@ def test_two_processes_train_as_one_with_two_devices_and_go_on(folder):
             (line["step"], {key: line[key] for key in line.keys() & {"loss", "kl", "perplexity"}}) for line in lines
         ]
 
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    alone = [sys.executable, "-m", "experiments.qat", "model=local", *settings("one")]
-    [(status, _, error)] = ended([run(folder, alone, flags)])
-    assert status == 0, error
+    monkeypatch.chdir(folder)
+    one = run_here("qat", "model=local", *settings("one"))
+    assert one.returncode == 0, one.stderr
     results = two(folder, *settings("two"), script="qat")
     assert [status for status, _, _ in results] == [0, 0], results
     assert ["perplexity" in said for _, said, _ in results] == [True, False]
