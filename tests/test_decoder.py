@@ -11,8 +11,11 @@ import pytest
 import torch
 import transformers
 from flax import nnx
+from test_generation import teacher_forced
 
+import jquant
 from jquant.errors import InputError
+from jquant.evaluation.generation import generate_ids
 from jquant.io.load import load_model
 from jquant.models.config import DecoderConfig, llama3_divisors
 from jquant.models.decoder import Decoder, attend, blocks, causal_attention, with_blocks
@@ -103,6 +106,20 @@ def test_the_default_model_equals_transformers(default_gguf, default_model):
     tokens = token_ids(1, 128, vocab=49_152)
     theirs = checkpoints.logits(checkpoints.transformers_gguf(default_gguf), tokens)
     assert checkpoints.relative(np.asarray(forward(default_model.decoder, tokens)), theirs) <= 1e-4
+
+
+@pytest.mark.optimised
+def test_the_default_model_continues_as_transformers_does(default_gguf, default_model):
+    prompt = "The capital of France is"
+    ids = default_model.tokenizer.encode(prompt)
+    ours = list(generate_ids(default_model.decoder, ids, tokens=8))
+    assert ours == teacher_forced(default_model, ids, ours).argmax(-1).tolist()
+    tokens = torch.as_tensor(ids, dtype=torch.int64)[None]
+    theirs = checkpoints.transformers_gguf(default_gguf).generate(
+        tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=8, eos_token_id=None
+    )
+    assert ours == theirs[0, len(ids) :].tolist()
+    assert "".join(jquant.generate(default_model, prompt, tokens=8)) == default_model.tokenizer.decode(ours)
 
 
 def test_a_later_token_leaves_earlier_logits_unchanged():

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-import torch
 from checkpoints import refused, relative
 
 import jquant
@@ -85,20 +84,6 @@ def test_a_quantized_model_generates_its_own_text(tiny, quantized):
     assert list(generate_ids(tiny.decoder, PROMPT, tokens=20)) != list(
         generate_ids(quantized.decoder, PROMPT, tokens=20)
     )
-
-
-@pytest.mark.optimised
-def test_the_default_model_continues_as_transformers_does(default_gguf, default_model):
-    prompt = "The capital of France is"
-    ids = default_model.tokenizer.encode(prompt)
-    ours = list(generate_ids(default_model.decoder, ids, tokens=8))
-    assert ours == teacher_forced(default_model, ids, ours).argmax(-1).tolist()
-    tokens = torch.as_tensor(ids, dtype=torch.int64)[None]
-    theirs = checkpoints.transformers_gguf(default_gguf).generate(
-        tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=8, eos_token_id=None
-    )
-    assert ours == theirs[0, len(ids) :].tolist()
-    assert "".join(jquant.generate(default_model, prompt, tokens=8)) == default_model.tokenizer.decode(ours)
 
 
 def test_sampling_depends_on_the_seed_alone(tiny):
