@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import scipy.stats
 from checkpoints import refused
+from commands import run_here
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -42,12 +43,15 @@ def folder(tmp_path_factory) -> Path:
     return made
 
 
-def table(folder: Path, name: str, *arguments: str) -> subprocess.Popen:
-    settings = ["model=local", "model.path=float", "evaluation.data=evaluation.txt", "evaluation.windows=4"]
-    settings += ["evaluation.context=32", "calibration.data=calibration.txt", "calibration.samples=64"]
-    settings += ["calibration.context=64", "generation.tokens=0", "group=32", f"name={name}"]
+def settings(name: str) -> list[str]:
+    given = ["model=local", "model.path=float", "evaluation.data=evaluation.txt", "evaluation.windows=4"]
+    given += ["evaluation.context=32", "calibration.data=calibration.txt", "calibration.samples=64"]
+    return [*given, "calibration.context=64", "generation.tokens=0", "group=32", f"name={name}"]
+
+
+def sweep(folder: Path, name: str, *overrides: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "experiments.perplexity_table", *arguments, *settings],
+        [sys.executable, "-m", "experiments.perplexity_table", "--multirun", *overrides, *settings(name)],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"},
         stdout=subprocess.PIPE,
@@ -56,8 +60,16 @@ def table(folder: Path, name: str, *arguments: str) -> subprocess.Popen:
     )
 
 
-def sweep(folder: Path, name: str, *overrides: str) -> subprocess.Popen:
-    return table(folder, name, "--multirun", *overrides)
+@pytest.fixture
+def table(folder, monkeypatch) -> Callable[..., tuple[int, str]]:
+    """Runs the command in this process, and gives its status and all that was said."""
+    monkeypatch.chdir(folder)
+
+    def run(name: str, *arguments: str) -> tuple[int, str]:
+        done = run_here("perplexity_table", *arguments, *settings(name))
+        return done.returncode, done.stdout + done.stderr
+
+    return run
 
 
 def ended(process: subprocess.Popen) -> tuple[int, str]:
@@ -96,14 +108,14 @@ def alone(folder) -> dict[tuple[str, int], float]:
     return rows(folder / "results" / "alone")
 
 
-def test_a_sweep_in_one_process_makes_one_table_of_its_trials(folder, alone):
+def test_a_sweep_in_one_process_makes_one_table_of_its_trials(folder, alone, table):
     assert alone.keys() == {("rtn", 3), ("gptq", 3)}
     written = (folder / "results" / "alone" / "table.md").read_text().splitlines()
     assert [line.split("|")[1].strip() for line in written[2:4]] == ["RTN-3", "GPTQ-3"]
     assert "vs" not in written[0]
     assert (folder / "results" / "alone" / "perplexity_bits.png").exists()
     assert not list(folder.glob("results/alone/trials/*/unfinished"))
-    status, said = ended(table(folder, "single", "methods=[gptq]", "bits=3"))
+    status, said = table("single", "methods=[gptq]", "bits=3")
     assert status == 0, said
     assert rows(folder / "results" / "single")["gptq", 3] == alone["gptq", 3]
 
@@ -142,24 +154,24 @@ def test_on_submitit_a_killed_trial_is_told_and_the_same_command_finishes_it(fol
     assert collect(folder / "results" / "submitit") == {}
 
 
-def test_a_config_can_be_a_sweep_and_the_command_line_changes_what_it_varies(folder):
-    overrides = ("--config-name", "bits_sweep", "method=rtn", "bits=2,8")  # `table` gives group=32
-    status, said = ended(table(folder, "in_config", *overrides))
+def test_a_config_can_be_a_sweep_and_the_command_line_changes_what_it_varies(folder, table):
+    overrides = ("--config-name", "bits_sweep", "method=rtn", "bits=2,8")  # `settings` give group=32
+    status, said = table("in_config", *overrides)
     assert status == 0, said
     found = {(row["config"]["bits"], row["config"]["group"]) for row in tables.read_rows(folder / "results/in_config")}
     assert found == {(2, 32), (8, 32)}
 
 
-def test_a_search_ends_with_the_best_of_its_trials_and_begun_again_computes_nothing(folder):
-    overrides = ["sweeper=optuna", "hydra.sweeper.n_trials=4", "method=rtn", "bits=range(2,8)"]
-    status, said = ended(sweep(folder, "search", *overrides))
+def test_a_search_ends_with_the_best_of_its_trials_and_begun_again_computes_nothing(folder, table):
+    overrides = ["--multirun", "sweeper=optuna", "hydra.sweeper.n_trials=4", "method=rtn", "bits=range(2,8)"]
+    status, said = table("search", *overrides)
     rows = tables.read_rows(folder / "results/search")
     best = min(rows, key=lambda row: row["kl"])
     found = OmegaConf.load(folder / "results/search/optimization_results.yaml")
     assert (found.best_params.bits, found.best_value) == (best["config"]["bits"], pytest.approx(best["kl"]))
     assert (status, len(rows)) == (0, len(read_sweep(folder / "results/search"))), said
     assert len({row["config"]["bits"] for row in rows}) > 1  # it searches
-    again = ended(sweep(folder, "search", *overrides))
+    again = table("search", *overrides)
     assert again[0] == 0
     assert tables.read_rows(folder / "results/search") == rows
     assert not (folder / "optimization_results.yaml").exists()
