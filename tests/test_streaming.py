@@ -659,7 +659,7 @@ def test_a_run_that_dies_at_any_change_of_its_folder_goes_on_to_the_same_bytes(t
 def test_the_commands_quantize_and_evaluate_from_disk_and_bad_input_ends_in_one_sentence(folder, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(checkpoints.random_text(4000, seed=4))
-    done = run_in_process_of_its_own("quantize", *arguments(folder, text, tmp_path / "q", "method=rtn"))
+    done = run_here("quantize", *arguments(folder, text, tmp_path / "q", "method=rtn"))
     assert done.returncode == 0, done.stderr
     evaluation = [f"evaluation.data={text}", "evaluation.windows=3", "evaluation.context=32"]
     evaluation += [f"results={tmp_path / 'results'}", f"reference={folder}"]
