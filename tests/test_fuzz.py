@@ -1,4 +1,4 @@
-"""448 damaged files, and that the harness sees what it is there to see; `make fuzz` tries thousands."""
+"""224 damaged files, and that the harness sees what it is there to see; `make fuzz` tries thousands."""
 
 import collections
 
@@ -6,14 +6,14 @@ import fuzz
 import pytest
 
 
-def test_448_damaged_files_are_read_right_or_refused(capfd):
-    outcomes = fuzz.run(448, seed=18)  # 16 of each kind
+def test_224_damaged_files_are_read_right_or_refused(capfd):
+    outcomes = fuzz.run(224, seed=18)  # 8 of each kind
     total = sum(outcomes.values(), collections.Counter())
     assert set(total) <= set(fuzz.GOOD), capfd.readouterr().err
-    assert sum(total.values()) == 448
+    assert sum(total.values()) == 224
     # The changes are neither all fatal nor all without effect.
-    assert total["refused"] >= 100
-    assert total["same"] + total["weights"] + total["as told"] >= 20
+    assert total["refused"] >= 50
+    assert total["same"] + total["weights"] + total["as told"] >= 10
 
 
 @pytest.fixture(scope="module")
