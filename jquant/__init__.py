@@ -19,6 +19,7 @@ from jquant.evaluation.generation import generate, generate_many
 from jquant.evaluation.outliers import outliers
 from jquant.evaluation.perplexity import Perplexity, perplexity
 from jquant.formats import (
+    E8P,
     FP4,
     FP8_E4M3,
     FP8_E5M2,
@@ -52,11 +53,11 @@ from jquant.pipeline.gram import gram
 from jquant.pipeline.in_memory import quantize, quantize_decoder, quantize_decoders
 from jquant.pipeline.to_disk import quantize_to_folder
 from jquant.qtensor import Grid, QTensor, bits_per_weight, dequantize
-from jquant.ranges import LlamaCpp, LossSearch, MinMax, Percentile, Range, Search
+from jquant.ranges import RMS, LlamaCpp, LossSearch, MinMax, Percentile, Range, Search
 from jquant.report import Report
 from jquant.rounding import GPTQ, Nearest, Refit, Rounded, Rounding, Stochastic
 from jquant.stats import AbsMax, AbsMean, Gram, Statistic
-from jquant.transforms import AWQ, Hadamard, SmoothQuant, Transform
+from jquant.transforms import AWQ, Hadamard, Incoherence, SmoothQuant, Transform
 
 __version__ = "0.1.0"
 
@@ -70,6 +71,7 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "AWQ",
+    "E8P",
     "FP4",
     "FP8_E4M3",
     "FP8_E5M2",
@@ -80,6 +82,7 @@ __all__ = [
     "NF3",
     "NF4",
     "NVFP4",
+    "RMS",
     "SEQ",
     "AbsMax",
     "AbsMean",
@@ -92,6 +95,7 @@ __all__ = [
     "Gram",
     "Grid",
     "Hadamard",
+    "Incoherence",
     "InputError",
     "Int",
     "Journal",

@@ -12,7 +12,7 @@ from jquant.parts import brief, check_part, needs_of_parts, shown, statistics_of
 from jquant.ranges import MinMax, Range
 from jquant.rounding import Nearest, Rounding
 from jquant.stats import BUILT_IN
-from jquant.transforms import Hadamard, Transform
+from jquant.transforms import Hadamard, Incoherence, Transform
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,7 @@ AXES: dict[str, tuple[type, bool]] = {
     "rounding": (Rounding, False),
     "transform": (Transform, True),
     "rotation": (Hadamard, True),
+    "incoherence": (Incoherence, True),
     "activation": (Activation, True),
 }
 
@@ -140,6 +141,7 @@ class Method:
       rounding: which code a weight gets.
       transform: exact rewrite of a block before rounding, or None.
       rotation: exact rewrite of the whole decoder before any block, or None; a plan's weights share it.
+      incoherence: rotations of the weight's own inputs and outputs, which the product undoes, or None.
       token_weights: the weight of each token in the Gram matrix.
         "attention": for k and v, the attention that the token receives (`models/families.py` names the projections);
         with equal weights an attention sink ruins v, see docs/results.md.
@@ -161,6 +163,7 @@ class Method:
     rounding: Rounding = field(default_factory=Nearest)
     transform: Transform | None = None
     rotation: Hadamard | None = None
+    incoherence: Incoherence | None = None
     token_weights: Literal["attention", "loss", "norm", "uniform"] = "attention"
     error_propagation: float = 0.0
     activation: Activation | None = None
@@ -180,9 +183,21 @@ class Method:
         if not isinstance(self.tuning, tuple) or not all(isinstance(stage, Tuning) for stage in self.tuning):
             raise InputError(f"Method's tuning is a tuple of jquant.Tuning(...), not {shown(self.tuning)}.")
         statistics_of(self.range, self.rounding, self.transform)
+        if self.incoherence is not None:
+            self._check_turned()
         targets = [stage.target for stage in self.tuning]
         if targets != sorted(targets, key=lambda target: target != "block"):
             raise InputError(f"Blocks are tuned before the whole model, not {' after '.join(targets[::-1])}.")
+
+    def _check_turned(self) -> None:
+        """Raises InputError for what is known of a weight's inputs or ranges, but not of its rotated ones."""
+        others = needs_of_parts(self.range, self.rounding) - {"gram", "held_out"}
+        if self.activation is not None and self.activation.static:
+            others |= {"abs_max"}
+        if others:
+            raise InputError(
+                f"Incoherence rotates inputs, of which {', '.join(sorted(others))} would be unknown: leave one out."
+            )
 
     def __str__(self) -> str:
         """The method in short, without what has its default; `repr` is complete, and rows of results hold it."""

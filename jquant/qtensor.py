@@ -14,11 +14,15 @@ from jaxtyping import Float, Int, UInt8
 
 from jquant.activations import Activation
 from jquant.errors import InputError
-from jquant.formats import Codebook, Format, block_shape, expand, grouped, pack, unpack
+from jquant.formats import Codebook, Format, block_shape, expand, grouped, pack, tile_of, unpack
 from jquant.kernels import choose
 from jquant.kernels.matmul import matmul, quantized_matmul
 from jquant.kernels.packed import PackedMatrix
 from jquant.parts import brief
+from jquant.rotations import Rotation, apply, apply_transpose
+
+# Of a weight's inputs and outputs, Q and Q'; None if it was rounded as it is.
+Turns = tuple[Rotation, Rotation] | None
 
 
 @jax.tree_util.register_dataclass
@@ -36,6 +40,8 @@ class QTensor:
       in_features: rows before packing (static).
       activation: how the weight's inputs are quantized; None if they are not (static).
       input_scale: the inputs' calibrated scale, float32 `[*l, 1, 1]`, if `activation` is static.
+      rotations: Q and Q' where the codes are those of Qᵀ W Q' (`transforms.Incoherence`); the product undoes them
+        (static).
     """
 
     # Fields are Any because pytree transformations put shapes, shardings or None in place of arrays.
@@ -46,6 +52,7 @@ class QTensor:
     in_features: int = field(metadata={"static": True})
     activation: Activation | None = field(default=None, metadata={"static": True})
     input_scale: Any = None
+    rotations: Turns = field(default=None, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -68,6 +75,8 @@ class QTensor:
         x = jnp.asarray(x)
         if len(self.shape) != 2 or x.shape[-1:] != self.shape[:1]:
             raise InputError(f"Inputs of shape {x.shape} do not fit a weight of shape {self.shape}.")
+        if self.rotations is not None:
+            return Turned(replace(self, rotations=None), self.rotations).__rmatmul__(x)
         packed = packed_matrix(self)
         if self.activation is None:
             return matmul(x, packed)
@@ -81,7 +90,36 @@ class QTensor:
         bits = f"{8 * size / max(math.prod(self.shape), 1):.3f} bits/weight"
         inputs = f", inputs {brief(self.activation)}" if self.activation else ""
         shape = " × ".join(map(str, self.shape))
-        return f"QTensor({shape}, {brief(self.format)}{inputs}, {bits}, {size / 1e6:.3g} MB)"
+        turned = ", rotated" if self.rotations else ""
+        return f"QTensor({shape}, {brief(self.format)}{inputs}{turned}, {bits}, {size / 1e6:.3g} MB)"
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Turned:
+    """A kernel `[in, out]` of rotated inputs and outputs: x @ kernel is ((x Q) @ inner) Q'ᵀ.
+
+    Attributes:
+      inner: what multiplies the rotated inputs.
+      rotations: Q and Q' (static).
+    """
+
+    inner: Any
+    rotations: tuple[Rotation, Rotation] = field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return tuple(self.inner.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays; signs come from their seed."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+    def __rmatmul__(self, x: Float[Array, "*b in"]) -> Float[Array, "*b out"]:
+        inputs, outputs = self.rotations
+        return apply_transpose(apply(x, inputs) @ self.inner, outputs)
 
 
 @jax.tree_util.register_dataclass
@@ -197,7 +235,16 @@ def dequantize(q: QTensor, dtype: Any = jnp.float32) -> Float[Array, "*l in out"
     """The weight's values."""
     block = block_shape(q.format, q.shape)
     at = jax.tree.map(lambda v: expand(v, block, q.shape), stored_grid(q))
-    return q.format.decode(unpack(q.codes, q.format.bits, q.in_features), *at).astype(dtype)
+    values = q.format.decode(unpack(q.codes, q.format.bits, q.in_features), *at)
+    return turned_back(values, q.rotations).astype(dtype)
+
+
+def turned_back(w: Float[Array, "*l in out"], rotations: Turns) -> Float[Array, "*l in out"]:
+    """Q W Q'ᵀ: the weight whose rotated form is `w`."""
+    if rotations is None:
+        return w
+    inputs, outputs = rotations
+    return apply_transpose(apply_transpose(w.mT, inputs).mT, outputs)
 
 
 def stored_grid(q: QTensor) -> tuple[Array, Array | None]:
@@ -225,7 +272,10 @@ def prepared(tree: Any, mesh: Mesh | None = None) -> Any:
             return replace(leaf, kernel=fastest(leaf.weight))
         if not isinstance(leaf, QTensor):
             return leaf
-        return choose.kernel(packed_matrix(leaf), leaf.activation, leaf.input_scale, mesh) or leaf
+        found = choose.kernel(packed_matrix(leaf), leaf.activation, leaf.input_scale, mesh)
+        if found is None:
+            return leaf
+        return found if leaf.rotations is None else Turned(found, leaf.rotations)
 
     return jax.tree.map(fastest, tree, is_leaf=lambda leaf: isinstance(leaf, QTensor | Transposed))
 
@@ -239,6 +289,8 @@ def side_by_side(kernels: Sequence[Any]) -> Any | None:
     first, *others = kernels
     same = lambda q: isinstance(q, QTensor) and (q.format, q.activation) == (first.format, first.activation)  # noqa: E731
     if not isinstance(first, QTensor) or not all(map(same, others)) or first.input_scale is not None:
+        return None
+    if any(kernel.rotations for kernel in kernels):
         return None
     matrices = [packed_matrix(kernel) for kernel in kernels]
     if any(matrix.scale.shape[-1] != matrix.codes.shape[-1] for matrix in matrices):
@@ -282,6 +334,8 @@ def joined_columns(parts: Sequence[QTensor]) -> QTensor:
 
 
 def _check_own_scales(q: QTensor) -> None:
+    if q.rotations is not None or tile_of(q.format)[1] > 1:
+        raise InputError(f"{brief(q.format)} codes several columns together, so they can't be parted.")
     if block_shape(q.format, q.shape)[1] > 1 or _is_centred(q.format.scale):
         raise InputError(f"{brief(q.format)} has scales that several columns share, so its columns can't be parted.")
 

@@ -10,8 +10,8 @@ import pytest
 import scipy.linalg
 from checkpoints import refused
 
-from jquant.transforms import Hadamard, Rotation
-from jquant.transforms.hadamard import _jacobsthal, apply, apply_transpose, matrix
+from jquant.rotations import Rotation, _jacobsthal, apply, apply_transpose, matrix
+from jquant.transforms import Hadamard
 
 # Powers of two; Paley II 12, 20, 28, 36, 100 (a field of 49 elements); Paley I 24, 44, 344 (a field of 343); multiples.
 HADAMARD = [1, 2, 4, 64, 128, 12, 20, 24, 28, 36, 44, 48, 72, 96, 100, 140, 344, 576, 1536]

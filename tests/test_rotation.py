@@ -19,8 +19,8 @@ from jquant.models.decoder import Decoder, blocks, with_blocks
 from jquant.models.folding import permute_mlp, rotate
 from jquant.models.rotary import rotary_table
 from jquant.pipeline.in_memory import quantize_decoder, quantize_decoders
-from jquant.transforms import Hadamard, Rotation, row_magnitude, sort_channels
-from jquant.transforms.hadamard import apply
+from jquant.rotations import Rotation, apply
+from jquant.transforms import Hadamard, row_magnitude, sort_channels
 
 forward = jax.jit(lambda decoder, tokens: decoder(tokens))
 

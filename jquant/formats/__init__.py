@@ -8,7 +8,7 @@ Weights are `[*l, in, out]` throughout. Groups run along `in`: row i belongs to 
 be short. Formats compare by value, so equal formats share a jit compilation.
 """
 
-from jquant.formats.base import Block, Format, Group, block_shape, expand, grouped, real_members
+from jquant.formats.base import Block, Format, Group, block_shape, expand, grouped, real_members, tile_of
 from jquant.formats.codebook import (
     FP4,
     IQ4_NL_LEVELS,
@@ -33,6 +33,7 @@ from jquant.formats.floating import (
     Float,
 )
 from jquant.formats.integer import Int, UInt
+from jquant.formats.lattice import E8P
 from jquant.formats.packing import pack, unpack
 from jquant.parts import LEVELS, NAMED
 
@@ -58,6 +59,7 @@ NAMED.update({MXFP8_E5M2: "MXFP8_E5M2", NVFP4: "NVFP4", double_quantized(): "dou
 LEVELS.update({named().levels: named.__name__ for named in (NF4, NF3, FP4)})
 
 __all__ = [
+    "E8P",
     "FP4",
     "FP8_E4M3",
     "FP8_E5M2",
@@ -88,5 +90,6 @@ __all__ = [
     "normal_float_levels",
     "pack",
     "real_members",
+    "tile_of",
     "unpack",
 ]

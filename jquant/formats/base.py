@@ -14,7 +14,12 @@ Block = tuple[int, int]  # rows × columns under one scale
 
 @runtime_checkable
 class Format(Protocol):
-    """The contract that every rounding and range relies on."""
+    """The contract that every rounding and range relies on.
+
+    A format that codes several weights together, as a lattice does, also has a `tile`: the rows and columns of weights
+    that it takes at once. Each weight of a tile still has `bits` bits, its share of the tile's code, so that codes are
+    packed, cut and stored as others are; `encode` and `decode` then take whole tiles, `[*l, in, out]`.
+    """
 
     @property
     def bits(self) -> int:
@@ -49,15 +54,26 @@ class Format(Protocol):
         ...
 
 
+def tile_of(format: Format) -> Block:
+    """Rows × columns of weights that are coded together: `format.tile`, or 1 × 1."""
+    return getattr(format, "tile", (1, 1))
+
+
 def block_shape(format: Format, shape: tuple[int, ...]) -> Block:
     """Rows and columns under one scale, for a weight `[*l, in, out]`.
 
     Raises:
-      InputError: the group is larger than the matrix.
+      InputError: the group is larger than the matrix; the format's tiles do not divide it.
     """
     if len(shape) < 2:
         raise InputError(f"A weight is a matrix [in, out], perhaps stacked; this one has the shape {shape}.")
     rows, columns = shape[-2:]
+    tile = tile_of(format)
+    if rows % tile[0] or columns % tile[1]:
+        size = f"{tile[0]} × {tile[1]}"
+        raise InputError(
+            f"{type(format).__name__} codes {size} weights together; they do not divide {rows} × {columns}."
+        )
     match format.group:
         case "channel":
             return rows, 1
@@ -107,6 +123,13 @@ def check_group(group: Group) -> None:
         raise InputError(
             f'A group is a positive number of rows, (rows, columns), "channel" or "tensor", not {group!r}.'
         )
+
+
+def check_tiles(name: str, group: Group, tile: Block) -> None:
+    """Raises InputError unless groups have whole tiles, in rows."""
+    rows = group[0] if isinstance(group, tuple) else group
+    if isinstance(rows, int) and rows % tile[0]:
+        raise InputError(f"{name} codes {tile[0]} rows together, so its groups have a multiple of them, not {group!r}.")
 
 
 def check_bits(name: str, bits: int) -> None:

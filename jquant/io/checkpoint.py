@@ -39,13 +39,13 @@ from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 
 from jquant.activations import Activation
 from jquant.errors import InputError
-from jquant.formats import Codebook, Float, Format, Int, UInt
+from jquant.formats import E8P, Codebook, Float, Format, Int, UInt
 from jquant.io.files import check_plain, is_text, read_json, sync, write_text
 from jquant.io.safetensors import open_safetensors, read_tensor
 from jquant.io.tokenizer import Tokenizer, check_ids
-from jquant.qtensor import QTensor, Transposed, quantize
+from jquant.qtensor import QTensor, Transposed, Turns, quantize
 from jquant.ranges import MinMax
-from jquant.transforms import Rotation
+from jquant.rotations import Rotation
 
 VERSION = 3
 CHUNK = 1 << 26  # bytes of an array in one file
@@ -53,7 +53,7 @@ MANIFEST, TOKENIZER, ITEM = "manifest.json", "tokenizer.json", "item.json"
 SEEN = "calibration.safetensors"
 SOURCE = "source.json"
 OUTSIDE, BLOCKS = "outside", "blocks"
-SPECS = {kind.__name__: kind for kind in (Int, UInt, Codebook, Float, Activation, Rotation)}
+SPECS = {kind.__name__: kind for kind in (Int, UInt, Codebook, Float, E8P, Activation, Rotation)}
 PARTS = ("codes", "scale", "zero", "input_scale")
 DTYPES = ("float32", "float16", "bfloat16")  # of arrays that are not quantized
 
@@ -460,6 +460,7 @@ def _static(leaf: Any) -> Any:
         "format": to_json(leaf.format),
         "in_features": leaf.in_features,
         "activation": to_json(leaf.activation),
+        **({} if leaf.rotations is None else {"rotations": to_json(leaf.rotations)}),
         "parts": parts,
     }
 
@@ -476,10 +477,12 @@ def _expected(name: str, static: Any, shape: tuple[int, ...]) -> Any:
         return Transposed(_expected("kernel", static["transposed"], shape[::-1]))
     if not isinstance(static, dict) or not name.endswith("kernel"):
         raise InputError(f"{str(static)[:50]} is no dtype of it")
-    format, activation = (from_json(static.get(key)) for key in ("format", "activation"))
+    format, activation, rotations = (from_json(static.get(key)) for key in ("format", "activation", "rotations"))
     if not fits(format, Format) or not fits(activation, Activation | None):
         raise InputError("it has no format")
-    leaf = _quantized(shape, format, activation)
+    if not fits(rotations, Turns) or (rotations and tuple(each.size for each in rotations) != shape[-2:]):
+        raise InputError("its rotations do not fit it")
+    leaf = replace(_quantized(shape, format, activation), rotations=rotations)
     if _static(leaf) != static:
         raise InputError("its parts are not those of its format")
     return leaf

@@ -15,10 +15,10 @@ from jax import Array
 from jaxtyping import Bool, Float, UInt8
 
 from jquant.activations import Activation, fake_quant_inputs
-from jquant.formats import Codebook, Format, block_shape, expand, grouped, unpack
+from jquant.formats import Codebook, Format, block_shape, expand, grouped, tile_of, unpack
 from jquant.formats.base import ratio, round_scale
 from jquant.kernels.bfloat16 import matmul_in
-from jquant.qtensor import Grid, QTensor, is_integer, stored_grid
+from jquant.qtensor import Grid, QTensor, Turned, Turns, is_integer, stored_grid
 
 Zero = Float[Array, "*l groups columns"] | None
 Levels = Float[Array, " levels"] | None
@@ -41,6 +41,8 @@ def fake_quant(
       ∂zero: 0 within the grid; beyond it Σ g for a float zero, −Σ g s for an integer one.
       ∂level: Σ g s over the weights that have it.
 
+    A format that codes several weights together has no ends: all weights are taken to lie within its grid.
+
     Args:
       w: the weight.
       scale: one per block of `format.group`; of either sign.
@@ -51,6 +53,8 @@ def fake_quant(
     typed, table = as_typed(scale, zero, format), _table(levels)
     grid = Grid.of(*typed, format, w.shape)
     codes = format.encode(w, *grid.nearest, *table)
+    if tile_of(format) != (1, 1):
+        return _straight_through(format, w, (scale, zero, levels), codes, jnp.ones(w.shape, jnp.bool_))
     ends = (format.encode(jnp.float32(end), *grid.nearest, *table) for end in (-3e38, 3e38))
     low, high = (format.decode(end, *grid.per_weight, *table) for end in ends)
     return _straight_through(format, w, (scale, zero, levels), codes, (w >= low) & (w <= high))
@@ -87,6 +91,7 @@ class FakeQuantized:
       features: (in, out) (static).
       activation: see `QTensor` (static).
       compute: see `Tuning` (static).
+      rotations: see `QTensor`; the weight, its codes and values are the rotated ones (static).
     """
 
     learned: Any
@@ -99,6 +104,7 @@ class FakeQuantized:
     features: tuple[int, int] = field(metadata={"static": True})
     activation: Activation | None = field(metadata={"static": True})
     compute: str = field(default="bfloat16", metadata={"static": True})
+    rotations: Turns = field(default=None, metadata={"static": True})
 
     @staticmethod
     def of(q: QTensor) -> "FakeQuantized":
@@ -107,7 +113,7 @@ class FakeQuantized:
         scale, zero = stored_grid(q)
         codes = unpack(q.codes, q.format.bits, q.in_features)
         start = FakeQuantized.on_grid(None, scale, zero, q.format, q.shape)
-        return replace(start, codes=codes, activation=q.activation, input_scale=q.input_scale)
+        return replace(start, codes=codes, activation=q.activation, input_scale=q.input_scale, rotations=q.rotations)
 
     @staticmethod
     def on_grid(
@@ -172,9 +178,11 @@ class FakeQuantized:
         """The quantized weight whose values are `value`, bit for bit, once learned levels are `settled`."""
         grid, weight = Grid.of(*as_typed(*self.grid(), self.format), self.format, self.shape), self.behind()
         q = grid.pack(self.codes if weight is None else grid.encode(weight))
-        return replace(q, activation=self.activation, input_scale=self.input_scale)
+        return replace(q, activation=self.activation, input_scale=self.input_scale, rotations=self.rotations)
 
     def __rmatmul__(self, x: Float[Array, "*b in"]) -> Float[Array, "*b out"]:
+        if self.rotations is not None:
+            return x @ Turned(replace(self, rotations=None), self.rotations)
         if self.activation is not None:
             x = fake_quant_inputs(x, self.activation, self.input_scale)
         return matmul_in(self.compute, x, self.value()).astype(x.dtype)

@@ -1,7 +1,7 @@
 """The loss of training through the whole model: shares of forward and reverse KL divergence and of cross-entropy."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from jquant.composition import Tuning
 from jquant.kernels.bfloat16 import matmul_in
 from jquant.learning.objectives import map_rows
 from jquant.models.decoder import Decoder, soft_capped
-from jquant.qtensor import QTensor, dequantize
+from jquant.qtensor import QTensor, Turned, dequantize
 
 Head = Callable[[Float[Array, "rows d"]], Float[Array, "rows vocab"]]
 
@@ -119,6 +119,8 @@ class Product:
         return self.w.shape
 
     def __rmatmul__(self, x: Array) -> Array:
+        if isinstance(self.w, QTensor) and self.w.rotations is not None:
+            return x @ Turned(Product(replace(self.w, rotations=None), self.compute), self.w.rotations)
         if isinstance(self.w, QTensor) and self.w.activation is not None:
             x = fake_quant_inputs(x, self.w.activation, self.w.input_scale)
         w = dequantize(self.w) if isinstance(self.w, QTensor) else self.w

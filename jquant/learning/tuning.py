@@ -235,7 +235,8 @@ def _same_scaling(student: Student, floats: Mapping[tuple[Any, ...], Array]) -> 
         path: getattr(floats.get(path), "shape", None) == kernel.shape for path, kernel in student.kernels.items()
     }
     same = {path: jnp.array_equal(leaf, floats[path]) for path, leaf in student.rest.items() if path in floats}
-    if not all(shapes.values()) or not all(same.values()):
+    turned = any(kernel.rotations for kernel in student.kernels.values())
+    if turned or not all(shapes.values()) or not all(same.values()):
         raise InputError('Tuning with begin="weights" needs weights that no transform scaled, all in one format.')
     return {path: floats[path] for path in student.kernels}
 

@@ -19,7 +19,7 @@ from jquant.formats import Format, block_shape, grouped
 from jquant.models.config import DecoderConfig
 from jquant.models.rotary import rotary_table, rotate
 from jquant.qtensor import QTensor, dequantize, quantize
-from jquant.transforms.hadamard import Rotation, apply, apply_transpose
+from jquant.rotations import Rotation, apply, apply_transpose
 
 Heads = Float[Array, "b h t d"]
 

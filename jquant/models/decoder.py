@@ -26,7 +26,7 @@ from jquant.models.config import DecoderConfig
 from jquant.models.params import flat_params
 from jquant.models.rotary import rotary_table, rotate
 from jquant.provenance import describe, digest
-from jquant.transforms import hadamard
+from jquant.rotations import Rotation, apply, apply_transpose
 
 Taps = dict[str, Array]
 # The distinct inputs of a block's projections, among its taps.
@@ -78,13 +78,13 @@ class RMSNorm(nnx.Module):
     def __init__(self, features: int, eps: float):
         self.scale = nnx.Param(jnp.ones(features))
         self.eps = eps
-        self.rotation: hadamard.Rotation | None = None
+        self.rotation: Rotation | None = None
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         """Normalises the last axis."""
         wide = x.astype(jnp.float32)
         if self.rotation is not None:
-            wide = hadamard.apply_transpose(wide, self.rotation)
+            wide = apply_transpose(wide, self.rotation)
         wide *= jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.eps)
         return wide.astype(x.dtype) * self.scale.get_value()
 
@@ -96,7 +96,7 @@ class LayerNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(features))
         self.bias = nnx.Param(jnp.zeros(features))
         self.eps = eps
-        self.rotation: hadamard.Rotation | None = None  # none: it would change the mean
+        self.rotation: Rotation | None = None  # none: it would change the mean
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         """Normalises the last axis."""
@@ -226,7 +226,7 @@ class MLP(nnx.Module):
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         self.activation, self.gated = config.activation, config.gated
-        self.rotation: hadamard.Rotation | None = None
+        self.rotation: Rotation | None = None
         self.together: SideBySide | None = None  # gate and up as one; set by generation
         if config.gated:
             self.gate = Linear(config.hidden, config.ffn, rngs, "mlp.gate" in config.biases)
@@ -242,7 +242,7 @@ class MLP(nnx.Module):
         else:
             inner = activation(self.up(x))
         if self.rotation is not None:
-            inner = hadamard.apply(inner, self.rotation)
+            inner = apply(inner, self.rotation)
         return self.down(inner), {"mlp_input": x, "mlp_output": inner}
 
 
@@ -328,7 +328,7 @@ class Decoder(nnx.Module):
                 )
             rows = self.config.position_offset + start + jnp.arange(tokens.shape[1])
             x = x + self.positions.get_value()[rows].astype(x.dtype)
-        return x if self.norm.rotation is None else hadamard.apply(x, self.norm.rotation)
+        return x if self.norm.rotation is None else apply(x, self.norm.rotation)
 
     def hidden(self, tokens: Int[Array, "b t"], remat: bool = False) -> Float[Array, "b t d"]:
         """States after the last norm, the input of `logits`; 80 times smaller than the default model's logits.

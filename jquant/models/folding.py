@@ -23,7 +23,7 @@ from jquant.models.decoder import Block, Decoder
 from jquant.models.families import Family, bias_of, family_of
 from jquant.models.params import flat_params, to_state, weight_name
 from jquant.qtensor import QTensor
-from jquant.transforms.hadamard import Kind, Rotation, apply
+from jquant.rotations import Kind, Rotation, apply
 
 Stack = dict[str, Array]  # "attention.q.kernel" -> a parameter of one layer, or of several, stacked
 

@@ -168,6 +168,11 @@ def round_weight(
         moved = propagate_error(w, values["gram"], values["cross"], chosen.error_propagation)
         unsolved = ~jnp.all(jnp.isfinite(moved))
         w = jnp.where(unsolved, w, moved)
+    rotations = None
+    if chosen.incoherence is not None:
+        rotations, w = chosen.incoherence.rotations(w.shape), chosen.incoherence.turn(w)
+        grams = {name: values[name] for name in ("gram", "held_out") if name in values}
+        values |= jax.tree.map(chosen.incoherence.turn_gram, grams)
     grid = Grid.of(*chosen.range(w, chosen.format, **given(chosen.range, values)), chosen.format, w.shape)
     q, info, fits = round_to_grid(w, grid, chosen.rounding, values)
     if chosen.error_propagation:
@@ -177,7 +182,7 @@ def round_weight(
         if chosen.activation.static:
             ends = jnp.max(values["abs_max"], keepdims=True)[None]
             q = replace(q, input_scale=chosen.activation.format.grid(-ends, ends)[0])
-    return q, info, fits
+    return replace(q, rotations=rotations), info, fits
 
 
 def propagate_error(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jquant.composition import Choices, Method
 from jquant.errors import InputError
-from jquant.formats import block_shape
+from jquant.formats import block_shape, tile_of
 from jquant.models.decoder import Decoder
 from jquant.models.params import with_params
 from jquant.parts import shown
@@ -74,8 +74,9 @@ def _matrix(decoder: Decoder, name: str) -> Any:
 def _check(name: str, weight: Any, method: Method) -> None:
     if isinstance(weight, QTensor):
         raise InputError(f"{name} is quantized already: quantize the float model.")
-    alone = replace(method, activation=None, transform=None, rotation=None, tuning=())
-    if method != alone or method.needs_calibration or method.error_propagation:
+    alone = replace(method, activation=None, transform=None, rotation=None, incoherence=None, tuning=())
+    several = tile_of(method.format)[1] > 1
+    if method != alone or method.needs_calibration or method.error_propagation or several:
         raise InputError(
             f"{name}: {shown(method)} does more than look at the weight: take a method such as 'q8_0', 'int8' or 'nf4'."
         )

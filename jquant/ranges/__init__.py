@@ -8,6 +8,7 @@ from jquant.ranges.base import Range
 from jquant.ranges.llama_cpp import LlamaCpp
 from jquant.ranges.loss import LossSearch
 from jquant.ranges.min_max import MinMax, Percentile
+from jquant.ranges.rms import RMS
 from jquant.ranges.search import Search
 
-__all__ = ["LlamaCpp", "LossSearch", "MinMax", "Percentile", "Range", "Search"]
+__all__ = ["RMS", "LlamaCpp", "LossSearch", "MinMax", "Percentile", "Range", "Search"]

@@ -11,6 +11,11 @@ value, with the Cholesky factor of the inverse, H⁻¹ = Vᵀ V, V lower triangu
     tⱼ = wⱼ − Σₖ₍ₖ>ⱼ₎ (vₖⱼ / vₖₖ) (tₖ − ŵₖ)
 
 Both are one sweep with one unit triangular matrix. They give the same codes, except where float rounding decides a tie.
+
+A format that codes g rows together (`tile_of`) has them rounded at once, as in block LDLQ (QuIP#, arXiv 2402.04396,
+Eq. 5). With R_bb the g × g block of R on the diagonal, the target of the rows b is
+
+    t_b = w_b + R_bb⁻¹ Σₖ R_bk (wₖ − ŵₖ),  k after b.
 """
 
 from dataclasses import dataclass
@@ -22,7 +27,7 @@ from jax import Array
 from jaxtyping import Float, Int, UInt8
 
 from jquant.errors import InputError
-from jquant.formats import Format
+from jquant.formats import Format, tile_of
 from jquant.qtensor import Grid
 from jquant.rounding.base import Rounded
 from jquant.rounding.cholesky import cholesky, solve
@@ -83,15 +88,21 @@ class GPTQ:
         if held_out is None and "held_out" in self.needs:
             raise InputError("GPTQ chooses among dampings by a second Gram matrix: give it held-out windows.")
         w = w.astype(jnp.float32)
+        tile = tile_of(grid.format)[0]
+        if tile > 1 and (self.form == "inverse" or self.order == "pivot"):
+            raise InputError(
+                f'{type(grid.format).__name__} codes {tile} rows together: GPTQ takes form="babai" and '
+                f'order="activation" or "rows" for it.'
+            )
         dead = jnp.diagonal(gram) == 0
         target = jnp.where(dead[:, None], 0, w)
         rows = jax.tree.map(lambda v: jnp.broadcast_to(v, w.shape), (target, *grid.per_weight))
         diagonal = _enliven(jnp.diagonal(gram), dead)
 
         def rounded_with(damping: Array) -> Rounded:
-            unit, order, used, fallback, attempts = self._factorize(gram, diagonal, damping)
+            unit, order, used, fallback, attempts = self._factorize(gram, diagonal, damping, tile)
             ordered = jax.tree.map(lambda v: v[order], rows)
-            codes = _sweep(ordered, unit, grid.format, self.block, self.form == "inverse")
+            codes = _sweep(ordered, unit, grid.format, self.block, self.form == "inverse", tile)
             return Rounded(jnp.zeros_like(codes).at[order].set(codes), None, used, attempts, fallback)
 
         def choose(best: tuple[Array, Rounded], damping: Array):
@@ -108,12 +119,12 @@ class GPTQ:
         return jax.lax.scan(choose, (jnp.float32(jnp.nan), blank), dampings)[0][1]
 
     def _factorize(
-        self, gram: Float[Array, "n n"], diagonal: Float[Array, " n"], damping: Array
+        self, gram: Float[Array, "n n"], diagonal: Float[Array, " n"], damping: Array, tile: int
     ) -> tuple[Float[Array, "n n"], Int[Array, " n"], Array, Array, Array]:
         """The sweep's unit triangular matrix; the row at each place; damping, fallback and attempts for `Rounded`.
 
-        The last place is rounded first. `diagonal` replaces the Gram matrix's diagonal. Copies of a wide matrix take
-        most of a block's memory: there are two, before and after the factorisation.
+        The last place is rounded first; `tile` rows stay together. `diagonal` replaces the Gram matrix's diagonal.
+        Copies of a wide matrix take most of a block's memory: there are two, before and after the factorisation.
         """
         n, mean, places = len(gram), jnp.mean(diagonal), jnp.arange(len(gram))
         inverse = self.form == "inverse"
@@ -131,7 +142,7 @@ class GPTQ:
             # 1e-6 is the least that float32 can see beside the mean.
             used = jnp.where(attempts == 0, damping, jnp.maximum(10 * used, 1e-6))
             damped = diagonal + used * mean
-            order = self._order(gram, diagonal, damped)
+            order = self._order(gram, diagonal, damped, tile)
             return _factor(ordered(order, damped), inverse), order, used, attempts + 1
 
         def failed(state):
@@ -142,19 +153,20 @@ class GPTQ:
         blank = (jnp.zeros_like(gram), places, jnp.zeros_like(damping), jnp.int32(0))
         upper, order, used, attempts = jax.lax.while_loop(failed, attempt, blank)
         solved = _divides(upper)
-        unit = _unit(jnp.where(solved, upper, jnp.eye(n, dtype=gram.dtype)), inverse)
+        unit = _unit(jnp.where(solved, upper, jnp.eye(n, dtype=gram.dtype)), inverse, tile)
         return unit, order, used, 1 - solved.astype(jnp.int32), attempts
 
     def _order(
-        self, gram: Float[Array, "n n"], diagonal: Float[Array, " n"], damped: Float[Array, " n"]
+        self, gram: Float[Array, "n n"], diagonal: Float[Array, " n"], damped: Float[Array, " n"], tile: int
     ) -> Int[Array, " n"]:
         """The row at each place of the factorisation; the last place is rounded first."""
         match self.order:
             case "activation":
-                return jnp.argsort(diagonal, stable=True)
+                tiles = jnp.argsort(jnp.sum(diagonal.reshape(-1, tile), 1), stable=True)
+                return (tiles[:, None] * tile + jnp.arange(tile)).reshape(-1)
             case "pivot":
                 return min_pivot(jnp.where(jnp.eye(len(gram), dtype=bool), damped, gram), self.block)
-        return jnp.arange(len(gram))[::-1]
+        return jnp.arange(len(gram)).reshape(-1, tile)[::-1].reshape(-1)
 
 
 def _enliven(diagonal: Float[Array, " n"], dead: Array) -> Float[Array, " n"]:
@@ -185,9 +197,14 @@ def _divides(upper: Float[Array, "n n"]) -> Array:
     return jnp.isfinite(jnp.max(jnp.abs(upper)) / jnp.min(jnp.diagonal(upper)))
 
 
-def _unit(upper: Float[Array, "n n"], inverse: bool) -> Float[Array, "n n"]:
-    """The unit upper triangular matrix: rⱼₖ / rⱼⱼ, or −vₖⱼ / vₖₖ above the diagonal."""
-    return -upper / jnp.diagonal(upper) if inverse else upper / jnp.diagonal(upper)[:, None]
+def _unit(upper: Float[Array, "n n"], inverse: bool, tile: int) -> Float[Array, "n n"]:
+    """The unit upper triangular matrix: rⱼₖ / rⱼⱼ, or −vₖⱼ / vₖₖ above the diagonal; by tiles R_bb⁻¹ R_bk."""
+    if tile == 1:
+        return -upper / jnp.diagonal(upper) if inverse else upper / jnp.diagonal(upper)[:, None]
+    lines = upper.reshape(-1, tile, len(upper))
+    firsts = jnp.arange(0, len(upper), tile)
+    corners = jax.vmap(lambda line, first: jax.lax.dynamic_slice_in_dim(line, first, tile, 1))(lines, firsts)
+    return jax.lax.linalg.triangular_solve(corners, lines, left_side=True).reshape(upper.shape)
 
 
 def min_pivot(gram: Float[Array, "n n"], block: int = 32) -> Int[Array, " n"]:
@@ -222,16 +239,21 @@ def min_pivot(gram: Float[Array, "n n"], block: int = 32) -> Int[Array, " n"]:
 
 
 def _sweep(
-    rows: tuple[Array, Array, Array | None], unit: Float[Array, "n n"], format: Format, block: int, moved: bool
+    rows: tuple[Array, Array, Array | None],
+    unit: Float[Array, "n n"],
+    format: Format,
+    block: int,
+    moved: bool,
+    tile: int,
 ) -> UInt8[Array, "n out"]:
     """Rounds rows of weights from last to first, each to its own scale and zero (`[n, out]`, all three).
 
     Row j's target is wⱼ + Σₖ₍ₖ>ⱼ₎ uⱼₖ eₖ with the unit matrix U; eₖ is the loss of row k, against its target if
     `moved`, else against the weight. Rows go in blocks. A block first adds the terms of all later rows by one matrix
-    product (2 n² out operations in all), then is swept row by row. Both are lax loops, so the program's size does not
-    depend on the matrix.
+    product (2 n² out operations in all), then is swept row by row, or `tile` rows by `tile` rows. Both are lax loops,
+    so the program's size does not depend on the matrix.
     """
-    n = len(unit)
+    n, block = len(unit), -(-block // tile) * tile
     pad = -n % block
     rows = jax.tree.map(lambda v: jnp.pad(v, ((0, pad), (0, 0)), "edge"), rows)  # not 0: some scale dtypes lack it
     unit = jnp.pad(unit, ((0, pad), (0, pad)))  # padding rows change no others
@@ -253,8 +275,19 @@ def _sweep(
             loss = (targets if moved else weights)[row] - format.decode(code, *at)
             return targets + within[:, row, None] * loss, lost.at[row].set(loss), codes.at[row].set(code)
 
+        def sweep_tile(i, state):
+            targets, lost, codes = state
+            first = block - (i + 1) * tile
+            of = lambda v, axis=0: jax.lax.dynamic_slice_in_dim(v, first, tile, axis)  # noqa: E731
+            put = lambda v, part: jax.lax.dynamic_update_slice_in_dim(v, part, first, 0)  # noqa: E731
+            at = jax.tree.map(of, (scales, zeros))
+            code = format.encode(of(targets), *at)
+            loss = of(weights) - format.decode(code, *at)
+            return targets + jnp.matmul(of(within, 1), loss, precision="highest"), put(lost, loss), put(codes, code)
+
         blank = (targets, jnp.zeros_like(targets), jnp.zeros(targets.shape, jnp.uint8))
-        _, lost, block_codes = jax.lax.fori_loop(0, block, sweep_row, blank)
+        sweep = sweep_row if tile == 1 else sweep_tile
+        _, lost, block_codes = jax.lax.fori_loop(0, block // tile, sweep, blank)
         errors = jax.lax.dynamic_update_slice_in_dim(errors, lost, start, 0)
         return (errors, jax.lax.dynamic_update_slice_in_dim(codes, block_codes, start, 0)), None
 

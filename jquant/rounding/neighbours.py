@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, UInt8
 
+from jquant.errors import InputError
+from jquant.formats import tile_of
 from jquant.qtensor import Grid
 
 
@@ -18,7 +20,12 @@ def neighbours(w: Float[Array, "*l in out"], grid: Grid) -> tuple[UInt8[Array, "
     Args:
       w: the weights.
       grid: the codes' values.
+
+    Raises:
+      InputError: the format codes several weights together.
     """
+    if tile_of(grid.format) != (1, 1):
+        raise InputError(f"{type(grid.format).__name__} codes several weights together: round by Nearest or GPTQ.")
     w, largest = w.astype(jnp.float32), float(jnp.finfo(jnp.float32).max)
     ends = [grid.format.encode(jnp.full_like(w, end), *grid.per_weight) for end in (-largest, largest)]
     low, high = (grid.decode(end) for end in ends)

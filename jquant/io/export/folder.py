@@ -147,10 +147,16 @@ def _check(params: Params, prefix: str, name: str, formats: Mapping[str, FolderF
     if adapted := first_adapted(params):
         raise InputError(f"{prefix}{adapted} has an adapter: merge_adapters(model) gives a model without.")
     for path, leaf in params.items():
-        if isinstance(leaf, QTensor) and (problem := formats[name].why_not(leaf)):
-            able = [f'"{other}"' for other, format in formats.items() if format.why_not(leaf) is None]
+        if isinstance(leaf, QTensor) and (problem := _problem(name, formats[name], leaf)):
+            able = [f'"{other}"' for other, format in formats.items() if _problem(other, format, leaf) is None]
             way = f"{' or '.join(able)} can hold it" if able else "save keeps it"
             raise InputError(f"{prefix}{path}: {problem}; {way}.")
+
+
+def _problem(name: str, format: FolderFormat, leaf: QTensor) -> str | None:
+    if leaf.rotations is not None and name != "plain":
+        return f"its inputs and outputs are rotated, which {name} can't say"
+    return format.why_not(leaf)
 
 
 def _tensors(model: Any, format: FolderFormat, dtype: str) -> Iterator[tuple[str, np.ndarray]]:

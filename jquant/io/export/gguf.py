@@ -212,6 +212,8 @@ def as_kind(weight: str, q: QTensor) -> tuple[str, QTensor]:
     Raises:
       InputError: no type holds it.
     """
+    if q.rotations is not None:
+        raise InputError(f"{weight} has rotated inputs and outputs, which GGUF can't say: export format=plain.")
     q = replace(q, activation=None, input_scale=None)
     for kind, format in GGUF.items():
         if q.in_features % block_size(kind)[0]:
