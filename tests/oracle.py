@@ -260,6 +260,32 @@ def babai(
     return codes, values
 
 
+def block_ldlq(
+    w: Float[np.ndarray, "in out"],
+    gram: Float[np.ndarray, "in in"],
+    damping: float,
+    firsts: Int[np.ndarray, " tiles"],
+    tile: int,
+    near: Callable[[Float[np.ndarray, "tile out"]], Float[np.ndarray, "tile out"]],
+) -> Float[np.ndarray, "in out"]:
+    """Block LDLQ (QuIP#, arXiv 2402.04396, Eq. 5); return the values, float64.
+
+    Blocks of `tile` rows are rounded one after another, each to the values nearest to what would be best for it, if it
+    and all later rows were real numbers, given the errors of the rows that are fixed. `firsts`: each block's first row,
+    in the order of quantization.
+    """
+    w, h = _damped(w, gram, damping)
+    blocks = [np.arange(first, first + tile) for first in firsts]
+    values = np.zeros(w.shape)
+    for place, block in enumerate(blocks):
+        fixed = np.concatenate(blocks[:place]) if place else np.zeros(0, int)
+        free = np.concatenate(blocks[place:])
+        # With the fixed rows' errors e, the free rows' best real values solve H_free,free d = -H_free,fixed e.
+        shift = np.linalg.solve(h[np.ix_(free, free)], h[np.ix_(free, fixed)] @ (w - values)[fixed])
+        values[block] = near(w[block] + shift[:tile])
+    return values
+
+
 # ----------------------------------------------------------------------------------------------------------- AWQ
 
 

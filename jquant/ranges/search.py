@@ -10,7 +10,7 @@ from jax import Array
 from jaxtyping import Float
 
 from jquant.errors import InputError
-from jquant.formats import Block, Format, grouped
+from jquant.formats import Block, Format, expand, grouped, tile_of
 from jquant.ranges.base import ends, split
 from jquant.stats import check_gram
 
@@ -57,15 +57,20 @@ class Search:
         if gram is None and self.needs:
             raise InputError(f"The range search by {self.metric} needs a Gram matrix, so calibration text.")
         check_gram(gram, w)
+        w = w.astype(jnp.float32)
         groups, real, block = split(w, format)
         low, high = ends(groups)
         weigh = _metric(self.metric, block, gram)
 
         def attempt(low: Array, high: Array):
             grid = format.grid(low, high)
-            at = jax.tree.map(lambda v: v[:, None], grid)
-            # A codebook without a level at 0 would count a short group's padding as error.
-            delta = (format.decode(format.encode(groups, *at), *at) - groups) * real
+            if tile_of(format) == (1, 1):
+                at = jax.tree.map(lambda v: v[:, None], grid)
+                # A codebook without a level at 0 would count a short group's padding as error.
+                delta = (format.decode(format.encode(groups, *at), *at) - groups) * real
+            else:
+                at = jax.tree.map(lambda v: expand(v, block, w.shape), grid)
+                delta = grouped(format.decode(format.encode(w, *at), *at) - w, block)
             return weigh(delta), (low, high), grid
 
         def sweep(best, move_low: bool, move_high: bool):
