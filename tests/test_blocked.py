@@ -76,7 +76,7 @@ def test_any_number_of_rows(rows, platform):
     agree(weight(NF4(64), (576, 192)), platform, rows, jnp.float32)
 
 
-@pytest.mark.parametrize("shape", [*DEFAULT, *LLAMA3_8B], ids=str)
+@pytest.mark.parametrize("shape", [*DEFAULT, *(pytest.param(s, marks=pytest.mark.slow) for s in LLAMA3_8B)], ids=str)
 def test_the_shapes_of_models(shape):
     agree(weight(Int(4, 64), shape), "tpu", 1)
 

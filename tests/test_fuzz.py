@@ -1,4 +1,4 @@
-"""224 damaged files, and that the harness sees what it is there to see; `make fuzz` tries thousands."""
+"""112 damaged files, and that the harness sees what it is there to see; `make fuzz` tries thousands."""
 
 import collections
 
@@ -6,14 +6,14 @@ import fuzz
 import pytest
 
 
-def test_224_damaged_files_are_read_right_or_refused(capfd):
-    outcomes = fuzz.run(224, seed=18)  # 8 of each kind
+def test_112_damaged_files_are_read_right_or_refused(capfd):
+    outcomes = fuzz.run(112, seed=18)  # 4 of each kind
     total = sum(outcomes.values(), collections.Counter())
     assert set(total) <= set(fuzz.GOOD), capfd.readouterr().err
-    assert sum(total.values()) == 224
+    assert sum(total.values()) == 112
     # The changes are neither all fatal nor all without effect.
-    assert total["refused"] >= 50
-    assert total["same"] + total["weights"] + total["as told"] >= 10
+    assert total["refused"] >= 25
+    assert total["same"] + total["weights"] + total["as told"] >= 5
 
 
 @pytest.fixture(scope="module")

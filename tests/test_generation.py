@@ -242,9 +242,12 @@ def test_the_most_likely_tokens_are_those_of_a_sort(vocab):
 RAGGED = [PROMPTS[0], PROMPTS[1, :3], PROMPTS[2, :7], PROMPTS[3, :3], PROMPTS[4, :10]]
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 1.5}, {"temperature": 1.5, "top_k": 5}], ids=str)
-@pytest.mark.parametrize("cached", [False, True])
-def test_prompts_of_several_lengths_go_on_as_alone(tiny, options, cached):
+@pytest.mark.parametrize(
+    ("options", "cached"),
+    [({}, True), ({"temperature": 1.5}, False), ({"temperature": 1.5, "top_k": 5}, True)],
+    ids=str,
+)
+def test_prompts_of_several_lengths_go_on_as_alone(tiny, cached, options):
     """Also with a packed cache, whose tokens are rounded by their positions."""
     packed = Stored(Int(8, 4, symmetric=True), "channel")
     decoder = with_cache(tiny.decoder, CacheFormat(packed, packed, recent=2, first=1) if cached else None)

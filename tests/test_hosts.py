@@ -102,7 +102,7 @@ def by_two(folder):
     return cache(lambda axis: two(folder, f"two-{axis}", f"mesh.{axis}=2"))
 
 
-@pytest.mark.parametrize("axis", ["data", "model"])
+@pytest.mark.parametrize("axis", ["data", pytest.param("model", marks=pytest.mark.slow)])
 def test_two_processes_write_the_weights_of_one_and_tell_it_once(folder, alone, by_two, axis):
     results = by_two(axis)
     assert [status for status, _, _ in results] == [0, 0], results
@@ -128,6 +128,7 @@ def test_two_processes_under_slurm_go_on_where_two_stopped_and_score_what_one_sc
     assert "perplexity" not in both[1][1]
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_with_two_devices_and_go_on(folder, monkeypatch):
     """Losses, evaluations and the model's bytes; after a kill, too."""
     given = ("model.path=float", "name=trained", "bits=2", "group=32", "text.data=text.txt", "text.context=32")

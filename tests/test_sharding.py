@@ -60,7 +60,8 @@ def share_unlike(a: Decoder, b: Decoder) -> float:
     return sum(int(np.sum(ours[path] != theirs[path])) for path in ours) / sum(one.size for one in ours.values())
 
 
-CASES = [("gptq", mesh) for mesh in ((8, 1), (2, 4))] + [(n, (4, 2)) for n in METHODS if n != "gptq"]
+CASES = [("gptq", (8, 1)), ("gptq", (2, 4)), ("k-quant", (4, 2))]
+CASES += [pytest.param(name, (4, 2), marks=pytest.mark.slow) for name in METHODS if name not in ("gptq", "k-quant")]
 
 
 @pytest.mark.parametrize(("name", "mesh"), CASES, ids=str)

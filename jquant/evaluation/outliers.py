@@ -72,9 +72,9 @@ class Criteria:
     def __post_init__(self) -> None:
         if not isinstance(self.threshold, int | float) or not 0 < self.threshold < float("inf"):
             raise InputError(f"threshold={self.threshold} marks no outliers; it takes a positive number.")
-        if self.bits not in range(2, 9):
+        if type(self.bits) is not int or not 2 <= self.bits <= 8:
             raise InputError(f"bits={self.bits} is no grid that is counted here; it takes 2 to 8.")
-        if self.group not in range(2, 1 << 31):
+        if type(self.group) is not int or self.group < 2:
             raise InputError(f"group={self.group} is no group; it takes a whole number from 2.")
 
     def check_widths(self, config: DecoderConfig) -> None:
