@@ -15,7 +15,7 @@ code that follows, so a step compares the 2^k states that leave each of the 2^(L
 """
 
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
 from statistics import NormalDist
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
@@ -39,6 +39,8 @@ SPREAD = {1: 0.88, 2: 1.02, 3: 1.09, 4: 1.15}
 # cache. More of them would only take memory: 256 · LANES · 2^(L−k) bytes.
 LANES = 64
 CACHED_COSTS = 2**16
+
+UNREACHABLE = 1e30  # a cost above all others; not infinite, for its lowest bits are replaced
 
 
 @dataclass(frozen=True)
@@ -269,45 +271,62 @@ def _tail_biting(sequences: Sequences, values: Float[Array, " states"], bits: in
     first, second = jax.tree.map(lambda v: v[:half], sequences), jax.tree.map(lambda v: v[half:], sequences)
     cost, _ = _forward(jnp.zeros((overlaps, lanes)), second, values, bits)
     cost, choices = _forward(cost, first, values, bits)
-    shared, _ = _backward(jnp.argmin(cost, axis=0), choices, bits)
-    start = jnp.where(jnp.arange(overlaps)[:, None] == shared, 0.0, jnp.inf)
-    _, choices = _forward(start, sequences, values, bits)
-    return _backward(shared, choices, bits)[1]
+    shared, _ = _backward(jnp.argmin(cost, axis=0), cost, choices, bits)
+    start = jnp.where(jnp.arange(overlaps)[:, None] == shared, 0.0, UNREACHABLE)
+    cost, choices = _forward(start, sequences, values, bits)
+    return _backward(shared, cost, choices, bits)[1]
 
 
 def _forward(
     cost: Float[Array, "overlaps lanes"], sequences: Sequences, values: Float[Array, " states"], bits: int
 ) -> tuple[Float[Array, "overlaps lanes"], UInt8[Array, "n overlaps lanes"]]:
-    """Cost of the cheapest path that ends in each overlap, and the high `bits` of the state that left it, a weight.
+    """Cost of the cheapest path that ends in each overlap, and each weight's choices.
 
-    `cost` is that of starting with each overlap. Overlap u is left by the states j · overlaps + u.
+    `cost` is that of starting with each overlap. A choice is the high `bits` j of the cheapest state that leaves the
+    overlap u, of the states j · overlaps + u. It takes the place of a cost's lowest bits, so that one minimum gives
+    both; the choices of row t are those of weight t − 1, and the last weight's are in the final costs. (XLA would
+    compute a choice and a cost of the same step twice, as two programs.)
     """
     shape, leaving = cost.shape, 2**bits
     levels = values.reshape(leaving, -1, leaving, 1)
 
     def step(cost: Array, at: Sequences) -> tuple[Array, Array]:
-        entered = cost.reshape(leaving, -1, 1, shape[1])  # by overlap, the state without its code
-        distances = [level - at.nearest for level in levels]
-        totals = [before + d * (d * at.weight + at.slope) for before, d in zip(entered, distances, strict=True)]
-        best, choice = totals[0], jnp.zeros(totals[0].shape, jnp.int32)
-        # Comparisons are vectorised, and all of them become one pass; jnp.argmin takes an element at a time on a CPU.
-        for j, total in enumerate(totals[1:], 1):
-            better = total < best
-            best, choice = jnp.where(better, total, best), jnp.where(better, j, choice)
-        return best.reshape(shape), choice.astype(jnp.uint8).reshape(shape)
+        packed = []
+        # By overlap, the state without its code.
+        for j, (level, entered) in enumerate(zip(levels, cost.reshape(leaving, -1, 1, shape[1]), strict=True)):
+            d = level - at.nearest
+            total = entered + d * (d * at.weight + at.slope)
+            packed.append(_bits(total) & -leaving | j)
+        # Costs are not negative, so their bits are in the same order.
+        best = reduce(jnp.minimum, packed).reshape(shape)
+        return jax.lax.bitcast_convert_type(best, jnp.float32), _choices(cost, bits)
 
     return jax.lax.scan(step, cost, sequences)
 
 
 def _backward(
-    overlap: Int[Array, " lanes"], choices: UInt8[Array, "n overlaps lanes"], bits: int
+    overlap: Int[Array, " lanes"],
+    cost: Float[Array, "overlaps lanes"],
+    choices: UInt8[Array, "n overlaps lanes"],
+    bits: int,
 ) -> tuple[Int[Array, " lanes"], UInt8[Array, "n lanes"]]:
-    """The overlap before the first weight, and the codes, of the cheapest path that ends in an overlap."""
-    overlaps = choices.shape[1]
+    """The overlap before the first weight, and the codes, of the cheapest path that ends in `overlap`."""
+    overlaps = len(cost)
 
-    def step(overlap: Array, choice: Array) -> tuple[Array, Array]:
-        high = jnp.take_along_axis(choice, overlap[None], axis=0, mode="promise_in_bounds")[0]
-        state = high.astype(jnp.int32) * overlaps + overlap
-        return state >> bits, (state & (2**bits - 1)).astype(jnp.uint8)
+    def left(overlap: Array, choices: Array) -> Array:
+        high = jnp.take_along_axis(choices, overlap[None], axis=0, mode="promise_in_bounds")[0]
+        return high.astype(jnp.int32) * overlaps + overlap
 
-    return jax.lax.scan(step, overlap, choices, reverse=True)
+    def step(state: Array, choices: Array) -> tuple[Array, Array]:
+        return left(state >> bits, choices), (state & (2**bits - 1)).astype(jnp.uint8)
+
+    state, codes = jax.lax.scan(step, left(overlap, _choices(cost, bits)), choices, reverse=True)
+    return state & (overlaps - 1), codes
+
+
+def _bits(cost: Float[Array, "*shape"]) -> Int[Array, "*shape"]:
+    return jax.lax.bitcast_convert_type(cost, jnp.int32)
+
+
+def _choices(cost: Float[Array, "overlaps lanes"], bits: int) -> UInt8[Array, "overlaps lanes"]:
+    return (_bits(cost) & (2**bits - 1)).astype(jnp.uint8)
