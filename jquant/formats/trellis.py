@@ -37,7 +37,7 @@ SPREAD = {1: 0.88, 2: 1.02, 3: 1.09, 4: 1.15}
 
 # Tiles that are encoded side by side. Their costs fill vectors, and costs of 2^16 · 4 bytes fit a core's second-level
 # cache. More of them would only take memory: 256 · LANES · 2^(L−k) bytes.
-LANES = 64
+LANES = 48
 CACHED_COSTS = 2**16
 
 UNREACHABLE = 1e30  # a cost above all others; not infinite, for its lowest bits are replaced
