@@ -31,8 +31,8 @@ from jquant.formats.base import Format, Group, as_stored, check_group, check_sca
 Code = Literal["1mad", "3inst", "lut"]
 
 # By bits: the values' root mean square, in that of the weights, at which the mean squared error of normal weights is
-# least. Measured with L = 12, "3inst" and 131,072 weights. It is below 1 where the error is large, and above 1 where the
-# weights' tail costs most.
+# least. Measured with L = 12, "3inst" and 131,072 weights. It is below 1 where the error is large, and above 1 where
+# the weights' tail costs most.
 SPREAD = {1: 0.88, 2: 1.02, 3: 1.09, 4: 1.15}
 
 # Tiles that are encoded side by side, in the lanes of vectors. Their costs, at most 2^16 numbers where that leaves 16
