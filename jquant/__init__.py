@@ -33,6 +33,7 @@ from jquant.formats import (
     Float,
     Format,
     Int,
+    Trellis,
     double_quantized,
 )
 from jquant.io.adapters import load_adapters, save_adapters
@@ -121,6 +122,7 @@ __all__ = [
     "Stochastic",
     "Stored",
     "Transform",
+    "Trellis",
     "Tuning",
     "add_adapters",
     "bits_per_weight",

@@ -35,6 +35,7 @@ from jquant.formats.floating import (
 from jquant.formats.integer import Int, UInt
 from jquant.formats.lattice import E8P
 from jquant.formats.packing import pack, unpack
+from jquant.formats.trellis import Trellis
 from jquant.parts import LEVELS, NAMED
 
 # llama.cpp's block types (ggml-common.h). A super-block of 256 weights is a group of 8 or 16 quantized scales.
@@ -81,6 +82,7 @@ __all__ = [
     "Format",
     "Group",
     "Int",
+    "Trellis",
     "UInt",
     "block_shape",
     "double_quantized",

@@ -39,7 +39,7 @@ from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 
 from jquant.activations import Activation
 from jquant.errors import InputError
-from jquant.formats import E8P, Codebook, Float, Format, Int, UInt
+from jquant.formats import E8P, Codebook, Float, Format, Int, Trellis, UInt
 from jquant.io.files import check_plain, is_text, read_json, sync, write_text
 from jquant.io.safetensors import open_safetensors, read_tensor
 from jquant.io.tokenizer import Tokenizer, check_ids
@@ -53,7 +53,8 @@ MANIFEST, TOKENIZER, ITEM = "manifest.json", "tokenizer.json", "item.json"
 SEEN = "calibration.safetensors"
 SOURCE = "source.json"
 OUTSIDE, BLOCKS = "outside", "blocks"
-SPECS = {kind.__name__: kind for kind in (Int, UInt, Codebook, Float, E8P, Activation, Rotation)}
+FORMATS = (Int, UInt, Codebook, Float, E8P, Trellis)
+SPECS = {kind.__name__: kind for kind in (*FORMATS, Activation, Rotation)}
 PARTS = ("codes", "scale", "zero", "input_scale")
 DTYPES = ("float32", "float16", "bfloat16")  # of arrays that are not quantized
 
@@ -354,7 +355,7 @@ def fits(value: Any, kind: Any) -> bool:
     if origin is tuple:
         return len(value) == len(arguments) and all(map(fits, value, arguments))
     if kind is Format:
-        return type(value) in (Int, UInt, Codebook, Float)
+        return type(value) in FORMATS
     return type(value) in ((int, float) if kind is float else (kind,))
 
 
