@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 import jquant
 from jquant.composition import AXES
-from jquant.formats import Codebook, Float, Int, UInt
+from jquant.formats import Codebook, Float, Int, UInt, tile_of
 from jquant.parts import asked_of, brief
 from jquant.plot import style
 
@@ -21,7 +21,7 @@ FOLDERS = {
     "formats": ("format",),
     "ranges": ("range",),
     "rounding": ("rounding",),
-    "transforms": ("transform", "rotation"),
+    "transforms": ("transform", "rotation", "incoherence"),
 }
 # What is drawn of formats that are no single grid.
 EXAMPLES: dict[str, tuple[Any, ...]] = {
@@ -61,7 +61,10 @@ def reference(folder: str, name: str) -> str:
 
 def levels(format: Any) -> np.ndarray:
     """The values that codes stand for in a group whose weights lie between −1 and 1, ascending."""
-    grid = format.grid(jnp.float32(-1), jnp.float32(1))
+    grid, tile = format.grid(jnp.float32(-1), jnp.float32(1)), tile_of(format)
+    if tile != (1, 1):  # of one weight in many codes
+        random = np.random.default_rng(0).integers(0, 2**format.bits, (64 * tile[0], 16 * tile[1]), np.uint8)
+        return np.unique(format.decode(jnp.asarray(random), *grid))
     every = format.decode(jnp.arange(2**format.bits, dtype=jnp.uint8), *grid)
     # Patterns that no weight gets, such as NaNs, take another level's code.
     return np.unique(format.decode(format.encode(every, *grid), *grid))

@@ -39,13 +39,15 @@ PARTS = (
         "MXFP4",
         "NVFP4",
         "double_quantized",
+        "E8P",
+        "Trellis",
     ),
-    *("MinMax", "Percentile", "Search", "LossSearch", "LlamaCpp"),
+    *("MinMax", "Percentile", "Search", "LossSearch", "LlamaCpp", "RMS"),
     *("Nearest", "Stochastic", "GPTQ", "Refit"),
-    *("AWQ", "SmoothQuant", "Hadamard", "Activation", "Tuning", "Method"),
+    *("AWQ", "SmoothQuant", "Hadamard", "Incoherence", "Activation", "Tuning", "Method"),
 )
 # Arguments of parts that are parts.
-AXES = ("format", "range", "rounding", "transform", "rotation", "activation")
+AXES = ("format", "range", "rounding", "transform", "rotation", "incoherence", "activation")
 
 
 def find_method(name: str, bits: int, group: Any, symmetric: bool) -> "Method | Rules":

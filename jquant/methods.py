@@ -14,6 +14,7 @@ from jquant.activations import Activation
 from jquant.composition import Method, Tuning
 from jquant.errors import InputError
 from jquant.formats import (
+    E8P,
     FP4,
     FP8_E4M3,
     FP8_E5M2,
@@ -29,12 +30,13 @@ from jquant.formats import (
     Format,
     Group,
     Int,
+    Trellis,
     double_quantized,
 )
 from jquant.parts import shown
-from jquant.ranges import LlamaCpp, LossSearch, MinMax, Percentile, Search
+from jquant.ranges import RMS, LlamaCpp, LossSearch, MinMax, Percentile, Search
 from jquant.rounding import GPTQ, Refit, Stochastic
-from jquant.transforms import AWQ, SmoothQuant
+from jquant.transforms import AWQ, Incoherence, SmoothQuant
 
 
 def _fixed(format: Format, **choices) -> Callable[[int, Group, bool], Method]:
@@ -97,6 +99,9 @@ METHODS: dict[str, Callable[[int, Group, bool], Method]] = {
     # Other integer grids.
     "rtn_symmetric": lambda bits, group, symmetric: Method(Int(bits, group, symmetric=True)),
     "rtn_float_zero": lambda bits, group, symmetric: Method(Int(bits, group, zero="float")),
+    # Codes for several weights.
+    "e8p": lambda bits, group, symmetric: Method(E8P(bits), RMS(), GPTQ(), incoherence=Incoherence()),
+    "trellis": lambda bits, group, symmetric: Method(Trellis(bits), RMS(), GPTQ(), incoherence=Incoherence()),
     # Codebooks.
     "nf4_double": _fixed(NF4(64, double_quantized())),
     "nf3": _fixed(NF3()),

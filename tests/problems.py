@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jquant.formats import Codebook, Format
+from jquant.formats import Codebook, Format, tile_of
 from jquant.parts import given
 from jquant.qtensor import Grid
 from jquant.ranges import MinMax
@@ -17,7 +17,7 @@ def shape_for(format: Format) -> tuple[int, int]:
         rows, columns = format.group
         return rows * 3 // 2, columns * 3 // 2
     if isinstance(format.group, str):
-        return 72, 16
+        return -(-72 // tile_of(format)[0]) * tile_of(format)[0], 16
     inner = format.scale
     if (
         isinstance(inner, Format)

@@ -18,11 +18,11 @@ from jax.sharding import PartitionSpec as P
 from problems import problem, rounded, shape_for
 
 from jquant.errors import InputError
-from jquant.formats import Codebook, Format, block_shape
+from jquant.formats import Codebook, Format, block_shape, tile_of
 from jquant.methods import METHODS, Method, completed, method
 from jquant.parts import given
 from jquant.qtensor import Grid, QTensor, dequantize
-from jquant.ranges import LlamaCpp, MinMax, Range
+from jquant.ranges import RMS, LlamaCpp, MinMax, Range
 from jquant.rounding import Rounding, SolveInfo, Stochastic, round_to_grid
 from jquant.transforms import AWQ
 
@@ -42,8 +42,8 @@ def make(name: str) -> Method:
 
 
 def composition(name: str) -> Method:
-    """What `whole` reads of a row; token weights and tuning are the pipeline's, and are tested there."""
-    return replace(make(name), token_weights="attention", tuning=())
+    """What `whole` reads of a row; token weights, tuning and incoherence are the pipeline's, and are tested there."""
+    return replace(make(name), token_weights="attention", tuning=(), incoherence=None)
 
 
 ROWS = list(METHODS)
@@ -188,7 +188,7 @@ def test_a_second_call_with_an_equal_method_compiles_nothing(name):
     before = len(traces)
     solve(*problem_for(name, 1), method=make(name))
     assert len(traces) == before
-    other = METHODS[name](5, 24, False)
+    other = METHODS[name](4, 24, False)
     solve.eval_shape(*problem_for(name), method=other)  # the counter does count: many rows fix all three
     assert len(traces) == before + (other != make(name))
 
@@ -259,12 +259,12 @@ def test_an_unknown_method_is_refused_with_the_three_nearest_names():
 # ---------------------------------------------------------------------------------- every composition on every format
 
 FORMATS = sorted({make(name).format for name in NAMES}, key=repr)
-# llama.cpp's own search suits its own types only; they are among the formats.
+# llama.cpp's own search suits its own types only, and RMS those with deviations; they are among the formats.
 COMPOSITIONS = sorted(
     {
         replace(composition(name), format=FORMATS[0], activation=None)
         for name in NAMES
-        if not isinstance(make(name).range, LlamaCpp)
+        if not isinstance(make(name).range, LlamaCpp | RMS)
     },
     key=repr,
 )
@@ -313,8 +313,10 @@ def test_every_composition_suits_the_format(format):
             assert (values != 0).any()
         return float(info.error / info.energy)
 
-    errors = {composition: relative_error(composition) for composition in COMPOSITIONS}
-    (nearest,) = (errors[one] for one in COMPOSITIONS if one == Method(FORMATS[0]))
+    single = tile_of(format) == (1, 1)
+    suiting = [one for one in COMPOSITIONS if single or not isinstance(one.rounding, Stochastic)]
+    errors = {composition: relative_error(composition) for composition in suiting}
+    (nearest,) = (errors[one] for one in suiting if one == Method(FORMATS[0]))
     for composition, error in errors.items():
         # Stochastic rounding has twice the variance, and is there for its mean.
         assert 0 < error < (4 if isinstance(composition.rounding, Stochastic) else 1.5) * nearest, composition

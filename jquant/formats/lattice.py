@@ -118,7 +118,7 @@ def _cut(word: Int32[Array, "*l tiles out"], bits: int) -> UInt8[Array, "*l tile
 def _join(digits: UInt8[Array, "*l tiles 8 out"], bits: int) -> Int32[Array, "*l tiles out"]:
     """The tiles' codes, from each weight's share."""
     shifts = bits * jnp.arange(8, dtype=jnp.int32)[:, None]
-    return jnp.sum(digits.astype(jnp.int32) << shifts, -2)
+    return jnp.sum(digits.astype(jnp.int32) << shifts, -2, dtype=jnp.int32)
 
 
 def _halves(word: Int32[Array, "*l tiles out"]) -> Float[Array, "*l tiles 8 out"]:
@@ -175,7 +175,7 @@ def _nearest_halves(x: Float[Array, "*b 8 out"]) -> Int32[Array, "*b out"]:
         )
         at = jnp.arange(8, dtype=jnp.int32)[:, None]
         change &= at == _first(change)[..., None, :]
-        signs = jnp.sum((negative ^ change.astype(jnp.int32))[..., :7, :] << at[:7], -2)
+        signs = jnp.sum((negative ^ change.astype(jnp.int32))[..., :7, :] << at[:7], -2, dtype=jnp.int32)
         distance = jnp.sum(size**2, -2) - best
         return distance, chosen | signs << 8 | (int(shift < 0) << 15)
 
