@@ -6,10 +6,21 @@ sums over `out` communicate: of a damping or a scale that all columns share.
 """
 
 from jquant.rounding.base import Rounded, Rounding
+from jquant.rounding.descent import CoordinateDescent
 from jquant.rounding.gptq import GPTQ
 from jquant.rounding.info import SolveInfo, round_to_grid
 from jquant.rounding.nearest import Nearest
 from jquant.rounding.refit import Refit
 from jquant.rounding.stochastic import Stochastic
 
-__all__ = ["GPTQ", "Nearest", "Refit", "Rounded", "Rounding", "SolveInfo", "Stochastic", "round_to_grid"]
+__all__ = [
+    "GPTQ",
+    "CoordinateDescent",
+    "Nearest",
+    "Refit",
+    "Rounded",
+    "Rounding",
+    "SolveInfo",
+    "Stochastic",
+    "round_to_grid",
+]
