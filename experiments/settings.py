@@ -93,6 +93,8 @@ KINDS: dict[str, Kind] = {
     "group": GROUP,
     "symmetric": SWITCH,
     "seed": _whole(0),
+    "rows": _whole(1),
+    "columns": _whole(1),
     "threshold": ("takes a number", _number(-1e300)[1]),
     "layer_windows": _whole(0),
     "matrix_windows": _whole(0),

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from jquant.evaluation.rows import is_float, read_rows
-from paper_figures import outliers, perplexity_bits, sensitivity, training_curves
+from paper_figures import distortion, outliers, perplexity_bits, sensitivity, training_curves
 from paper_figures.command import drawn
 
 
@@ -16,6 +16,8 @@ def main(results: Path) -> list[Path]:
     figures: list[Path] = []
     for path in sorted(results.rglob("*.jsonl")):
         match path.name:
+            case "distortion.jsonl":
+                figures += drawn(distortion.draw, path)
             case "outliers.jsonl":
                 figures += drawn(outliers.draw, path)
             case "sensitivity.jsonl":

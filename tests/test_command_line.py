@@ -224,8 +224,8 @@ def test_every_script_ends_with_status_2_and_one_line(script, argument, part, mo
 
 @pytest.mark.parametrize(
     "script",
-    ["cache", "downstream", "evaluate", "memory", "mixed_precision", "outliers", "qat", "qlora", "reproduce",
-     "sensitivity", "speed", TABLE],
+    ["cache", "distortion", "downstream", "evaluate", "memory", "mixed_precision", "outliers", "qat", "qlora",
+     "reproduce", "sensitivity", "speed", TABLE],
 )  # fmt: skip
 def test_a_results_folder_that_cant_be_written_is_found_before_a_model_is_loaded(script, monkeypatch, tmp_path):
     monkeypatch.setattr(LanguageModel, "__init__", None)  # no model can be made

@@ -45,6 +45,12 @@ NAMES = {
     "gptq_rotated": "GPTQ, rotated",
     "gptq_nf4": "GPTQ on NF4",
     "awq_gptq": "AWQ, then GPTQ",
+    "gptq_descent": "GPTQ, then coordinate descent",
+    "gptq_incoherent": "GPTQ, each weight rotated",
+    "e8p": "E8P",
+    "e8p_plain": "E8P, not rotated",
+    "trellis": "trellis",
+    "trellis_plain": "trellis, not rotated",
     "learned": "learned scales",
     "learned_codes": "learned scales and codes",  # rows of earlier versions
     "qat": "QAT",

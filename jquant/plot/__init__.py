@@ -14,8 +14,9 @@ except ImportError:
 
 from jquant.plot.activations import outliers
 from jquant.plot.bits import perplexity_bits
+from jquant.plot.distortion import distortion
 from jquant.plot.layers import sensitivity
 from jquant.plot.style import save
 from jquant.plot.training import training_curves
 
-__all__ = ["outliers", "perplexity_bits", "save", "sensitivity", "training_curves"]
+__all__ = ["distortion", "outliers", "perplexity_bits", "save", "sensitivity", "training_curves"]

@@ -59,6 +59,7 @@ FAMILIES = {
     "rtn|stochastic": ("integers, round to nearest", "#0072b2"),
     "(llm_)?int8|w8a8|smoothquant": ("8-bit integers", "#56b4e9"),
     r"nf\d|fp4": ("codebooks: NF, FP4", "#000000"),
+    "e8p|trellis": ("codes for several weights", "#882255"),
     "fp8": ("FP8", "#cc79a7"),
     "mxfp|nvfp": ("block floats: MX, NV", "#44aa99"),
     r"i?q\d": ("llama.cpp's types", "#332288"),

@@ -119,13 +119,15 @@ def _whole(config: DecoderConfig, params: Params, path: str, module: str) -> Any
     """
     fused = [other.removeprefix("layers.") for other in family_of(config).fused_with("hf", f"layers.{path}")]
     parts = [params[other] for other in fused]
-    if len(parts) == 1 or not any(isinstance(part, QTensor) for part in parts):
+    packed = [isinstance(part, QTensor) for part in parts]
+    if len(parts) == 1 or not any(packed):
         return parts[0]
     try:
+        if not all(packed):
+            raise InputError("some are floats: quantize them alike.")
         return jax.eval_shape(lambda parts: _join(config, parts, [f"layers.{other}" for other in fused]), parts)
-    except (InputError, AttributeError) as wrong:
-        reason = wrong if isinstance(wrong, InputError) else "some are floats: quantize them alike."
-        raise InputError(f"{module} holds {', '.join(fused)}: {reason}") from None
+    except InputError as wrong:
+        raise InputError(f"{module} holds {', '.join(fused)}: {wrong}") from None
 
 
 def _join(config: DecoderConfig, parts: Sequence[QTensor], names: Sequence[str]) -> QTensor:
