@@ -14,7 +14,7 @@ from problems import problem
 
 from jquant.activations import Activation, quantize_inputs
 from jquant.errors import InputError
-from jquant.formats import GGUF, MXFP8_E4M3, NF4, SEQ, Codebook, Float, Int, double_quantized
+from jquant.formats import GGUF, MXFP8_E4M3, NF4, SEQ, Codebook, Float, Int, double_quantized, tile_of
 from jquant.kernels import choose
 from jquant.kernels.choose import products
 from jquant.kernels.cpu import build, tiled
@@ -30,6 +30,7 @@ FORMATS = sorted(
     {
         row(bits, 64, symmetric).format
         for row in METHODS.values()
+        if tile_of(row(4, 64, False).format) == (1, 1)  # others have no kernel
         for bits in (2, 3, 4, 8)
         for symmetric in (False, True)
     }

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import problem, rounded
 
-from jquant.formats import E8P, NF4, Int, block_shape, unpack
+from jquant.formats import E8P, NF4, Int, Trellis, block_shape, unpack
 from jquant.formats.lattice import _halves, _near_zero
 from jquant.qtensor import Grid, bits_per_weight, dequantize, from_codes
 from jquant.ranges import RMS, MinMax, Search
@@ -125,14 +125,24 @@ def test_decoding_and_encoding_again_and_scaling_by_a_power_of_two_change_no_cod
         np.testing.assert_array_equal(codes, encode(decode(codes, scale, format), scale, format))
 
 
-@pytest.mark.parametrize(("bits", "group"), [(2, 16), (3, "channel"), (4, "tensor")])
-def test_packed_weights_have_the_stated_bits_and_multiply_as_their_values_do(bits, group):
-    w, _, _ = problem((40, 16))
-    format = E8P(bits, group)
+PACKED = [
+    E8P(2, 16),
+    E8P(3),
+    E8P(4, "tensor"),
+    Trellis(1),
+    Trellis(2, 32),
+    Trellis(3, state_bits=8),
+    Trellis(4, (32, 16)),
+]
+
+
+@pytest.mark.parametrize("format", PACKED, ids=str)
+def test_packed_weights_have_the_stated_bits_and_multiply_as_their_values_do(format):
+    w, _, _ = problem((80, 32))
     q, _ = rounded(Nearest(), w, format, range=RMS())
-    scales = {16: 3 * 16, "channel": 16, "tensor": 1}[group]
-    assert bits_per_weight(q) == bits + 16 * scales / w.size
-    for x in (jnp.ones((1, 40)), jax.random.normal(jax.random.key(1), (3, 40))):
+    scales = {16: 5 * 32, 32: 3 * 32, "channel": 32, "tensor": 1, (32, 16): 3 * 2}[format.group]
+    assert bits_per_weight(q) == format.bits + 16 * scales / w.size
+    for x in (jnp.ones((1, 80)), jax.random.normal(jax.random.key(1), (3, 80))):
         np.testing.assert_allclose(x @ q, x @ dequantize(q), rtol=1e-5, atol=1e-6)
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), q)
     np.testing.assert_array_equal(dequantize(stacked), jnp.stack([dequantize(q)] * 2))

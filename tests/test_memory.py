@@ -36,7 +36,7 @@ def run(place, *more):
     )
 
 
-@pytest.mark.parametrize("cache_bits", ["null", "4"])
+@pytest.mark.parametrize("cache_bits", [pytest.param("null", marks=pytest.mark.slow), "4"])
 def test_the_formula_of_weights_and_cache_is_what_the_program_takes(place, cache_bits):
     done = run(place, f"cache_bits={cache_bits}", f"name=of_{cache_bits}", "cache_group=16")
     assert done.returncode == 0, done.stderr

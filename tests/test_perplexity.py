@@ -213,6 +213,7 @@ def test_golden_perplexity_of_wikitext_without_blank_lines(default_model):
     assert float(np.exp(nll[:16].mean(dtype=np.float64))) == pytest.approx(22.551, abs=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.optimised
 def test_golden_perplexity_of_rounding_to_nearest(default_model):
     method = jquant.Method(jquant.Int(4, 64, symmetric=True))

@@ -275,10 +275,10 @@ def _tail_biting(sequences: Sequences, values: Float[Array, " states"], bits: in
     half = len(sequences.weight) // 2
     overlaps, lanes = len(values) >> bits, sequences.weight.shape[1]
     first, second = jax.tree.map(lambda v: v[:half], sequences), jax.tree.map(lambda v: v[half:], sequences)
-    cost, _ = _forward(jnp.zeros((overlaps, lanes)), second, values, bits)
+    cost, _ = _forward(jnp.zeros((overlaps, lanes), jnp.float32), second, values, bits)
     cost, choices = _forward(cost, first, values, bits)
     shared, _ = _backward(jnp.argmin(cost, axis=0), cost, choices, bits)
-    start = jnp.where(jnp.arange(overlaps)[:, None] == shared, 0.0, UNREACHABLE)
+    start = jnp.where(jnp.arange(overlaps)[:, None] == shared, jnp.float32(0), jnp.float32(UNREACHABLE))
     cost, choices = _forward(start, sequences, values, bits)
     return _backward(shared, cost, choices, bits)[1]
 

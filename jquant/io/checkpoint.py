@@ -322,7 +322,8 @@ def from_json(value: Any) -> Any:
     kind = value.get("type")
     if not isinstance(kind, str) or kind not in SPECS:
         raise InputError(f"there is no {str(kind)[:50]!r} among {', '.join(SPECS)}")
-    hints = get_type_hints(SPECS[kind])
+    types = get_type_hints(SPECS[kind])
+    hints = {field.name: types[field.name] for field in fields(SPECS[kind])}
     options = {key: from_json(item) for key, item in value.items() if key != "type"}
     for key in sorted(options.keys() | hints.keys()):
         if key not in hints or key not in options or not fits(options[key], hints[key]):

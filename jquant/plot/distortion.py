@@ -46,8 +46,9 @@ def _lines(axes: Axes, rows: Sequence[Row]) -> None:
     for number, of_method in enumerate(methods.values()):
         bits = [row["bits_per_weight"] for row in of_method]
         errors = [row["squared_error"] for row in of_method]
-        look = {"color": style.PALETTE[number % len(style.PALETTE)], "marker": markers[number % len(markers)]}
-        axes.plot(bits, errors, linewidth=0.8, markersize=3, label=name(of_method[0]), **look)
+        marker, color = markers[number % len(markers)], style.PALETTE[number % len(style.PALETTE)]
+        label = name(of_method[0])
+        axes.plot(bits, errors, linewidth=0.8, markersize=3, marker=marker, color=color, label=label)
     ends = min(row["bits_per_weight"] for row in rows), max(row["bits_per_weight"] for row in rows)
     bits = np.linspace(ends[0] - 0.2, ends[1] + 0.2, 50)
     axes.plot(bits, 4.0**-bits, color="0.5", ls="--", lw=0.8, label="bound, 4^−bits")
