@@ -63,7 +63,8 @@ def measure(settings: dict[str, Any]) -> None:
     tables.add_rows(folder, rows, FILE)
     write_text(folder / "distortion.md", f"{tables.as_markdown(table(rows))}\n")
     show(table(rows))
-    console.print(tables.written(folder, distortion.draw(rows, folder)), highlight=False, soft_wrap=True)
+    figures = ", ".join(map(str, distortion.draw(rows, folder)))
+    console.print(f"Results: {folder}/{FILE}, distortion.md. Figure: {figures}.", soft_wrap=True)
 
 
 def rounded_alone(name: str, method: Any) -> Method:

@@ -25,16 +25,18 @@ def distortion(rows: Sequence[Row], ax: Axes | None = None) -> Axes:
     if ax is None:
         return figure(rows, style.shown).axes[0]
     _lines(ax, rows)
+    ax.legend()
     return ax
 
 
 @style.styled
 def figure(rows: Sequence[Row], new: Callable[..., Figure] = Figure) -> Figure:
     """The panel in one column of a paper."""
-    drawn = new(figsize=(style.ONE, 3.0), layout="constrained")
+    drawn = new(figsize=(style.ONE, 3.4), layout="constrained")
     axes = drawn.add_subplot()
     axes.set_title("normal weights, rounded to nearest")
     _lines(axes, rows)
+    drawn.legend(loc="outside lower center", ncols=2)
     return drawn
 
 
@@ -51,8 +53,7 @@ def _lines(axes: Axes, rows: Sequence[Row]) -> None:
         axes.plot(bits, errors, linewidth=0.8, markersize=3, marker=marker, color=color, label=label)
     ends = min(row["bits_per_weight"] for row in rows), max(row["bits_per_weight"] for row in rows)
     bits = np.linspace(ends[0] - 0.2, ends[1] + 0.2, 50)
-    axes.plot(bits, 4.0**-bits, color="0.5", ls="--", lw=0.8, label="bound, 4^−bits")
+    axes.plot(bits, 4.0**-bits, color="0.5", ls="--", lw=0.8, label="bound")
     axes.set_yscale("log")
     axes.set(xlabel="bits per weight, with scales", ylabel="mean squared error")
     axes.grid(True)
-    axes.legend(loc="lower left", fontsize=style.SMALL)
