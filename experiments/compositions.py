@@ -43,7 +43,7 @@ PARTS = (
         "Trellis",
     ),
     *("MinMax", "Percentile", "Search", "LossSearch", "LlamaCpp", "RMS"),
-    *("Nearest", "Stochastic", "GPTQ", "Refit", "CoordinateDescent"),
+    *("Nearest", "Stochastic", "GPTQ", "Refit"),
     *("AWQ", "SmoothQuant", "Hadamard", "Incoherence", "Activation", "Tuning", "Method"),
 )
 # Arguments of parts that are parts.

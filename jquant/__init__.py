@@ -56,7 +56,7 @@ from jquant.pipeline.to_disk import quantize_to_folder
 from jquant.qtensor import Grid, QTensor, bits_per_weight, dequantize
 from jquant.ranges import RMS, LlamaCpp, LossSearch, MinMax, Percentile, Range, Search
 from jquant.report import Report
-from jquant.rounding import GPTQ, CoordinateDescent, Nearest, Refit, Rounded, Rounding, Stochastic
+from jquant.rounding import GPTQ, Nearest, Refit, Rounded, Rounding, Stochastic
 from jquant.stats import AbsMax, AbsMean, Gram, Statistic
 from jquant.transforms import AWQ, Hadamard, Incoherence, SmoothQuant, Transform
 
@@ -91,7 +91,6 @@ __all__ = [
     "CacheFormat",
     "Codebook",
     "Comparison",
-    "CoordinateDescent",
     "Float",
     "Format",
     "Gram",

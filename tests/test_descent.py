@@ -10,7 +10,8 @@ from problems import problem, rounded
 from jquant.formats import E8P, NF4, Format, Int, unpack
 from jquant.qtensor import Grid, dequantize
 from jquant.ranges import RMS, MinMax
-from jquant.rounding import GPTQ, CoordinateDescent, Nearest, Refit
+from jquant.rounding import GPTQ, Nearest, Refit
+from jquant.rounding.descent import CoordinateDescent
 
 FORMATS = [Int(3, 16), NF4(16), Int(4, "tensor", symmetric=True)]
 

@@ -45,7 +45,6 @@ NAMES = {
     "gptq_rotated": "GPTQ, rotated",
     "gptq_nf4": "GPTQ on NF4",
     "awq_gptq": "AWQ, then GPTQ",
-    "gptq_descent": "GPTQ, then coordinate descent",
     "gptq_incoherent": "GPTQ, each weight rotated",
     "e8p": "E8P",
     "e8p_plain": "E8P, not rotated",

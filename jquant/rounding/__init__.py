@@ -6,7 +6,6 @@ sums over `out` communicate: of a damping or a scale that all columns share.
 """
 
 from jquant.rounding.base import Rounded, Rounding
-from jquant.rounding.descent import CoordinateDescent
 from jquant.rounding.gptq import GPTQ
 from jquant.rounding.info import SolveInfo, round_to_grid
 from jquant.rounding.nearest import Nearest
@@ -15,7 +14,6 @@ from jquant.rounding.stochastic import Stochastic
 
 __all__ = [
     "GPTQ",
-    "CoordinateDescent",
     "Nearest",
     "Refit",
     "Rounded",
