@@ -21,10 +21,10 @@ SCORES = 1 << 20
 class E8P:
     """Eight weights along `in` have one code of 16, 24 or 32 bits: a point of E8 + ¼ times the scale.
 
-    16 bits: one byte picks |v|, one of 256 vectors of halves of odd numbers (`_absolute`); 7 bits are signs, and the
-    eighth sign makes Σ v even; the last bit adds ¼ to all coordinates or subtracts it. At 3 bits a point of E8 near
-    zero, divided by 2.04, is added (8 more bits); at 4 bits a second point of E8 + ¼, divided by 3.45. Each point is
-    the nearest one to what those before it leave.
+    16 bits: one byte picks absolute values, of 256 vectors of halves of odd numbers (`_absolute`); 7 bits are signs,
+    and the eighth sign makes the sum even; the last bit adds ¼ to all coordinates or subtracts it. At 3 bits a point of
+    E8 near zero, divided by 2.04, is added (8 more bits); at 4 bits a second point of E8 + ¼, divided by 3.45. Each
+    point is the nearest one to what those before it leave.
 
     Attributes:
       bits: per weight, 2 to 4.

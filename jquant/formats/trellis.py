@@ -96,7 +96,7 @@ class Trellis:
 
     @property
     def deviations(self) -> float:
-        """The largest |value|: how many standard deviations a range's farther end lies from 0."""
+        """The largest absolute value: how many standard deviations a range's farther end lies from 0."""
         return float(np.abs(self.values).max())
 
     def grid(self, low: Array, high: Array) -> tuple[Array, Array | None]:
