@@ -43,8 +43,8 @@ PARTS = (
         "Trellis",
     ),
     *("MinMax", "Percentile", "Search", "LossSearch", "LlamaCpp", "RMS"),
-    *("Nearest", "Stochastic", "GPTQ", "Refit"),
-    *("AWQ", "SmoothQuant", "Hadamard", "Incoherence", "Activation", "Tuning", "Method"),
+    *("Nearest", "Stochastic", "GPTQ", "Refit", "TwoSided"),
+    *("AWQ", "SmoothQuant", "Hadamard", "Incoherence", "Activation", "LossGradient", "Tuning", "Method"),
 )
 # Arguments of parts that are parts.
 AXES = ("format", "range", "rounding", "transform", "rotation", "incoherence", "activation")

@@ -31,7 +31,7 @@ from experiments.sensitivity import measure
 from experiments.settings import check
 from jquant import InputError, LanguageModel, Method, Options
 from jquant.cache_folder import cache_dir
-from jquant.calibration.token_weights import token_gradients
+from jquant.calibration.loss_gradients import token_gradients
 from jquant.evaluation.perplexity import score
 from jquant.io.files import write_text
 from jquant.io.load import open_from_config

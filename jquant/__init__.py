@@ -12,6 +12,7 @@ from typing import Any
 
 from jquant.activations import Activation
 from jquant.calibration.options import Options
+from jquant.composition import LossGradient
 from jquant.data import load_text
 from jquant.errors import InputError
 from jquant.evaluation.compare import Comparison, compare
@@ -56,7 +57,7 @@ from jquant.pipeline.to_disk import quantize_to_folder
 from jquant.qtensor import Grid, QTensor, bits_per_weight, dequantize
 from jquant.ranges import RMS, LlamaCpp, LossSearch, MinMax, Percentile, Range, Search
 from jquant.report import Report
-from jquant.rounding import GPTQ, Nearest, Refit, Rounded, Rounding, Stochastic
+from jquant.rounding import GPTQ, Nearest, Refit, Rounded, Rounding, Stochastic, TwoSided
 from jquant.stats import AbsMax, AbsMean, Gram, Statistic
 from jquant.transforms import AWQ, Hadamard, Incoherence, SmoothQuant, Transform
 
@@ -103,6 +104,7 @@ __all__ = [
     "LanguageModel",
     "LlamaCpp",
     "LoRA",
+    "LossGradient",
     "LossSearch",
     "Method",
     "MinMax",
@@ -124,6 +126,7 @@ __all__ = [
     "Transform",
     "Trellis",
     "Tuning",
+    "TwoSided",
     "add_adapters",
     "bits_per_weight",
     "compare",

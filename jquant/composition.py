@@ -132,6 +132,33 @@ AXES: dict[str, tuple[type, bool]] = {
 
 
 @dataclass(frozen=True)
+class LossGradient:
+    """Token weights from the gradient g of the loss at a weight's outputs: Σₜ gₜₖ² over the outputs k of a group.
+
+    To second order an error Δ of a weight costs Σₜ (gₜᵀ Δᵀ xₜ)²; without its mixed terms that is
+    Σₖ Δₖᵀ (Σₜ gₜₖ² xₜ xₜᵀ) Δₖ, so every output has a Gram matrix of its own. Outputs of a group share the mean of
+    theirs (GuidedQuant, arXiv 2505.07004, §3.2).
+
+    Attributes:
+      groups: of adjacent outputs of each weight, of one size; each is rounded with its own Gram matrix.
+      labels: "text", the next tokens of the calibration text, as in GuidedQuant; "drawn", tokens that the float model
+        draws, whose gradients' mean product is the Hessian of the KL divergence from it (YAQA, arXiv 2505.22988, §3).
+
+    Raises:
+      InputError: fewer than 1 group; an unknown option.
+    """
+
+    groups: int = 1
+    labels: Literal["text", "drawn"] = "text"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.groups, bool) or not isinstance(self.groups, int) or self.groups < 1:
+            raise InputError(f"LossGradient takes at least 1 group of outputs, not {self.groups!r}.")
+        if self.labels not in ("text", "drawn"):
+            raise InputError(f'LossGradient takes labels="text" or "drawn", not {self.labels!r}.')
+
+
+@dataclass(frozen=True)
 class Method:
     """One choice on each axis.
 
@@ -145,8 +172,8 @@ class Method:
       token_weights: the weight of each token in the Gram matrix.
         "attention": for k and v, the attention that the token receives (`models/families.py` names the projections);
         with equal weights an attention sink ruins v, see docs/results.md.
-        "loss": the squared norm of the calibration loss's gradient at the projection's output, which costs one
-        backward pass over the calibration text (GuidedQuant, arXiv 2505.07004, with one group a matrix).
+        `LossGradient`, or "loss", which is `LossGradient()`: by the gradient of the loss at the projection's output,
+        which costs one backward pass over the calibration text.
         "norm": 1 / the mean square of the input, so that all tokens have the same length. "uniform": 1.
       error_propagation: α, 0 to 1: how far weights are corrected for errors in their inputs that the blocks before
         made (`pipeline.blocks.propagate_error`).
@@ -164,7 +191,7 @@ class Method:
     transform: Transform | None = None
     rotation: Hadamard | None = None
     incoherence: Incoherence | None = None
-    token_weights: Literal["attention", "loss", "norm", "uniform"] = "attention"
+    token_weights: Literal["attention", "loss", "norm", "uniform"] | LossGradient = "attention"
     error_propagation: float = 0.0
     activation: Activation | None = None
     tuning: tuple[Tuning, ...] = ()
@@ -173,9 +200,11 @@ class Method:
         for axis, (contract, optional) in AXES.items():
             if not (optional and getattr(self, axis) is None):
                 check_part(f"Method's {axis}", getattr(self, axis), contract)
-        if self.token_weights not in ("attention", "loss", "norm", "uniform"):
+        known = ("attention", "loss", "norm", "uniform")
+        if not isinstance(self.token_weights, LossGradient) and self.token_weights not in known:
             raise InputError(
-                f'Method takes token_weights="attention", "loss", "norm" or "uniform", not {self.token_weights!r}.'
+                f'Method takes token_weights="attention", "loss", "norm", "uniform" or a LossGradient, '
+                f"not {self.token_weights!r}."
             )
         strength = self.error_propagation
         if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength <= 1:
@@ -185,18 +214,35 @@ class Method:
         statistics_of(self.range, self.rounding, self.transform)
         if self.incoherence is not None:
             self._check_turned()
+        if self.output_groups > 1:
+            self._check_output_groups()
         targets = [stage.target for stage in self.tuning]
         if targets != sorted(targets, key=lambda target: target != "block"):
             raise InputError(f"Blocks are tuned before the whole model, not {' after '.join(targets[::-1])}.")
 
     def _check_turned(self) -> None:
         """Raises InputError for what is known of a weight's inputs or ranges, but not of its rotated ones."""
-        others = needs_of_parts(self.range, self.rounding) - {"gram", "held_out"}
+        others = needs_of_parts(self.range, self.rounding) - {"gram", "held_out", "output_gram"}
         if self.activation is not None and self.activation.static:
             others |= {"abs_max"}
         if others:
             raise InputError(
                 f"Incoherence rotates inputs, of which {', '.join(sorted(others))} would be unknown: leave one out."
+            )
+
+    def _check_output_groups(self) -> None:
+        """Raises InputError for parts that take one Gram matrix for all outputs of a weight."""
+        parts = {
+            "a transform": self.transform is not None,
+            "Incoherence": self.incoherence is not None,
+            "LossSearch": "clips" in self.needs,
+            "a Gram matrix of the outputs": "output_gram" in self.needs,
+            "scales that columns share": self.format.group == "tensor" or isinstance(self.format.group, tuple),
+        }
+        for part in (part for part, used in parts.items() if used):
+            raise InputError(
+                f"LossGradient(groups={self.output_groups}) rounds groups of outputs apart, which {part} "
+                f"does not allow: take groups=1."
             )
 
     def __str__(self) -> str:
@@ -206,6 +252,17 @@ class Method:
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         """What a notebook shows."""
         printer.text(str(self))
+
+    @property
+    def loss_gradient(self) -> LossGradient | None:
+        """How `token_weights` takes the loss's gradient; None if it doesn't."""
+        chosen = LossGradient() if self.token_weights == "loss" else self.token_weights
+        return chosen if isinstance(chosen, LossGradient) else None
+
+    @property
+    def output_groups(self) -> int:
+        """Groups of outputs with a Gram matrix of their own."""
+        return self.loss_gradient.groups if self.loss_gradient else 1
 
     @property
     def needs(self) -> frozenset[str]:

@@ -11,7 +11,7 @@ from jquant.stats import BUILT_IN, Statistic
 # The names that `needs` may hold in each contract, beside statistics of one's own.
 NEEDS = {
     "Range": frozenset({"gram", "clips"}),
-    "Rounding": frozenset({"gram", "held_out"}),
+    "Rounding": frozenset({"gram", "held_out", "output_gram"}),
     "Transform": frozenset({"gram", "abs_mean", "abs_max"}),
 }
 # The positional arguments in each contract's call, for error messages.

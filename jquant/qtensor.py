@@ -304,9 +304,11 @@ def columns_of(q: QTensor, chosen: slice | Int[np.ndarray, " n"]) -> QTensor:
     """Some columns of a weight.
 
     Raises:
-      InputError: columns share their scales.
+      InputError: columns share their scales, or are coded together.
     """
     _check_own_scales(q)
+    if tile_of(q.format)[1] > 1:
+        raise InputError(f"{brief(q.format)} codes several columns together, so they can't be parted.")
     take = lambda leaf: leaf[..., chosen]  # noqa: E731
     zero = stored_grid(q)[1] if is_integer(q.zero) else q.zero
     scale, zero = jax.tree.map(take, (q.scale, zero))
@@ -334,8 +336,8 @@ def joined_columns(parts: Sequence[QTensor]) -> QTensor:
 
 
 def _check_own_scales(q: QTensor) -> None:
-    if q.rotations is not None or tile_of(q.format)[1] > 1:
-        raise InputError(f"{brief(q.format)} codes several columns together, so they can't be parted.")
+    if q.rotations is not None:
+        raise InputError(f"{brief(q.format)} has rotated columns, so they can't be parted.")
     if block_shape(q.format, q.shape)[1] > 1 or _is_centred(q.format.scale):
         raise InputError(f"{brief(q.format)} has scales that several columns share, so its columns can't be parted.")
 

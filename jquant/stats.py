@@ -211,5 +211,13 @@ class AbsMax:
         return self.largest
 
 
-# The statistics that `needs` names by a string; "held_out" is the Gram matrix of held-out windows.
-BUILT_IN: dict[str, Any] = {"gram": Gram, "held_out": Gram, "cross": Cross, "abs_mean": AbsMean, "abs_max": AbsMax}
+# The statistics that `needs` names by a string. "held_out" is the Gram matrix of held-out windows, "output_gram" that
+# of the loss's gradients at a weight's outputs.
+BUILT_IN: dict[str, Any] = {
+    "gram": Gram,
+    "held_out": Gram,
+    "output_gram": Gram,
+    "cross": Cross,
+    "abs_mean": AbsMean,
+    "abs_max": AbsMax,
+}

@@ -1,5 +1,7 @@
 """What calibration tells a block: token weights, lagging inputs, held-out windows, several passes."""
 
+from dataclasses import replace
+
 import checkpoints
 import jax
 import jax.numpy as jnp
@@ -10,17 +12,24 @@ from checkpoints import refused
 from flax import nnx
 from test_pipeline import GRID, PROJECTIONS, TAPS, TOKENS, block, energy, leaves, outlier_llama, same_bytes, taps
 
+from jquant.calibration.loss_gradients import _Probed, drawn_tokens, token_gradients
 from jquant.calibration.options import Options
-from jquant.calibration.token_weights import token_gradients
 from jquant.calibration.windows import Calibration
+from jquant.composition import LossGradient
 from jquant.io.load import load_model
+from jquant.learning.objectives import next_token_loss
 from jquant.methods import Method
-from jquant.models.decoder import Decoder
-from jquant.pipeline.blocks import propagate_error
+from jquant.models.decoder import Decoder, blocks
+from jquant.models.params import with_params
+from jquant.models.rotary import rotary_table
+from jquant.parallel.mesh import Devices
+from jquant.pipeline.blocks import propagate_error, round_weight, seen_by
 from jquant.pipeline.in_memory import quantize_decoder, quantize_decoders
+from jquant.pipeline.plan import make_plan
 from jquant.qtensor import dequantize
-from jquant.ranges import LossSearch, Search
-from jquant.rounding import GPTQ
+from jquant.ranges import LossSearch, MinMax, Search
+from jquant.rounding import GPTQ, TwoSided
+from jquant.stats import Gram
 from jquant.transforms import AWQ, SmoothQuant
 
 FITTED = Method(GRID, Search("diagonal"), GPTQ())
@@ -69,6 +78,82 @@ def test_loss_weights_count_each_projections_tokens_by_its_own_gradients(decoder
     for path in PROJECTIONS:
         expected = energy(kernels[path], seen[TAPS[path]], weights[path][0].astype(np.float64))
         assert float(report[0, path].energy) == pytest.approx(expected, rel=1e-3), path
+
+
+def gradients_of(decoder: Decoder, tokens, following) -> dict[str, np.ndarray]:
+    """By plain differentiation, of each window's mean cross-entropy at projections' outputs: [layers, b, t, out]."""
+    rotary, tokens = rotary_table(decoder.config, jnp.arange(tokens.shape[1])), jnp.asarray(tokens)
+
+    def loss(probes):
+        x = decoder.embed(tokens)
+        for layer, of_layer in enumerate(blocks(decoder)):
+            kernels = leaves(of_layer)
+            probed = {path: _Probed(kernels[path], probe[layer]) for path, probe in probes.items()}
+            x = with_params(of_layer, probed)(x, rotary)[0]
+        return len(tokens) * next_token_loss(decoder.logits(decoder.norm(x)), following)
+
+    kernels = leaves(block(decoder, 0))
+    return jax.grad(loss)({path: jnp.zeros((2, *tokens.shape, kernels[path].shape[-1])) for path in PROJECTIONS})
+
+
+def test_groups_of_outputs_are_rounded_with_their_own_gram_matrices(decoder):
+    chosen = Method(GRID, Search("gram"), GPTQ(), token_weights=LossGradient(2))
+    quantized, report = run(decoder, chosen)
+    gradients = gradients_of(decoder, TOKENS, jnp.asarray(TOKENS))
+    first, after = block(decoder, 0), leaves(block(quantized, 0))
+    seen, kernels = taps(decoder, [first]), leaves(first)
+    for path in PROJECTIONS:
+        w, x = kernels[path], seen[TAPS[path]].reshape(-1, len(kernels[path]))
+        halves, energies = np.split(np.arange(w.shape[1]), 2), 0.0
+        for half in halves:
+            weight = np.sum(np.asarray(gradients[path][0], np.float64)[..., half] ** 2, -1).ravel()
+            gram = (x * weight[:, None]).T @ x / weight.sum()
+            energies += np.trace(w[:, half].T @ gram @ w[:, half])
+            seen_alone = {"gram": Gram(jnp.asarray(gram, jnp.float32), None)}
+            alone, _, _ = round_weight(w[:, half], seen_alone, chosen=replace(chosen, token_weights="uniform"))
+            same = np.asarray(dequantize(after[path])[:, half] == dequantize(alone))
+            assert same.mean() > 0.98, path  # ties, and what follows them
+        assert float(report[0, path].energy) == pytest.approx(energies, rel=1e-3), path
+
+
+def test_the_gram_matrix_of_outputs_is_that_of_gradients_under_labels_the_model_draws(decoder):
+    chosen = Method(GRID, MinMax(), TwoSided(), token_weights=LossGradient(labels="drawn"))
+    plan = make_plan(decoder, chosen)
+    calibration = Calibration(decoder, plan.layers, TOKENS, Options(batch=5))
+    gradients = gradients_of(decoder, TOKENS, drawn_tokens(decoder(jnp.asarray(TOKENS)), jnp.asarray(TOKENS)))
+    at = list(blocks(decoder))
+    for layer in range(2):
+        stats = calibration.observe(at[layer], at[layer], plan.layers[layer], layer)
+        seen = taps(decoder, at[: layer + 1])
+        for path in PROJECTIONS:
+            g, x = np.asarray(gradients[path][layer], np.float64), seen[TAPS[path]].astype(np.float64)
+            found = {name: s.value for name, s in seen_by(path, chosen, stats, decoder.config).items()}
+            for name, rows, weight in (
+                ("output_gram", g, np.sum(x**2, -1)),
+                ("gram", x, np.sum(g**2, -1)),
+            ):
+                rows, weight = rows.reshape(-1, rows.shape[-1]), weight.ravel()
+                wanted = (rows * weight[:, None]).T @ rows / weight.sum()
+                # The gradients wait in bfloat16.
+                least = 0.01 * np.abs(wanted).max()
+                np.testing.assert_allclose(found[name], wanted, rtol=0.02, atol=least, err_msg=f"{path} {name}")
+        calibration.advance(at[layer])
+
+
+def test_gradients_under_drawn_labels_do_not_depend_on_batches_or_devices(decoder):
+    layers = make_plan(decoder, Method(GRID, rounding=TwoSided(), token_weights=LossGradient(1, "drawn"))).layers
+    ways = Options(batch=4), Options(batch=1), Options(batch=1, devices=Devices(2, 2))
+    one, *others = (Calibration(decoder, layers, TOKENS, way) for way in ways)
+
+    def found(calibration: Calibration) -> list[np.ndarray]:
+        names = sorted(calibration.gradients[0])
+        weights = [np.concatenate([batch[name] for batch in calibration.gradients], 1) for name in names]
+        slopes = [np.asarray(slope, np.float32) for slope in calibration.slopes]
+        return [*weights, *(np.concatenate(slopes[layer::2]) for layer in range(2))]
+
+    for other in others:
+        for wanted, ours in zip(found(one), found(other), strict=True):
+            np.testing.assert_allclose(ours, wanted, rtol=0.01, atol=1e-3 * np.abs(wanted).max())
 
 
 def test_norm_weights_make_every_token_as_long(decoder):

@@ -27,7 +27,7 @@ class Spill:
 
 
 class Waiting:
-    """Batches of the residual stream: each is read, advanced through a block and stored again.
+    """Batches of the residual stream, or of gradients by it: each is read, advanced through a block and stored again.
 
     On an accelerator the batches wait in the host's memory, so that the accelerator holds one batch. Every process
     keeps the shards of its own devices. Batches keep the model's dtype.
@@ -44,10 +44,14 @@ class Waiting:
     def __init__(self, batches: Iterable[Array], name: str = "", spill: Spill | None = None):
         self._name, self._spill = name, spill
         self._places: list[Any] = []
-        left = spill.limit if spill else math.inf
+        self._left = spill.limit if spill else math.inf
+        self.extend(batches)
+
+    def extend(self, batches: Iterable[Array]) -> None:
+        """Adds batches at the end."""
         for x in batches:
-            left -= sum(shard.data.nbytes for shard in x.addressable_shards)
-            self._places.append(None if left >= 0 else x.sharding)
+            self._left -= sum(shard.data.nbytes for shard in x.addressable_shards)
+            self._places.append(None if self._left >= 0 else x.sharding)
             self._places[-1] = self._put(len(self._places) - 1, x)
 
     def __len__(self) -> int:

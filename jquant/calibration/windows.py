@@ -12,15 +12,16 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
+from jquant.calibration.loss_gradients import at_outputs, loss_gradients
 from jquant.calibration.options import DEFAULTS, Options
 from jquant.calibration.spill import Spill, Waiting
-from jquant.calibration.token_weights import token_gradients, token_weight, weighting
+from jquant.calibration.token_weights import token_weight, weightings
 from jquant.composition import Choices, Method, needs_of
 from jquant.errors import InputError
 from jquant.learning.objectives import all_finite
 from jquant.models.config import DecoderConfig
 from jquant.models.decoder import Block, Decoder
-from jquant.models.families import Site, family_of
+from jquant.models.families import Site, family_of, features_of
 from jquant.models.rotary import rotary_table
 from jquant.parallel.mesh import BOTH, Devices, exchange, gather_pieces, scatter
 from jquant.stats import BUILT_IN, Gram
@@ -31,7 +32,8 @@ class Key(NamedTuple):
 
     Attributes:
       name: as in `Method.needs`.
-      by: how tokens are weighted: "uniform", "norm", by a tap (its name), or by a weight's gradients (its path).
+      by: how tokens are weighted: "uniform", "norm", by a tap (its name), or by a weight's gradients
+        (`loss_gradients.names_of`). Of "output_gram" the weight's path: tokens count the squared norm of its inputs.
       statistic: its class.
     """
 
@@ -45,10 +47,13 @@ Stats = dict[str, SiteStats]  # by the site's tap
 UNWEIGHTED = ("abs_mean", "abs_max")  # all tokens count the same, whatever Method.token_weights says
 
 
-def key_of(name: str, site: Site, path: str, chosen: Method) -> Key:
-    """The key under which a weight finds a statistic that its method needs."""
+def keys_of(name: str, site: Site, path: str, chosen: Method) -> tuple[Key, ...]:
+    """The keys under which a weight finds a statistic that its method needs: one for each group of its outputs."""
     statistic = BUILT_IN.get(name) or chosen.statistics[name]
-    return Key(name, "uniform" if name in UNWEIGHTED else weighting(site, path, chosen), statistic)
+    if name == "output_gram":
+        return (Key(name, path, statistic),)
+    ways = ("uniform",) if name in UNWEIGHTED else weightings(site, path, chosen)
+    return tuple(Key(name, way, statistic) for way in ways)
 
 
 class Calibration:
@@ -82,10 +87,15 @@ class Calibration:
         self.devices, self.inputs = devices, options.inputs
         self.config, self.dtype = decoder.config, decoder.dtype
         self.fit = sum(start < fit for start in starts)  # batches fitted to; the rest are held out
-        by_loss = any(method.token_weights == "loss" for method in methods)
-        self.gradients = [token_gradients(decoder, batch) if by_loss else {} for batch in batches]
         self.rotary = rotary_table(decoder.config, jnp.arange(tokens.shape[1]))
         self.seen = Waiting((embed(decoder, batch) for batch in batches), "seen", spill)
+        # Token weights by the loss's gradient, by batch; and the gradient behind each block, one batch after the other.
+        self.gradients: list[dict[str, Any]] = []
+        self.slopes = Waiting((), "slopes", spill)
+        for i, batch in enumerate(batches):
+            weights, slopes = loss_gradients(decoder, batch, methods)
+            self.gradients.append(weights)
+            self.slopes.extend(jax.device_put(slope, self.seen[i].sharding) for slope in slopes)
         # The float model's residual stream, if a method compares it with the quantized model's.
         both_streams = "outputs" in needs or (options.inputs == "quantized" and "cross" in needs)
         self.exact = Waiting((embed(decoder, batch) for batch in batches), "exact", spill) if both_streams else None
@@ -105,8 +115,9 @@ class Calibration:
             batch = Batch(
                 x,
                 self.rotary,
-                {path: rows[layer] for path, rows in self.gradients[i].items()},
+                {name: rows[layer] for name, rows in self.gradients[i].items()},
                 None if self.exact is None else (exact, self.exact[i]),
+                self.slopes[i * self.config.layers + layer] if self.slopes else None,
             )
             part = {
                 tap: {key: statistic for key, statistic in site.items() if (key.name == "held_out") == held_out}
@@ -168,16 +179,17 @@ def no_stats(choices: Choices, config: DecoderConfig, held_out: bool) -> Stats:
         for path, chosen in choices:
             if path in site.weights:
                 names = {*chosen.statistics, *(["held_out"] if held_out and "gram" in chosen.needs else [])}
-                at_site.update(key_of(name, site, path, chosen) for name in names)
+                at_site.update(key for name in names for key in keys_of(name, site, path, chosen))
     return _empty(keys, config)
 
 
 def _empty(keys: Mapping[str, Iterable[Key]], config: DecoderConfig) -> Stats:
-    widths = {"attention_output": config.heads * config.head_dim, "mlp_output": config.ffn}
-    return {
-        tap: {key: key.statistic.init(widths.get(tap, config.hidden)) for key in sorted(site)}
-        for tap, site in keys.items()
-    }
+    family, features = family_of(config), features_of(config)
+
+    def width(tap: str, key: Key) -> int:
+        return features[key.by][1] if key.name == "output_gram" else features[family.site(tap).weights[0]][0]
+
+    return {tap: {key: key.statistic.init(width(tap, key)) for key in sorted(site)} for tap, site in keys.items()}
 
 
 @jax.jit
@@ -205,14 +217,16 @@ class Batch:
     Attributes:
       x: the residual stream, `[b, t, d]`.
       rotary: `rotary_table` of the positions.
-      gradients: token weights by the loss's gradient, `[b, t]`, by the weight's path.
+      gradients: token weights by the loss's gradient, `[b, t]`, by name.
       exact: the float block and its own stream, where a statistic looks at both; else None.
+      slope: the loss's gradient behind the block, `[b, t, d]`, if a method needs it at outputs; else None.
     """
 
     x: Any
     rotary: Any
     gradients: Any
     exact: Any
+    slope: Any = None
 
 
 @partial(jax.jit, static_argnames=("devices", "advance"), donate_argnames="stats")
@@ -240,7 +254,8 @@ def observe_batch(
         return (after if advance else None), jax.tree.map(lambda leaf: leaf[None], so_far)
 
     empty = _empty(stats, block.attention.config)
-    split = Batch(True, False, True, None if batch.exact is None else (False, True))
+    exact, slope = (None if batch.exact is None else (False, True)), (None if batch.slope is None else True)
+    split = Batch(True, False, True, exact, slope)
     return devices.on_each(on_device, (False, split, False, True), (True if advance else None, True))(
         block, batch, empty, stats
     )
@@ -250,7 +265,13 @@ def _observe(block: Block, batch: Batch, stats: Stats) -> tuple[Float[Array, "b 
     after, taps, _ = block(batch.x, batch.rotary)
     exact = {} if batch.exact is None else batch.exact[0](batch.exact[1], batch.rotary)[1]
 
+    gradients: dict[str, Array] = {}
+    if any(key.name == "output_gram" for site in stats.values() for key in site):
+        gradients = at_outputs(block, batch.x, batch.slope, batch.rotary)[1]
+
     def observed(tap: str, key: Key, so_far: Any) -> Any:
+        if key.name == "output_gram":
+            return so_far.observe(gradients[key.by], jnp.sum(taps[tap].astype(jnp.float32) ** 2, -1))
         weight = token_weight(taps | dict(batch.gradients), tap, key.by)
         inputs = (taps[tap], exact[tap]) if key.name == "cross" else (taps[tap],)
         return so_far.observe(*inputs, weight)

@@ -302,6 +302,21 @@ def family_of(config: DecoderConfig) -> Family:
     return FAMILIES[config.family]
 
 
+def features_of(config: DecoderConfig) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of a block's projections, by path."""
+    hidden, ffn = config.hidden, config.ffn
+    heads, kv_heads = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    return {
+        "attention.q.kernel": (hidden, heads),
+        K: (hidden, kv_heads),
+        V: (hidden, kv_heads),
+        "attention.o.kernel": (heads, hidden),
+        "mlp.gate.kernel": (hidden, ffn),
+        "mlp.up.kernel": (hidden, ffn),
+        "mlp.down.kernel": (ffn, hidden),
+    }
+
+
 def absorbs(site: Site, config: DecoderConfig) -> bool:
     """Whether the producer can absorb positive scales of a site's channels.
 

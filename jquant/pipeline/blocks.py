@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from jquant.calibration.options import DEFAULTS, Options
-from jquant.calibration.windows import SiteStats, Stats, key_of
+from jquant.calibration.windows import UNWEIGHTED, SiteStats, Stats, keys_of
 from jquant.composition import Choices, Method
 from jquant.errors import InputError
 from jquant.models.config import DecoderConfig
@@ -20,9 +21,10 @@ from jquant.models.decoder import Block
 from jquant.models.families import Site, bias_of, family_of, shared_channels
 from jquant.models.params import Params, flat_params, weight_name, with_params
 from jquant.parts import given, needs_of_parts, shown
-from jquant.qtensor import Grid, QTensor
+from jquant.qtensor import Grid, QTensor, joined_columns
 from jquant.rounding import SolveInfo, round_to_grid
 from jquant.rounding.cholesky import cholesky, solve
+from jquant.rounding.info import joined_infos
 from jquant.rounding.limits import check_scales
 
 
@@ -122,7 +124,7 @@ def _channel_scale(
 
     seen: dict[str, Any] = {}
     for name in needs_of_parts(transform):
-        each = [stats[key_of(name, site, path, method)].value for path, method in methods.items()]
+        each = [stats[keys_of(name, site, path, method)[0]].value for path, method in methods.items()]
         match name:
             case "abs_max":
                 seen[name] = jnp.zeros(width).at[channels].max(each[0])[channels]
@@ -141,11 +143,17 @@ def _producers(site: Site, config: DecoderConfig, features: int) -> tuple[Array,
 
 
 def seen_by(path: str, chosen: Method, stats: Stats, config: DecoderConfig) -> dict[str, Any]:
-    """A weight's statistics by name: those that its method needs, and "held_out" if it was observed."""
+    """A weight's statistics by name: those that its method needs, and "held_out" if it was observed.
+
+    Where groups of outputs have statistics of their own, these are stacked.
+    """
     site = next(site for site in family_of(config).sites if path in site.weights)
-    keys = [key_of(name, site, path, chosen) for name in sorted({*chosen.statistics, "held_out"})]
-    observed = stats.get(site.tap, {})
-    return {key.name: observed[key] for key in keys if key in observed}
+    observed, seen = stats.get(site.tap, {}), {}
+    for name in sorted({*chosen.statistics, "held_out"}):
+        found = [observed[key] for key in keys_of(name, site, path, chosen) if key in observed]
+        if found:
+            seen[name] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *found) if len(found) > 1 else found[0]
+    return seen
 
 
 @partial(jax.jit, static_argnames="chosen")
@@ -161,6 +169,20 @@ def round_weight(
       seen: statistics of its inputs by name, and "clips": factors on its scales that a `LossSearch` learned.
       chosen: its method.
     """
+    count = chosen.output_groups
+    if count == 1:
+        return _round_weight(w, seen, chosen)
+    shared = {name: statistic for name, statistic in seen.items() if name in UNWEIGHTED}
+    own = {name: statistic for name, statistic in seen.items() if name not in UNWEIGHTED}
+    columns = w.reshape(len(w), count, -1).swapaxes(0, 1)
+    rounded = jax.lax.map(lambda group: _round_weight(group[0], group[1] | shared, chosen), (columns, own))
+    parts, infos, fits = zip(*(jax.tree.map(itemgetter(group), rounded) for group in range(count)), strict=True)
+    return joined_columns(parts), joined_infos(infos), jnp.all(jnp.stack(fits))
+
+
+def _round_weight(
+    w: Float[Array, "in out"], seen: Mapping[str, Any], chosen: Method
+) -> tuple[QTensor, SolveInfo, Bool[Array, ""]]:
     w = w.astype(jnp.float32)
     values = {name: statistic if name == "clips" else statistic.value for name, statistic in seen.items()}
     unsolved = jnp.bool_(False)
@@ -173,6 +195,8 @@ def round_weight(
         rotations, w = chosen.incoherence.rotations(w.shape), chosen.incoherence.turn(w)
         grams = {name: values[name] for name in ("gram", "held_out") if name in values}
         values |= jax.tree.map(chosen.incoherence.turn_gram, grams)
+        if "output_gram" in values:
+            values["output_gram"] = chosen.incoherence.turn_output_gram(values["output_gram"])
     grid = Grid.of(*chosen.range(w, chosen.format, **given(chosen.range, values)), chosen.format, w.shape)
     q, info, fits = round_to_grid(w, grid, chosen.rounding, values)
     if chosen.error_propagation:

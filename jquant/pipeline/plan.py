@@ -65,7 +65,8 @@ class Plan:
         for layer, choices in enumerate(self.layers):
             for path, method in choices:
                 parts = {
-                    "token_weights='loss'": method.token_weights == "loss",
+                    "token_weights='loss'": method.loss_gradient is not None,
+                    "a Gram matrix of the outputs": "output_gram" in method.needs,
                     "LossSearch": "clips" in method.needs,
                     "Tuning with target='model'": any(stage.target == "model" for stage in method.tuning),
                 }
@@ -135,8 +136,11 @@ def _check_weight(name: str, weight: jax.ShapeDtypeStruct | QTensor | Adapted, m
         return
     if method.transform is not None and "clips" in method.needs:
         raise InputError(f"{name}: LossSearch learns on untransformed weights; leave one out.")
+    *lead, out = weight.shape
+    if out % method.output_groups:
+        raise InputError(f"{name}: its {out} outputs do not divide into {method.output_groups} groups of one size.")
     try:
-        block_shape(method.format, weight.shape)
+        block_shape(method.format, (*lead, out // method.output_groups))
     except InputError as wrong:
         raise InputError(f"{name}: {wrong}") from None
 

@@ -11,6 +11,7 @@ from jquant.rounding.info import SolveInfo, round_to_grid
 from jquant.rounding.nearest import Nearest
 from jquant.rounding.refit import Refit
 from jquant.rounding.stochastic import Stochastic
+from jquant.rounding.two_sided import TwoSided
 
 __all__ = [
     "GPTQ",
@@ -20,5 +21,6 @@ __all__ = [
     "Rounding",
     "SolveInfo",
     "Stochastic",
+    "TwoSided",
     "round_to_grid",
 ]

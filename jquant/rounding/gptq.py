@@ -169,6 +169,18 @@ class GPTQ:
         return jnp.arange(len(gram)).reshape(-1, tile)[::-1].reshape(-1)
 
 
+def factorize(
+    gram: Float[Array, "n n"], damping: float, tile: int
+) -> tuple[Float[Array, "n n"], Int[Array, " n"], Array, Array, Array]:
+    """What `GPTQ` sweeps with, for any damped Gram matrix: the unit matrix, `tile` rows together, and the order.
+
+    Returns:
+      R_bb⁻¹ R_bk; the row at each place, the largest diagonal last; damping, fallback and attempts as in `Rounded`.
+    """
+    diagonal = _enliven(jnp.diagonal(gram), jnp.diagonal(gram) == 0)
+    return GPTQ()._factorize(gram, diagonal, jnp.float32(damping), tile)
+
+
 def _enliven(diagonal: Float[Array, " n"], dead: Array) -> Float[Array, " n"]:
     """H's diagonal with the mean over active inputs in place of the zeros; the paper's code puts 1.
 

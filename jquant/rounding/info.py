@@ -1,6 +1,6 @@
 """Rounds a weight, and computes the error of the layer's outputs, for every rounding."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -77,6 +77,13 @@ def output_energy(delta: Float[Array, "in out"], gram: Float[Array, "in in"] | N
     parts = (gram.reshape(-1, rows, len(gram)), delta.reshape(-1, rows, delta.shape[1]))
     blank = jnp.zeros(delta.shape[1], jnp.result_type(delta, gram))
     return jnp.sum(jax.lax.scan(add, blank, parts)[0])
+
+
+def joined_infos(parts: Sequence[SolveInfo]) -> SolveInfo:
+    """Of groups of outputs as one: errors and energies are summed, of the others the largest counts."""
+    sums = ("error", "energy", "held_out_error", "held_out_energy")
+    each = {entry.name: jnp.stack([getattr(part, entry.name) for part in parts]) for entry in fields(SolveInfo)}
+    return SolveInfo(**{name: jnp.sum(v) if name in sums else jnp.max(v) for name, v in each.items()})
 
 
 def round_to_grid(

@@ -36,6 +36,13 @@ class Incoherence:
 
     def turn_gram(self, gram: Float[Array, "in in"]) -> Float[Array, "in in"]:
         """Qᵢₙᵀ H Qᵢₙ, the Gram matrix of turned inputs; exactly symmetric."""
-        inputs, _ = self.rotations(gram.shape)
-        turned = apply(apply(gram, inputs).T, inputs)
-        return (turned + turned.T) / 2
+        return _turned(gram, self.rotations(gram.shape)[0])
+
+    def turn_output_gram(self, gram: Float[Array, "out out"]) -> Float[Array, "out out"]:
+        """Qₒᵤₜᵀ H Qₒᵤₜ, the Gram matrix of gradients at turned outputs; exactly symmetric."""
+        return _turned(gram, self.rotations(gram.shape)[1])
+
+
+def _turned(gram: Float[Array, "n n"], rotation: Rotation) -> Float[Array, "n n"]:
+    turned = apply(apply(gram, rotation).T, rotation)
+    return (turned + turned.T) / 2

@@ -13,7 +13,7 @@ from jquant.errors import InputError
 from jquant.formats import GGUF, Format
 from jquant.io.gguf.blocks import block_size
 from jquant.models.config import DecoderConfig
-from jquant.models.families import family_of
+from jquant.models.families import family_of, features_of
 from jquant.models.params import weight_name
 from jquant.ranges import LlamaCpp
 
@@ -77,12 +77,11 @@ def mixture(name: str, config: DecoderConfig) -> dict[str, str]:
     if mix not in MIXES:
         near = difflib.get_close_matches(mix, MIXES, n=3, cutoff=0.0)
         raise InputError(f"llama.cpp has no mixture {name!r}; the nearest names are {', '.join(near)}.")
-    widths = {"attention.o.kernel": config.heads * config.head_dim, "mlp.down.kernel": config.ffn}
-    kinds = {}
+    features, kinds = features_of(config), {}
     for layer in range(config.layers):
         for path in family_of(config).weights:
             kind = _rules(path.removesuffix(".kernel"), layer, config).get(mix) or MIXES[mix]
-            kinds[weight_name(layer, path)] = _fitting(kind, widths.get(path, config.hidden), weight_name(layer, path))
+            kinds[weight_name(layer, path)] = _fitting(kind, features[path][0], weight_name(layer, path))
     weights, _ = block_size(MIXES[mix])
     output = "Q8_0" if config.hidden % weights or mix == "Q8_0" else "Q6_K"
     if config.tied:
