@@ -15,6 +15,7 @@ KINDS = {
     "published_llama3.1_8b": ({"rope_scaling": LLAMA3_ROPE}, ["methods=[fp32,int8,gptq,nf4]"]),
     "published_llama3.2_1b": ({"rope_scaling": LLAMA3_ROPE, "tie_word_embeddings": True}, ["methods=[fp32,awq]"]),
     "published_llama2_7b": ({"num_key_value_heads": 4}, ["methods=[fp32,gptq-3]"]),
+    "published_llama2_7b_codes": ({"num_key_value_heads": 4}, ["methods=[fp32,e8p-2]"]),
 }
 
 
@@ -49,6 +50,13 @@ def test_a_width_has_its_own_published_figure(tmp_path):
     found, page = rows(tmp_path, "published_llama2_7b")
     assert [COLUMNS["published"](row) for row in found] == ["5.47", "6.29"]
     assert "published GB" not in page
+
+
+def test_codes_for_several_weights_stand_beside_their_papers_figures(tmp_path):
+    found, page = rows(tmp_path, "published_llama2_7b_codes")
+    assert [COLUMNS["published"](row) for row in found] == ["5.12", "8.22"]
+    assert "states of 16 bits" in page
+    assert all(2 < row["bits_per_weight"] < 2.5 for row in found[1:])
 
 
 def test_the_strided_protocol_says_what_it_scored(tmp_path):
