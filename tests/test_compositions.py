@@ -23,7 +23,10 @@ SHAPES = {  # the default model's
     "mlp.gate": (576, 1536), "mlp.up": (576, 1536), "mlp.down": (1536, 576),
 }  # fmt: skip
 NAMES = {f"layers.{layer}.{path}.kernel": shape for layer in range(30) for path, shape in SHAPES.items()}
-LISTS = ["formats", "ranges", "rounding", "ingredients", "sensitivity", "perplexity_table"]
+LISTS = [
+    *("formats", "ranges", "rounding", "ingredients", "sensitivity", "perplexity_table"),
+    *("codes", "codes_ablation", "incoherence"),
+]
 BASE = method("gptq", 3, 32, True)
 INGREDIENTS = {  # what each file changes in gptq, at 3 bits, groups of 32, symmetric
     "awq_gptq": replace(BASE, transform=AWQ()),
@@ -37,6 +40,8 @@ INGREDIENTS = {  # what each file changes in gptq, at 3 bits, groups of 32, symm
     "gptq_rows": replace(BASE, rounding=GPTQ(order="rows")),
     "gptq_uniform": replace(BASE, token_weights="uniform"),
 }
+# GPTQ's that codes_ablation.yaml lists, or that round inputs too.
+ELSEWHERE = ("gptq_a8", "gptq_incoherent", "gptq_drawn", "gptq_guided", "gptq_yaqa")
 OPEN = "{_target_: jquant.Method, format: {_target_: jquant.Int, bits: '${bits}', group: '${group}'}}"
 
 
@@ -99,11 +104,7 @@ def test_the_ablations_hold_every_ingredient_of_gptq_at_each_width():
         "learned",
         "qat",
         "efficient_qat",
-        *(
-            name
-            for name in [*METHODS, *WRITTEN]
-            if "gptq" in name and takes_bits(name) and name not in ("gptq_a8", "gptq_incoherent")
-        ),
+        *(name for name in [*METHODS, *WRITTEN] if "gptq" in name and takes_bits(name) and name not in ELSEWHERE),
     }
     assert every >= {"gptq_plain", "gptq_refit", "gptq_loss", "gptq_tuned", *INGREDIENTS}
     # A pass over float inputs has no error to propagate, and does not make tuning cheaper.
