@@ -142,7 +142,7 @@ class LossGradient:
     Attributes:
       groups: of adjacent outputs of each weight, of one size; each is rounded with its own Gram matrix.
       labels: "text", the next tokens of the calibration text, as in GuidedQuant; "drawn", tokens that the float model
-        draws, whose gradients' mean product is the Hessian of the KL divergence from it (YAQA, arXiv 2505.22988, §3).
+        draws, whose gradients' mean product is the Hessian of the KL divergence from it (as in YAQA, arXiv 2505.22988).
 
     Raises:
       InputError: fewer than 1 group; an unknown option.

@@ -21,12 +21,13 @@ class TwoSided:
     """Rounds columns after columns with another rounding, each to a target that makes up for the errors before it.
 
     The loss grows by ½ tr(Hₒ Δᵀ H Δ) with the error Δ = W − Ŵ if its Hessian is the Kronecker product of H, over the
-    inputs, and Hₒ, over the outputs (YAQA, arXiv 2505.22988, Eq. 4). GPTQ minimises it for Hₒ = 1. With Hₒ = Rᵀ R,
+    inputs, and Hₒ, over the outputs (YAQA, arXiv 2505.22988). GPTQ minimises it for Hₒ = 1. With Hₒ = Rᵀ R,
     R upper triangular, the last columns b come first and the target of each next ones is, as in block LDLQ,
 
         t_b = w_b + Σₖ Δₖ (R_bb⁻¹ R_bk)ᵀ,  k after b,
 
-    which `start` rounds under H. Columns with the largest Hₒ come first.
+    which `start` rounds under H. Columns with the largest Hₒ come first. With `LossGradient(labels="drawn")` the two
+    matrices are one step of the paper's power iteration, from the identity, for its sketch A.
 
     Attributes:
       start: rounds each group of columns; it must keep the grid.
