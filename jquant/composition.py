@@ -137,7 +137,7 @@ class LossGradient:
 
     To second order an error Δ of a weight costs Σₜ (gₜᵀ Δᵀ xₜ)²; without its mixed terms that is
     Σₖ Δₖᵀ (Σₜ gₜₖ² xₜ xₜᵀ) Δₖ, so every output has a Gram matrix of its own. Outputs of a group share the mean of
-    theirs (GuidedQuant, arXiv 2505.07004, §3.2).
+    theirs (GuidedQuant, arXiv 2505.07004).
 
     Attributes:
       groups: of adjacent outputs of each weight, of one size; each is rounded with its own Gram matrix.
@@ -214,6 +214,8 @@ class Method:
         statistics_of(self.range, self.rounding, self.transform)
         if self.incoherence is not None:
             self._check_turned()
+        if self.transform is not None and "output_gram" in self.needs:
+            raise InputError("A transform scales outputs, whose Gram matrix would be unknown: leave one out.")
         if self.output_groups > 1:
             self._check_output_groups()
         targets = [stage.target for stage in self.tuning]

@@ -149,6 +149,21 @@ SHAPES = {
     "a vector": ("MinMax()(jnp.ones(16), format)", "(16,)"),
     "group": ('Int(4, "row")', "'row'"),
     "token weights": ('Method(format, token_weights="mass")', "'mass'"),
+    "groups of outputs": ("LossGradient(0)", "1 group of outputs, not 0"),
+    "labels": ('LossGradient(labels="true")', "'true'"),
+    "groups of rotated outputs": (
+        "Method(format, rounding=GPTQ(), token_weights=LossGradient(2), incoherence=Incoherence())",
+        "Incoherence does not allow: take groups=1",
+    ),
+    "groups of outputs on both sides": (
+        "Method(format, rounding=TwoSided(), token_weights=LossGradient(2))",
+        "a Gram matrix of the outputs does not allow",
+    ),
+    "scaled outputs": ("Method(format, rounding=TwoSided(), transform=AWQ())", "leave one out"),
+    "groups that do not divide": (
+        "quantize_decoder(decoder, Method(Int(4), rounding=GPTQ(), token_weights=LossGradient(5)), tokens)",
+        "do not divide into 5 groups",
+    ),
     "target": ('Tuning(target="teacher")', "'teacher'"),
     "text": ("Tuning(text=1.5)", "1.5"),
     "text of a block": ('Tuning(target="block", text=0.5)', "0.5"),
