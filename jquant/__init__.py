@@ -29,11 +29,14 @@ from jquant.formats import (
     NF4,
     NVFP4,
     SEQ,
+    Additive,
     Codebook,
+    ColumnCodebook,
     Float,
     Format,
     Int,
     Trellis,
+    VectorCodebook,
     double_quantized,
 )
 from jquant.io.adapters import load_adapters, save_adapters
@@ -56,7 +59,7 @@ from jquant.pipeline.to_disk import quantize_to_folder
 from jquant.qtensor import Grid, QTensor, bits_per_weight, dequantize
 from jquant.ranges import RMS, LlamaCpp, LossSearch, MinMax, Percentile, Range, Search
 from jquant.report import Report
-from jquant.rounding import GPTQ, Nearest, Refit, Rounded, Rounding, Stochastic
+from jquant.rounding import AQLM, GPTQ, LNQ, Nearest, Refit, Rounded, Rounding, Stochastic
 from jquant.stats import AbsMax, AbsMean, Gram, Statistic
 from jquant.transforms import AWQ, Hadamard, Incoherence, SmoothQuant, Transform
 
@@ -71,6 +74,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "AQLM",
     "AWQ",
     "E8P",
     "FP4",
@@ -78,6 +82,7 @@ __all__ = [
     "FP8_E5M2",
     "GGUF",
     "GPTQ",
+    "LNQ",
     "METHODS",
     "MXFP4",
     "NF3",
@@ -88,8 +93,10 @@ __all__ = [
     "AbsMax",
     "AbsMean",
     "Activation",
+    "Additive",
     "CacheFormat",
     "Codebook",
+    "ColumnCodebook",
     "Comparison",
     "Float",
     "Format",
@@ -124,6 +131,7 @@ __all__ = [
     "Transform",
     "Trellis",
     "Tuning",
+    "VectorCodebook",
     "add_adapters",
     "bits_per_weight",
     "compare",

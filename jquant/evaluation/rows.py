@@ -50,6 +50,8 @@ NAMES = {
     "e8p_plain": "E8P, not rotated",
     "trellis": "trellis",
     "trellis_plain": "trellis, not rotated",
+    "aqlm": "AQLM",
+    "lnq": "LNQ",
     "learned": "learned scales",
     "learned_codes": "learned scales and codes",  # rows of earlier versions
     "qat": "QAT",

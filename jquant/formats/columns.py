@@ -30,7 +30,6 @@ class ColumnCodebook:
     bits: int = 4
     scale: str = "float16"
 
-    group: ClassVar[Group] = "channel"
     column_levels: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -39,6 +38,11 @@ class ColumnCodebook:
         if not isinstance(self.scale, str):
             raise InputError(f"ColumnCodebook's scales are stored in a floating dtype, not {self.scale!r}.")
         check_scale(self.scale)
+
+    @property
+    def group(self) -> Group:
+        """ "channel": the scale is the column's."""
+        return "channel"
 
     @property
     def has_zero(self) -> bool:
@@ -66,8 +70,8 @@ class ColumnCodebook:
         table = self._table(levels)
         steps = ratio(w, scale)
         codes = jnp.zeros(jnp.broadcast_shapes(steps.shape, table.shape[1:]), jnp.uint8)
-        for low, high in zip(table, table[1:], strict=False):
-            codes += (steps > (low + high) / 2).astype(jnp.uint8)
+        for midpoint in (table[1:] + table[:-1]) / 2:
+            codes += (steps > midpoint).astype(jnp.uint8)
         return codes
 
     def decode(

@@ -47,8 +47,8 @@ class VectorCodebook:
         if table.ndim != 2 or not table.size or not np.isfinite(table).all() or not table.any():
             raise InputError("VectorCodebook takes vectors of one length, of finite numbers that are not all 0.")
         # Lists and arrays do not hash.
-        object.__setattr__(self, "levels", tuple(map(tuple, table.tolist())))
-        count, dim = table.shape
+        object.__setattr__(self, "levels", tuple(map(tuple, np.atleast_2d(table).tolist())))
+        count, dim = len(table), len(table[0])
         bits = count.bit_length() - 1
         if count != 2**bits or bits % dim or not 1 <= bits // dim <= 8 or bits > 16:
             raise InputError(
@@ -162,7 +162,7 @@ class Additive:
 
     @property
     def deviations(self) -> float:
-        """The largest coordinate that the first codebooks' vectors may sum to, in standard deviations of the weights."""
+        """The largest sum of the first codebooks' coordinates, in standard deviations of the weights."""
         return float(np.abs(self._first()).max((1, 2)).sum())
 
     def own_levels(self, shape: tuple[int, ...]) -> Float16[Array, "*l codebooks levels dim"]:

@@ -5,8 +5,8 @@ layer's outputs small, trace((W − Ŵ)ᵀ H (W − Ŵ)) with the Gram matrix H 
 
 1. Residual k-means gives the first codebooks: each is fitted to what those before it leave (§3.2, initialisation).
 2. Another rounding chooses the first codes.
-3. The codebooks with the least error for these codes (phase 2). The paper takes steps of Adam; the error is quadratic in
-   the codebooks, so here it is conjugate gradients.
+3. The codebooks with the least error for these codes (phase 2). The paper takes steps of Adam. The error is quadratic
+   in the codebooks, so these are conjugate gradients here.
 4. New codes, vector by vector, while all others stay (phase 1). As a function of the rows k of a column, the error is
    (ŵ − t)ᵀ H_kk (ŵ − t) and a constant, t being the best real values (`CoordinateDescent`). A beam search replaces one
    code after the other: of all replacements of bₘ in all sums of the beam, the best sums are the next beam.
@@ -79,8 +79,7 @@ class AQLM:
         Raises:
           InputError: the format is not `Additive`.
         """
-        if not isinstance(grid.format, Additive):
-            raise InputError(f"AQLM learns the codebooks of Additive; {brief(grid.format)} has none.")
+        _additive(grid)
         w = w.astype(jnp.float32)
         first = first_codebooks(w, grid, gram, self.clusterings)
         grid = replace(grid, levels=first.astype(jnp.float16))
@@ -99,6 +98,12 @@ class AQLM:
         return replace(rounded, codes=codes, grid=replace(grid, levels=levels))
 
 
+def _additive(grid: Grid) -> Additive:
+    if not isinstance(grid.format, Additive):
+        raise InputError(f"AQLM learns the codebooks of Additive; {brief(grid.format)} has none.")
+    return grid.format
+
+
 def _scale(grid: Grid) -> Float[Array, "..."]:
     return as_stored(grid.per_weight[0], grid.format.scale)
 
@@ -111,7 +116,7 @@ def first_codebooks(
     A vector counts by its scale's square times the mean of H's diagonal over its rows. Each codebook begins at vectors
     spread evenly over the weight. One to which no vector is nearest stays.
     """
-    format, scale = grid.format, jnp.broadcast_to(_scale(grid), w.shape)
+    format, scale = _additive(grid), jnp.broadcast_to(_scale(grid), w.shape)
     count, dim = 2**format.index_bits, format.dim
     rest = tiled(ratio(w, scale), dim)
     importance = jnp.mean(tiled(scale**2 * jnp.diagonal(gram)[:, None], dim), -2)
@@ -123,8 +128,8 @@ def first_codebooks(
 
         def cluster(_: Array, table: Array, rest: Array = rest) -> Array:
             nearest = nearest_vector(rest, table)
-            mass = jnp.zeros(count).at[nearest].add(importance)[:, None]
-            sums = jnp.zeros((count, dim)).at[nearest].add(jnp.moveaxis(rest * importance[:, None], -1, -2))
+            mass = jnp.zeros(count, jnp.float32).at[nearest].add(importance)[:, None]
+            sums = jnp.zeros((count, dim), jnp.float32).at[nearest].add(jnp.moveaxis(rest * importance[:, None], -1, -2))
             return jnp.where(mass > 0, sums / jnp.where(mass > 0, mass, 1), table)
 
         table = jax.lax.fori_loop(0, clusterings, cluster, table)
@@ -154,7 +159,7 @@ def fitted_codebooks(
     codebooks and stop after some steps. Entries that no code names stay.
     """
     scale = jnp.broadcast_to(_scale(grid), w.shape)
-    format, start = grid.format, grid.levels.astype(jnp.float32)
+    format, start = _additive(grid), grid.levels.astype(jnp.float32)
     indices = format.indices_of(codes)
 
     def values(tables: Array) -> Array:
@@ -162,7 +167,7 @@ def fitted_codebooks(
 
     def gathered(slopes: Array) -> Array:
         of_tiles = jnp.moveaxis(tiled(slopes, format.dim), -1, -2)
-        return jnp.stack([jnp.zeros(start.shape[1:]).at[index].add(of_tiles) for index in indices])
+        return jnp.stack([jnp.zeros(start.shape[1:], jnp.float32).at[index].add(of_tiles) for index in indices])
 
     def curved(tables: Array) -> Array:
         return gathered(scale * jnp.matmul(gram, values(tables), precision="highest"))
@@ -193,7 +198,7 @@ def searched(rows: Rows, grid: Grid, beam: int) -> UInt8[Array, "dim out"]:
 
     The distance (v − t)ᵀ H_kk (v − t) is that of Lᵀ v and Lᵀ t with H_kk = L Lᵀ, for all columns.
     """
-    format = grid.format
+    format = _additive(grid)
     root = jnp.linalg.cholesky(rows.corner)
     turned = partial(jnp.matmul, precision="highest")
     tables = turned(grid.levels.astype(jnp.float32), root)
@@ -228,8 +233,8 @@ def _best(rest: Float[Array, "sums dim out"], table: Float[Array, "levels dim"],
         costs = length[:, None] - 2 * products + jnp.sum(part_of**2, 1)[:, None]
         places = (number + start + jnp.arange(part, dtype=jnp.int32)).reshape(-1, 1)
         places = jnp.broadcast_to(places, (sums * part, out))
-        joined = [jnp.concatenate(both) for both in zip(best, (costs.reshape(-1, out), places), strict=True)]
-        return _least(*joined, beam), None
+        costs = jnp.concatenate([best[0], costs.reshape(-1, out)])
+        return _least(costs, jnp.concatenate([best[1], places]), beam), None
 
     blank = jnp.full((beam, out), jnp.inf, jnp.float32), jnp.zeros((beam, out), jnp.int32)
     starts = jnp.arange(0, count, part, dtype=jnp.int32)

@@ -246,7 +246,7 @@ def _sweep(
     moved: bool,
     tile: int,
 ) -> UInt8[Array, "n out"]:
-    """Rounds rows of weights from last to first, each to its own scale and zero (`[n, out]`, all three), not the grid's.
+    """Rounds rows of weights from last to first, each to its own scale and zero (`[n, out]`, all three).
 
     Row j's target is wⱼ + Σₖ₍ₖ>ⱼ₎ uⱼₖ eₖ with the unit matrix U; eₖ is the loss of row k, against its target if
     `moved`, else against the weight. Rows go in blocks. A block first adds the terms of all later rows by one matrix

@@ -69,8 +69,7 @@ class LNQ:
         Raises:
           InputError: the format is not `ColumnCodebook`.
         """
-        if not isinstance(grid.format, ColumnCodebook):
-            raise InputError(f"LNQ learns the levels of ColumnCodebook; {brief(grid.format)} has none.")
+        _columns(grid)
         w = w.astype(jnp.float32)
         grid = replace(grid, levels=first_levels(w, grid, gram, self.clusterings))
         rounded = self.start(w, grid, **given(self.start, {"gram": gram, **seen}))
@@ -86,6 +85,12 @@ class LNQ:
         return replace(rounded, codes=codes, grid=replace(grid, levels=levels))
 
 
+def _columns(grid: Grid) -> ColumnCodebook:
+    if not isinstance(grid.format, ColumnCodebook):
+        raise InputError(f"LNQ learns the levels of ColumnCodebook; {brief(grid.format)} has none.")
+    return grid.format
+
+
 def first_levels(
     w: Float[Array, "in out"], grid: Grid, gram: Float[Array, "in in"], clusterings: int
 ) -> Float[Array, "levels out"]:
@@ -93,7 +98,7 @@ def first_levels(
 
     A weight counts by its entry on H's diagonal. A level to which no weight is nearest stays between its neighbours.
     """
-    x, one, format = ratio(w, grid.per_weight[0]), jnp.ones((1, 1), jnp.float32), grid.format
+    x, one, format = ratio(w, grid.per_weight[0]), jnp.ones((1, 1), jnp.float32), _columns(grid)
     importance = jnp.diagonal(gram)[:, None]
 
     def cluster(_: Array, levels: Array) -> Array:
@@ -121,7 +126,7 @@ def fitted_levels(
     old, count = grid.levels.astype(jnp.float32), len(grid.levels)
     product = lambda v: jnp.matmul(gram, v, precision="highest")  # noqa: E731
     summed = lambda v: jnp.stack([jnp.sum(jnp.where(codes == code, v, 0), 0) for code in range(count)])  # noqa: E731
-    value = lambda levels: grid.format.decode(codes, one, None, levels)  # noqa: E731
+    value = lambda levels: _columns(grid).decode(codes, one, None, levels)  # noqa: E731
 
     errors = x - value(old)
     pull = product(errors)
@@ -143,7 +148,7 @@ def _solved(a: Float[Array, "levels levels out"], b: Float[Array, "levels out"])
     """
     mean = jnp.mean(jnp.stack([a[i, i] for i in range(len(a))]), 0)
     damping = jnp.where(mean > 0, DAMPING * mean, 1)
-    rows = jnp.concatenate([a + damping * jnp.eye(len(a))[..., None], b[:, None]], 1)
+    rows = jnp.concatenate([a + damping * jnp.eye(len(a), dtype=a.dtype)[..., None], b[:, None]], 1)
 
     def eliminate(i: Array, rows: Array) -> Array:
         pivot = rows[i] / rows[i, i]
