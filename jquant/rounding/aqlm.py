@@ -37,6 +37,8 @@ from jquant.rounding.info import output_energy
 
 # The most sums that a beam search compares at a time: 16 MB of float32.
 SUMS = 1 << 22
+# Conjugate gradients end where the slope's square is this share of the first: float32's rounding errors come next.
+CONVERGED = 1e-10
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def first_codebooks(
     """Codebooks by residual k-means: each is fitted to what those before it leave, over their scales.
 
     A vector counts by its scale's square times the mean of H's diagonal over its rows. Each codebook begins at vectors
-    spread evenly over the weight. One to which no vector is nearest stays.
+    spread evenly over the weight. Those to which no vector is nearest take the ones that err most.
     """
     format, scale = _additive(grid), jnp.broadcast_to(_scale(grid), w.shape)
     count, dim = 2**format.index_bits, format.dim
@@ -124,15 +126,19 @@ def first_codebooks(
     places = _spread(count * format.codebooks, tiles * out).reshape(format.codebooks, count)
     tables = []
     for at in places:
-        table = jnp.moveaxis(rest, -1, -2)[at // out, at % out]
+        each = jnp.moveaxis(rest, -1, -2)
 
-        def cluster(_: Array, table: Array, rest: Array = rest) -> Array:
+        def cluster(_: Array, table: Array, rest: Array = rest, each: Array = each) -> Array:
             nearest = nearest_vector(rest, table)
             mass = jnp.zeros(count, jnp.float32).at[nearest].add(importance)[:, None]
-            sums = jnp.zeros((count, dim), jnp.float32).at[nearest].add(jnp.moveaxis(rest * importance[:, None], -1, -2))
-            return jnp.where(mass > 0, sums / jnp.where(mass > 0, mass, 1), table)
+            sums = jnp.zeros((count, dim), jnp.float32).at[nearest].add(each * importance[..., None])
+            lost = importance * jnp.sum((rest - vectors(table, nearest)) ** 2, -2)
+            worst = jax.lax.top_k(lost.reshape(-1), min(count, lost.size))[1]
+            idle = mass[:, 0] == 0
+            taken = worst[jnp.minimum(jnp.cumsum(idle) - 1, len(worst) - 1)]
+            return jnp.where(idle[:, None], each[taken // out, taken % out], sums / jnp.where(mass > 0, mass, 1))
 
-        table = jax.lax.fori_loop(0, clusterings, cluster, table)
+        table = jax.lax.fori_loop(0, clusterings, cluster, each[at // out, at % out])
         rest = rest - vectors(table, nearest_vector(rest, table))
         tables.append(table)
     return jnp.stack(tables)
@@ -179,15 +185,17 @@ def fitted_codebooks(
         moved, slope, direction, size = state
         bent = curved(direction)
         curve = jnp.sum(direction * bent)
-        length = jnp.where(curve > 0, size / jnp.where(curve > 0, curve, 1), 0)
-        slope = slope - length * bent
-        new_size = jnp.sum(slope * inverse * slope)
-        direction = inverse * slope + jnp.where(size > 0, new_size / jnp.where(size > 0, size, 1), 0) * direction
-        return moved + length * jnp.where(curve > 0, state[2], 0), slope, direction, new_size
+        live = (curve > 0) & (size > CONVERGED * first)
+        length = jnp.where(live, size / jnp.where(live, curve, 1), 0)
+        new_slope = slope - length * bent
+        new_size = jnp.sum(new_slope * inverse * new_slope)
+        new_direction = inverse * new_slope + new_size / jnp.where(live, size, 1) * direction
+        return (moved + length * direction, new_slope, jnp.where(live, new_direction, direction), new_size)
 
     errors = w - values(start)
     slope = gathered(scale * jnp.matmul(gram, errors, precision="highest"))
-    state = (jnp.zeros_like(start), slope, inverse * slope, jnp.sum(slope * inverse * slope))
+    first = jnp.sum(slope * inverse * slope)
+    state = (jnp.zeros_like(start), slope, inverse * slope, first)
     new = (start + jax.lax.fori_loop(0, steps, step, state)[0]).astype(grid.levels.dtype)
     new_errors = w - values(new.astype(jnp.float32))
     return jnp.where(output_energy(new_errors, gram) < output_energy(errors, gram), new, grid.levels)
