@@ -23,6 +23,8 @@ FOLDERS = {
     "rounding": ("rounding",),
     "transforms": ("transform", "rotation", "incoherence"),
 }
+# Members whose pages wait for rows that show them.
+WAITING = frozenset({"VectorCodebook", "Additive", "ColumnCodebook", "AQLM", "LNQ"})
 # What is drawn of formats that are no single grid.
 EXAMPLES: dict[str, tuple[Any, ...]] = {
     "Int": (Int(4), Int(4, symmetric=True), Int(4, zero="float")),

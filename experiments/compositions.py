@@ -41,9 +41,12 @@ PARTS = (
         "double_quantized",
         "E8P",
         "Trellis",
+        "VectorCodebook",
+        "Additive",
+        "ColumnCodebook",
     ),
     *("MinMax", "Percentile", "Search", "LossSearch", "LlamaCpp", "RMS"),
-    *("Nearest", "Stochastic", "GPTQ", "Refit", "TwoSided"),
+    *("Nearest", "Stochastic", "GPTQ", "Refit", "TwoSided", "AQLM", "LNQ"),
     *("AWQ", "SmoothQuant", "Hadamard", "Incoherence", "Activation", "LossGradient", "Tuning", "Method"),
 )
 # Arguments of parts that are parts.

@@ -30,11 +30,14 @@ from jquant.formats import (
     NF4,
     NVFP4,
     SEQ,
+    Additive,
     Codebook,
+    ColumnCodebook,
     Float,
     Format,
     Int,
     Trellis,
+    VectorCodebook,
     double_quantized,
 )
 from jquant.io.adapters import load_adapters, save_adapters
@@ -57,7 +60,7 @@ from jquant.pipeline.to_disk import quantize_to_folder
 from jquant.qtensor import Grid, QTensor, bits_per_weight, dequantize
 from jquant.ranges import RMS, LlamaCpp, LossSearch, MinMax, Percentile, Range, Search
 from jquant.report import Report
-from jquant.rounding import GPTQ, Nearest, Refit, Rounded, Rounding, Stochastic, TwoSided
+from jquant.rounding import AQLM, GPTQ, LNQ, Nearest, Refit, Rounded, Rounding, Stochastic, TwoSided
 from jquant.stats import AbsMax, AbsMean, Gram, Statistic
 from jquant.transforms import AWQ, Hadamard, Incoherence, SmoothQuant, Transform
 
@@ -72,6 +75,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "AQLM",
     "AWQ",
     "E8P",
     "FP4",
@@ -79,6 +83,7 @@ __all__ = [
     "FP8_E5M2",
     "GGUF",
     "GPTQ",
+    "LNQ",
     "METHODS",
     "MXFP4",
     "NF3",
@@ -89,8 +94,10 @@ __all__ = [
     "AbsMax",
     "AbsMean",
     "Activation",
+    "Additive",
     "CacheFormat",
     "Codebook",
+    "ColumnCodebook",
     "Comparison",
     "Float",
     "Format",
@@ -127,6 +134,7 @@ __all__ = [
     "Trellis",
     "Tuning",
     "TwoSided",
+    "VectorCodebook",
     "add_adapters",
     "bits_per_weight",
     "compare",

@@ -27,6 +27,8 @@ from jquant.formats import (
     NF3,
     NF4,
     NVFP4,
+    Additive,
+    ColumnCodebook,
     Format,
     Group,
     Int,
@@ -35,7 +37,7 @@ from jquant.formats import (
 )
 from jquant.parts import shown
 from jquant.ranges import RMS, LlamaCpp, LossSearch, MinMax, Percentile, Search
-from jquant.rounding import GPTQ, Refit, Stochastic
+from jquant.rounding import AQLM, GPTQ, LNQ, Refit, Stochastic
 from jquant.transforms import AWQ, Incoherence, SmoothQuant
 
 
@@ -102,6 +104,9 @@ METHODS: dict[str, Callable[[int, Group, bool], Method]] = {
     # Codes for several weights.
     "e8p": lambda bits, group, symmetric: Method(E8P(bits), RMS(), GPTQ(), incoherence=Incoherence()),
     "trellis": lambda bits, group, symmetric: Method(Trellis(bits), RMS(), GPTQ(), incoherence=Incoherence()),
+    # Levels of each weight's own.
+    "aqlm": lambda bits, group, symmetric: Method(Additive(bits), RMS(), AQLM()),
+    "lnq": lambda bits, group, symmetric: Method(ColumnCodebook(bits), RMS(), LNQ()),
     # Codebooks.
     "nf4_double": _fixed(NF4(64, double_quantized())),
     "nf3": _fixed(NF3()),

@@ -1,7 +1,7 @@
 """QTensor: packed codes, scales and zeros as one pytree that maps, shards, checkpoints and scans like an array."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from jaxtyping import Float, Int, UInt8
 from jquant.activations import Activation
 from jquant.errors import InputError
 from jquant.formats import Codebook, Format, block_shape, expand, grouped, pack, tile_of, unpack
+from jquant.formats.base import has_column_levels, own_levels
 from jquant.kernels import choose
 from jquant.kernels.matmul import matmul, quantized_matmul
 from jquant.kernels.packed import PackedMatrix
@@ -42,6 +43,7 @@ class QTensor:
       input_scale: the inputs' calibrated scale, float32 `[*l, 1, 1]`, if `activation` is static.
       rotations: Q and Q' where the codes are those of Qᵀ W Q' (`transforms.Incoherence`); the product undoes them
         (static).
+      levels: a table of this weight's own, which stands in for that of the format (`Format`); `[*l, …]`, or None.
     """
 
     # Fields are Any because pytree transformations put shapes, shardings or None in place of arrays.
@@ -53,6 +55,7 @@ class QTensor:
     activation: Activation | None = field(default=None, metadata={"static": True})
     input_scale: Any = None
     rotations: Turns = field(default=None, metadata={"static": True})
+    levels: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -61,7 +64,7 @@ class QTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes, scales and zeros together."""
+        """Bytes of codes, scales, zeros and levels together."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
     __array_ufunc__ = None  # makes NumPy arrays leave x @ q to the method below
@@ -156,16 +159,19 @@ class Transposed:
         (height, width), (scale, zero) = block_shape(q.format, q.shape), stored_grid(q)
         of_chosen = lambda v: expand(v[:, chosen // width], (height, 1), (q.in_features, len(chosen)))  # noqa: E731
         codes = unpack(q.codes[:, chosen], q.format.bits, q.in_features)
-        values = q.format.decode(codes, *jax.tree.map(of_chosen, (scale, zero)))
+        values = _on_levels(q.format.decode, codes, jax.tree.map(of_chosen, (scale, zero)), _levels_of(q, chosen))
         return values.T.reshape(*rows.shape, q.in_features)
 
 
 Stored = Array | QTensor | None
 
 
-def from_codes(codes: UInt8[Array, "*l in out"], scale: Stored, zero: Stored, format: Format) -> QTensor:
+def from_codes(
+    codes: UInt8[Array, "*l in out"], scale: Stored, zero: Stored, format: Format, levels: Array | None = None
+) -> QTensor:
     """Packs one code per weight; stores each block's scale and zero in the format's types."""
-    return QTensor(pack(codes, format.bits), _store(scale, format), _store(zero, format), format, codes.shape[-2])
+    stored = (_store(scale, format), _store(zero, format))
+    return QTensor(pack(codes, format.bits), *stored, format, codes.shape[-2], levels=levels)
 
 
 @jax.tree_util.register_dataclass
@@ -182,6 +188,7 @@ class Grid:
       nearest: the scale and zero that `encode` uses: those of `per_weight`, except under double quantization, where
         bitsandbytes chooses codes before it quantizes the scales.
       format: what codes mean (static).
+      levels: a table that stands in for that of the format (`Format`), `[*l, …]`; None for the format's.
     """
 
     scale: Any
@@ -189,10 +196,13 @@ class Grid:
     per_weight: Any
     nearest: Any
     format: Format = field(metadata={"static": True})
+    levels: Any = None
 
     @staticmethod
-    def of(scale: Stored, zero: Stored, format: Format, shape: tuple[int, ...]) -> "Grid":
+    def of(scale: Stored, zero: Stored, format: Format, shape: tuple[int, ...], levels: Array | None = None) -> "Grid":
         """The grid of a weight of `shape`, from the scale and zero that a range returns.
+
+        Without `levels` it has the first ones of a format that stores some.
 
         Raises:
           InputError: the number of scales is not that of groups.
@@ -210,19 +220,30 @@ class Grid:
         nearest = expanded
         if _is_centred(format.scale) and isinstance(chosen, Array):
             nearest = (expand(chosen, block, shape), None)
-        return Grid(scale, zero, expanded, nearest, format)
+        return Grid(scale, zero, expanded, nearest, format, own_levels(format, shape) if levels is None else levels)
 
-    def encode(self, w: Float[Array, "*l in out"]) -> UInt8[Array, "*l in out"]:
-        """The nearest code of each weight."""
-        return self.format.encode(w, *self.nearest)
+    def encode(self, w: Float[Array, "..."], at: Any = None) -> UInt8[Array, "..."]:
+        """The nearest code of each weight `[*l, in, out]`; of some rows, if `at` gives their scales and zeros."""
+        return _on_levels(self.format.encode, w, self.nearest if at is None else at, self.levels)
 
-    def decode(self, codes: UInt8[Array, "..."]) -> Float[Array, "*l in out"]:
-        """The float32 value of each code; a scalar code is decoded at every place of the grid."""
-        return self.format.decode(codes, *self.per_weight)
+    def decode(self, codes: UInt8[Array, "..."], at: Any = None) -> Float[Array, "..."]:
+        """The float32 value of each code; a scalar code is decoded at every place of the grid. `at` as of `encode`."""
+        return _on_levels(self.format.decode, codes, self.per_weight if at is None else at, self.levels)
 
     def pack(self, codes: UInt8[Array, "*l in out"]) -> QTensor:
         """The quantized weight with these codes."""
-        return from_codes(codes, self.scale, self.zero, self.format)
+        return from_codes(codes, self.scale, self.zero, self.format, self.levels)
+
+
+def _on_levels(function: Callable[..., Array], values: Array, at: Any, levels: Array | None) -> Array:
+    """`Format.encode` or `decode`; stacked weights have a table each."""
+    if levels is None:
+        return function(values, *at)
+    layers = at[0].shape[:-2]
+    values = jnp.broadcast_to(values, (*layers, *jnp.shape(values)[-2:]))
+    for _ in layers:
+        function = jax.vmap(function)
+    return function(values, *at, levels)
 
 
 def quantize(w: Float[Array, "*l in out"], scale: Stored, zero: Stored, format: Format) -> QTensor:
@@ -235,7 +256,7 @@ def dequantize(q: QTensor, dtype: Any = jnp.float32) -> Float[Array, "*l in out"
     """The weight's values."""
     block = block_shape(q.format, q.shape)
     at = jax.tree.map(lambda v: expand(v, block, q.shape), stored_grid(q))
-    values = q.format.decode(unpack(q.codes, q.format.bits, q.in_features), *at)
+    values = _on_levels(q.format.decode, unpack(q.codes, q.format.bits, q.in_features), at, q.levels)
     return turned_back(values, q.rotations).astype(dtype)
 
 
@@ -257,7 +278,7 @@ def stored_grid(q: QTensor) -> tuple[Array, Array | None]:
 
 def packed_matrix(q: QTensor) -> PackedMatrix:
     """The weight as kernels take it."""
-    return PackedMatrix(q.codes, *stored_grid(q), q.format, q.in_features)
+    return PackedMatrix(q.codes, *stored_grid(q), q.format, q.in_features, q.levels)
 
 
 def prepared(tree: Any, mesh: Mesh | None = None) -> Any:
@@ -290,7 +311,7 @@ def side_by_side(kernels: Sequence[Any]) -> Any | None:
     same = lambda q: isinstance(q, QTensor) and (q.format, q.activation) == (first.format, first.activation)  # noqa: E731
     if not isinstance(first, QTensor) or not all(map(same, others)) or first.input_scale is not None:
         return None
-    if any(kernel.rotations for kernel in kernels):
+    if any(kernel.rotations or kernel.levels is not None for kernel in kernels):
         return None
     matrices = [packed_matrix(kernel) for kernel in kernels]
     if any(matrix.scale.shape[-1] != matrix.codes.shape[-1] for matrix in matrices):
@@ -312,16 +333,21 @@ def columns_of(q: QTensor, chosen: slice | Int[np.ndarray, " n"]) -> QTensor:
     take = lambda leaf: leaf[..., chosen]  # noqa: E731
     zero = stored_grid(q)[1] if is_integer(q.zero) else q.zero
     scale, zero = jax.tree.map(take, (q.scale, zero))
-    return replace(q, codes=take(q.codes), scale=scale, zero=_store(zero, q.format))
+    return replace(q, codes=take(q.codes), scale=scale, zero=_store(zero, q.format), levels=_levels_of(q, chosen))
+
+
+def _levels_of(q: QTensor, chosen: Any) -> Array | None:
+    """The table of some columns."""
+    return q.levels[..., chosen] if q.levels is not None and has_column_levels(q.format) else q.levels
 
 
 def joined_columns(parts: Sequence[QTensor]) -> QTensor:
     """Weights of the same inputs as one, `[in, out of all]`.
 
     Raises:
-      InputError: their formats, or how their inputs are rounded, differ; columns share their scales.
+      InputError: their formats, or how their inputs are rounded, differ; columns share their scales or levels.
     """
-    first = parts[0]
+    first, levels = parts[0], None
     for part in parts:
         _check_own_scales(part)
         if (part.format, part.activation, part.in_features) != (first.format, first.activation, first.in_features):
@@ -330,9 +356,13 @@ def joined_columns(parts: Sequence[QTensor]) -> QTensor:
             )
     if first.input_scale is not None:
         raise InputError("weights whose inputs have scales of their own can't be one.")
+    if any(part.levels is not None for part in parts):
+        if not has_column_levels(first.format) or any(part.levels is None for part in parts):
+            raise InputError(f"weights in {brief(first.format)} with levels of their own can't be one.")
+        levels = jnp.concatenate([part.levels for part in parts], -1)
     grids = [(part.codes, part.scale, stored_grid(part)[1] if is_integer(part.zero) else part.zero) for part in parts]
     codes, scale, zero = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, -1), *grids)
-    return replace(first, codes=codes, scale=scale, zero=_store(zero, first.format))
+    return replace(first, codes=codes, scale=scale, zero=_store(zero, first.format), levels=levels)
 
 
 def _check_own_scales(q: QTensor) -> None:
@@ -343,7 +373,7 @@ def _check_own_scales(q: QTensor) -> None:
 
 
 def bits_per_weight(tree: Any) -> float:
-    """Stored bits (codes, scales, zeros, remainders) per weight over every array and QTensor of a pytree."""
+    """Stored bits (codes, scales, zeros, levels, remainders) per weight over every array and QTensor of a pytree."""
     leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, QTensor))
     return 8 * sum(leaf.nbytes for leaf in leaves) / sum(math.prod(leaf.shape) for leaf in leaves)
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jquant.formats import Codebook, Format, tile_of
+from jquant.formats import Additive, Codebook, Format, tile_of
 from jquant.parts import given
 from jquant.qtensor import Grid
 from jquant.ranges import MinMax
@@ -13,6 +13,8 @@ from jquant.rounding import round_to_grid
 
 def shape_for(format: Format) -> tuple[int, int]:
     """2.5 groups of rows, 1.5 where one scale spans many; both in eights, and `out` in as many parts as devices."""
+    if isinstance(format, Additive):
+        return 128, 64  # more vectors than a codebook has
     if isinstance(format.group, tuple):
         rows, columns = format.group
         return rows * 3 // 2, columns * 3 // 2

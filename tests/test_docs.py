@@ -47,7 +47,7 @@ def load(script: str) -> ModuleType:
 
 
 tables, axes = load("tables"), load("members")
-MEMBERS = [(folder, name) for folder in axes.FOLDERS for name in axes.members(folder)]
+MEMBERS = [(folder, name) for folder in axes.FOLDERS for name in axes.members(folder) if name not in axes.WAITING]
 
 
 def fences(text: str, language: str = r"\w*") -> list[str]:
@@ -168,7 +168,7 @@ def test_every_member_of_an_axis_has_a_page_and_every_page_a_member():
 
 
 def test_every_part_of_a_named_method_is_a_member():
-    classes = {value for folder, name in MEMBERS if isinstance(value := axes.members(folder)[name], type)}
+    classes = {value for folder in axes.FOLDERS for value in axes.members(folder).values() if isinstance(value, type)}
     for name in METHODS:
         chosen = find_method(name, 4, 64, False)
         parts = [chosen.format, chosen.range, chosen.rounding, chosen.transform, chosen.rotation, chosen.incoherence]
@@ -227,7 +227,7 @@ def test_the_api_pages_name_what_has_no_page_of_its_own():
     text = "".join(text for page, text in TEXT.items() if page.startswith("docs/api/"))
     paths = re.findall(r"^\.\. auto\w+:: jquant\.([\w.]+)$", text, re.MULTILINE)
     assert len(paths) == len({*paths})
-    members = {name for _, name in MEMBERS}
+    members = {name for _, name in MEMBERS} | axes.WAITING
     assert {path.rpartition(".")[2] for path in paths}.isdisjoint(members)
     assert {*jquant.__all__} <= {*paths, *members, "GGUF", "METHODS"}
     assert {f"plot.{name}" for name in plot.__all__} <= {*paths}

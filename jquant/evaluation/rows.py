@@ -62,6 +62,8 @@ NAMES = {
     "trellis_yaqa": "trellis, on both sides (YAQA)",
     "trellis_propagated": "trellis, errors propagated",
     "trellis_learned": "trellis, scales and norms learned",
+    "aqlm": "AQLM",
+    "lnq": "LNQ",
     "learned": "learned scales",
     "learned_codes": "learned scales and codes",  # rows of earlier versions
     "qat": "QAT",

@@ -21,6 +21,7 @@ from jquant.formats.codebook import (
     dynamic_levels,
     normal_float_levels,
 )
+from jquant.formats.columns import ColumnCodebook
 from jquant.formats.floating import (
     FP8_E4M3,
     FP8_E5M2,
@@ -36,6 +37,7 @@ from jquant.formats.integer import Int, UInt
 from jquant.formats.lattice import E8P
 from jquant.formats.packing import pack, unpack
 from jquant.formats.trellis import Trellis
+from jquant.formats.vectors import Additive, VectorCodebook
 from jquant.parts import LEVELS, NAMED
 
 # llama.cpp's block types (ggml-common.h). A super-block of 256 weights is a group of 8 or 16 quantized scales.
@@ -76,14 +78,17 @@ __all__ = [
     "NF4_LEVELS",
     "NVFP4",
     "SEQ",
+    "Additive",
     "Block",
     "Codebook",
+    "ColumnCodebook",
     "Float",
     "Format",
     "Group",
     "Int",
     "Trellis",
     "UInt",
+    "VectorCodebook",
     "block_shape",
     "double_quantized",
     "dynamic_levels",

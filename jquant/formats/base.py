@@ -19,6 +19,11 @@ class Format(Protocol):
     A format that codes several weights together, as a lattice does, also has a `tile`: the rows and columns of weights
     that it takes at once. Each weight of a tile still has `bits` bits, its share of the tile's code, so that codes are
     packed, cut and stored as others are; `encode` and `decode` then take whole tiles, `[*l, in, out]`.
+
+    A format with a table of levels may take another one as a last argument `levels` of `encode` and `decode`. `Grid`
+    and `QTensor` carry it, so that a rounding can learn a table for each weight. A format that always stores a table
+    also has `own_levels(shape)`, the first one of a weight of that shape, in its stored dtype; one whose table has a
+    column for each column of the weight has `column_levels = True`.
     """
 
     @property
@@ -57,6 +62,22 @@ class Format(Protocol):
 def tile_of(format: Format) -> Block:
     """Rows × columns of weights that are coded together: `format.tile`, or 1 × 1."""
     return getattr(format, "tile", (1, 1))
+
+
+def own_levels(format: Format, shape: tuple[int, ...]) -> Array | None:
+    """The first table of levels of a weight `[*l, in, out]`, if its format stores one for each weight; else None."""
+    first = getattr(format, "own_levels", None)
+    return None if first is None else first(shape)
+
+
+def has_column_levels(format: Format) -> bool:
+    """Whether a table of levels `[*l, levels, out]` has a column for each column of the weight."""
+    return getattr(format, "column_levels", False)
+
+
+def as_argument(levels: Array | None) -> tuple[Array, ...]:
+    """Levels as the last argument of `encode` and `decode`; none if there are none."""
+    return () if levels is None else (levels,)
 
 
 def block_shape(format: Format, shape: tuple[int, ...]) -> Block:

@@ -71,7 +71,7 @@ class Codebook:
 
         `levels` stands in for the table while it is learned.
         """
-        levels = jnp.asarray(self.levels, jnp.float32) if levels is None else levels
+        levels = jnp.asarray(self.levels if levels is None else levels, jnp.float32)
         steps, midpoints = times_inverse(w, scale), (levels[1:] + levels[:-1]) / 2
         if self.bits > 4:
             return jnp.searchsorted(midpoints, steps, side="left").astype(jnp.uint8)
@@ -91,9 +91,9 @@ class Codebook:
 
     def _look_up(self, codes: Array, levels: Array | None) -> Array:
         if self.bits > 4:
-            return (jnp.asarray(self.levels, jnp.float32) if levels is None else levels)[codes]
+            return jnp.asarray(self.levels if levels is None else levels, jnp.float32)[codes]
         # A tree of selects vectorises; a gather takes one element at a time on a CPU and is slower still on a TPU.
-        values = [jnp.float32(level) for level in self.levels] if levels is None else list(levels)
+        values = [jnp.float32(level) for level in self.levels] if levels is None else list(levels.astype(jnp.float32))
         for bit in range(self.bits):
             odd = (codes >> bit) & 1 == 1
             values = [

@@ -8,13 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Int32, UInt8
+from jaxtyping import Float, Int32, Integer, UInt8
 
 from jquant.errors import InputError
 from jquant.formats.base import Group, as_stored, check_group, check_scale, check_tiles, ratio, round_scale
-
-# The most scores that are compared at a time: 4 MB of float32, about a core's share of cache.
-SCORES = 1 << 20
+from jquant.formats.packing import cut_words, join_words
+from jquant.formats.vectors import SCORES, first_true
 
 
 @dataclass(frozen=True)
@@ -66,21 +65,21 @@ class E8P:
         x = ratio(w, scale)
         x = x.reshape(*x.shape[:-2], -1, 8, x.shape[-1])
         word = _nearest_of(_nearest_halves, x)
-        codes = _cut(word, 2)
+        codes = cut_words(word, 2, 8)
         if self.bits > 2:
             rest = x - _halves(word)
             find, part, width = (_nearest_small, 2.04, 1) if self.bits == 3 else (_nearest_halves, 3.45, 2)
-            codes |= _cut(_nearest_of(find, rest * part), width) << 2
+            codes |= cut_words(_nearest_of(find, rest * part), width, 8) << 2
         return codes.reshape(w.shape)
 
     def decode(self, codes: UInt8[Array, "*l in out"], scale: Array, zero: Array | None) -> Float[Array, "*l in out"]:
         """See `Format.decode`."""
         digits = codes.reshape(*codes.shape[:-2], -1, 8, codes.shape[-1])
-        x = _halves(_join(digits & 3, 2))
+        x = _halves(join_words(digits & 3, 2).astype(jnp.int32))
         if self.bits == 3:
-            x += _small(_join(digits >> 2, 1)) / 2.04
+            x += _small(join_words(digits >> 2, 1)) / 2.04
         elif self.bits == 4:
-            x += _halves(_join(digits >> 2, 2)) / 3.45
+            x += _halves(join_words(digits >> 2, 2).astype(jnp.int32)) / 3.45
         return x.reshape(codes.shape) * as_stored(scale, self.scale)
 
 
@@ -109,18 +108,6 @@ def _near_zero() -> np.ndarray:
     return np.array(whole + halves + far[:15], np.int32)
 
 
-def _cut(word: Int32[Array, "*l tiles out"], bits: int) -> UInt8[Array, "*l tiles 8 out"]:
-    """Each weight's share of its tile's code."""
-    shifts = bits * jnp.arange(8, dtype=jnp.int32)[:, None]
-    return ((word[..., None, :] >> shifts) & (2**bits - 1)).astype(jnp.uint8)
-
-
-def _join(digits: UInt8[Array, "*l tiles 8 out"], bits: int) -> Int32[Array, "*l tiles out"]:
-    """The tiles' codes, from each weight's share."""
-    shifts = bits * jnp.arange(8, dtype=jnp.int32)[:, None]
-    return jnp.sum(digits.astype(jnp.int32) << shifts, -2, dtype=jnp.int32)
-
-
 def _halves(word: Int32[Array, "*l tiles out"]) -> Float[Array, "*l tiles 8 out"]:
     """The point of E8 + ¼ of a code of 16 bits."""
     doubled = _absolute()
@@ -134,7 +121,7 @@ def _halves(word: Int32[Array, "*l tiles out"]) -> Float[Array, "*l tiles 8 out"
     return jnp.where(negative == 1, -size, size) + jnp.where(word >> 15 == 1, -0.25, 0.25)[..., None, :]
 
 
-def _small(word: Int32[Array, "*l tiles out"]) -> Float[Array, "*l tiles 8 out"]:
+def _small(word: Integer[Array, "*l tiles out"]) -> Float[Array, "*l tiles 8 out"]:
     """The point of E8 near zero of a code of 8 bits."""
     return jnp.moveaxis(jnp.asarray(_near_zero() / 2, jnp.float32)[word], -1, -2)
 
@@ -166,7 +153,7 @@ def _nearest_halves(x: Float[Array, "*b 8 out"]) -> Int32[Array, "*b out"]:
         flipped = (jnp.sum(negative, -2)[..., None, :] + odd) & 1
         score = score - jnp.where(flipped == 1, 4 * cost, 0)
         best = jnp.max(score, -2)
-        chosen = _first(score == best[..., None, :])
+        chosen = first_true(score == best[..., None, :])
         # Once more for the chosen vector: which sign changes.
         v = jnp.moveaxis(table[chosen], -1, -2)
         costs = v * size
@@ -174,7 +161,7 @@ def _nearest_halves(x: Float[Array, "*b 8 out"]) -> Int32[Array, "*b out"]:
             (jnp.sum(negative, -2, keepdims=True) + odd[chosen, 0][..., None, :]) & 1 == 1
         )
         at = jnp.arange(8, dtype=jnp.int32)[:, None]
-        change &= at == _first(change)[..., None, :]
+        change &= at == first_true(change)[..., None, :]
         signs = jnp.sum((negative ^ change.astype(jnp.int32))[..., :7, :] << at[:7], -2, dtype=jnp.int32)
         distance = jnp.sum(size**2, -2) - best
         return distance, chosen | signs << 8 | (int(shift < 0) << 15)
@@ -187,10 +174,4 @@ def _nearest_small(x: Float[Array, "*b 8 out"]) -> Int32[Array, "*b out"]:
     """The code of 8 bits whose point is nearest."""
     table = jnp.asarray(_near_zero() / 2, jnp.float32)
     score = 2 * jnp.einsum("ci,...io->...co", table, x, precision="highest") - jnp.sum(table**2, 1)[:, None]
-    return _first(score == jnp.max(score, -2, keepdims=True))
-
-
-def _first(true: Array) -> Int32[Array, "*b out"]:
-    """The first index on axis −2 that is true; reductions of integers vectorise where argmax does not."""
-    index = jnp.arange(true.shape[-2], dtype=jnp.int32)[:, None]
-    return jnp.min(jnp.where(true, index, true.shape[-2] - 1), -2)
+    return first_true(score == jnp.max(score, -2, keepdims=True))

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import UInt8
+from jaxtyping import Integer, UInt8, UInt32
 
 
 def pack(codes: UInt8[Array, "*l n out"], bits: int) -> UInt8[Array, "*l bytes out"]:
@@ -38,3 +38,15 @@ def unpack(packed: UInt8[Array, "*l bytes out"], bits: int, n: int) -> UInt8[Arr
             value |= chunk[..., byte + 1, :] << (8 - shift)
         lanes.append(value & (2**bits - 1))
     return jnp.stack(lanes, -2).reshape(*packed.shape[:-2], -1, packed.shape[-1])[..., :n, :]
+
+
+def cut_words(words: Integer[Array, "*l tiles out"], bits: int, rows: int) -> UInt8[Array, "*l tiles rows out"]:
+    """Each weight's share of the code of its tile of `rows` weights: `bits` of at most 32 bits, the lowest first."""
+    shifts = bits * jnp.arange(rows, dtype=jnp.uint32)[:, None]
+    return ((words.astype(jnp.uint32)[..., None, :] >> shifts) & (2**bits - 1)).astype(jnp.uint8)
+
+
+def join_words(shares: UInt8[Array, "*l tiles rows out"], bits: int) -> UInt32[Array, "*l tiles out"]:
+    """Inverse of `cut_words`."""
+    shifts = bits * jnp.arange(shares.shape[-2], dtype=jnp.uint32)[:, None]
+    return jnp.sum(shares.astype(jnp.uint32) << shifts, -2, dtype=jnp.uint32)

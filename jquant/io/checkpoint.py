@@ -39,7 +39,7 @@ from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 
 from jquant.activations import Activation
 from jquant.errors import InputError
-from jquant.formats import E8P, Codebook, Float, Format, Int, Trellis, UInt
+from jquant.formats import E8P, Additive, Codebook, ColumnCodebook, Float, Format, Int, Trellis, UInt, VectorCodebook
 from jquant.io.files import check_plain, is_text, read_json, sync, write_text
 from jquant.io.safetensors import open_safetensors, read_tensor
 from jquant.io.tokenizer import Tokenizer, check_ids
@@ -53,9 +53,9 @@ MANIFEST, TOKENIZER, ITEM = "manifest.json", "tokenizer.json", "item.json"
 SEEN = "calibration.safetensors"
 SOURCE = "source.json"
 OUTSIDE, BLOCKS = "outside", "blocks"
-FORMATS = (Int, UInt, Codebook, Float, E8P, Trellis)
+FORMATS = (Int, UInt, Codebook, Float, E8P, Trellis, VectorCodebook, Additive, ColumnCodebook)
 SPECS = {kind.__name__: kind for kind in (*FORMATS, Activation, Rotation)}
-PARTS = ("codes", "scale", "zero", "input_scale")
+PARTS = ("codes", "scale", "zero", "input_scale", "levels")
 DTYPES = ("float32", "float16", "bfloat16")  # of arrays that are not quantized
 
 Params = dict[str, Any]  # "attention.q.kernel" -> Array or QTensor
@@ -485,6 +485,12 @@ def _expected(name: str, static: Any, shape: tuple[int, ...]) -> Any:
     if not fits(rotations, Turns) or (rotations and tuple(each.size for each in rotations) != shape[-2:]):
         raise InputError("its rotations do not fit it")
     leaf = replace(_quantized(shape, format, activation), rotations=rotations)
+    parts = static.get("parts")
+    if not isinstance(parts, dict) or "levels" not in parts:
+        leaf = replace(leaf, levels=None)
+    elif leaf.levels is None and hasattr(format, "levels"):  # a table in place of the format's
+        levels = jax.ShapeDtypeStruct((*shape[:-2], *np.shape(format.levels)), jnp.float32)
+        leaf = replace(leaf, levels=levels)
     if _static(leaf) != static:
         raise InputError("its parts are not those of its format")
     return leaf

@@ -49,6 +49,8 @@ def kernel(
     On one CPU that is the C++ product, on one TPU or GPU the Pallas product, each for the formats that it takes. `mesh`
     says over which devices the weight is cut by columns; on TPUs each then multiplies its own.
     """
+    if w.levels is not None:  # kernels hold the table of the format
+        return None
     if mesh is not None:
         return by_columns(w, activation, input_scale, mesh) if _KIND.get() == "fast" else None
     platform = _alone_on(w.codes)

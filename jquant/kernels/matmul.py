@@ -10,7 +10,7 @@ from jax import Array
 from jaxtyping import Float
 
 from jquant.activations import Activation, in_16_bits, input_codes, outlier_features, quantize_inputs
-from jquant.formats import Format, Int, block_shape, expand, grouped, unpack
+from jquant.formats import Format, Int, block_shape, expand, grouped, tile_of, unpack
 from jquant.kernels.packed import PackedMatrix
 
 # The most weights that a product of several rows dequantizes at a time: 4 MB of float32, about a core's share of cache.
@@ -79,7 +79,8 @@ def _integer_product(
 
 def _panels(x: Float[Array, "*b in"], w: PackedMatrix) -> Float[Array, "*b out"]:
     """Σ over panels of whole groups, of at most PANEL weights if groups allow it; the remaining rows come first."""
-    unit = 8 if w.scale.shape[-2] == 1 else math.lcm(block_shape(w.format, w.shape)[0], 8)  # codes pack by 8 rows
+    tile = math.lcm(tile_of(w.format)[0], 8)  # codes pack by 8 rows
+    unit = tile if w.scale.shape[-2] == 1 else math.lcm(block_shape(w.format, w.shape)[0], tile)
     size = unit * max(1, PANEL // (unit * w.shape[-1]))
     count = w.in_features // size
     if count < 2:
@@ -96,7 +97,7 @@ def _panels(x: Float[Array, "*b in"], w: PackedMatrix) -> Float[Array, "*b out"]
     def product(x: Array, codes: Array, grid: Any) -> Array:
         n = x.shape[-1]
         at = jax.tree.map(lambda v: expand(v, block, (n, w.shape[-1])), grid)
-        values = w.format.decode(unpack(codes, w.format.bits, n), *at).astype(x.dtype)
+        values = w.decode(unpack(codes, w.format.bits, n), *at).astype(x.dtype)
         return jnp.matmul(x, values, preferred_element_type=jnp.float32)
 
     def add(total: Array, panel: tuple[Array, Array, Any]) -> tuple[Array, None]:
@@ -119,7 +120,8 @@ def _matvec(x: Float[Array, " in"], w: PackedMatrix) -> Float[Array, " out"]:
     stay in the first-level cache (12 times faster than a whole column of 576).
     """
     rows, columns = block_shape(w.format, w.shape)
-    piece = math.gcd(rows, 64)
+    tile = tile_of(w.format)[0]
+    piece = tile * math.gcd(rows // tile, max(64 // tile, 1))
     pieces = lambda v: grouped(v, (rows, 1)).reshape(-1, piece, v.shape[-1])  # noqa: E731
     # One row per group, one column per output; then one row per piece.
     wide = lambda v: expand(v, (1, columns), (v.shape[-2], w.shape[-1])).repeat(rows // piece, -2)  # noqa: E731
@@ -127,7 +129,7 @@ def _matvec(x: Float[Array, " in"], w: PackedMatrix) -> Float[Array, " out"]:
     codes = pieces(unpack(w.codes, w.format.bits, w.in_features))
     inputs, unscaled = pieces(x[:, None].astype(jnp.float32)), jnp.ones((1, 1, 1))
     if zero is None or zero.dtype == jnp.uint8:
-        levels = w.format.decode(codes, unscaled, None if zero is None else zero[:, None])
+        levels = w.decode(codes, unscaled, None if zero is None else zero[:, None])
         return jnp.sum(jnp.sum(inputs * levels, -2) * scale.astype(jnp.float32), -2).astype(x.dtype)
-    sums = jnp.sum(inputs * w.format.decode(codes, unscaled, None), -2) * scale.astype(jnp.float32)
+    sums = jnp.sum(inputs * w.decode(codes, unscaled, None), -2) * scale.astype(jnp.float32)
     return jnp.sum(sums + jnp.sum(inputs, -2) * zero.astype(jnp.float32), -2).astype(x.dtype)

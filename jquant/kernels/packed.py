@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Shaped, UInt8
 
 from jquant.formats import Format, block_shape, expand, unpack
+from jquant.formats.base import as_argument
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class PackedMatrix:
       zero: None, or integer codes in uint8 or floats of the scale's shape.
       format: what the codes mean.
       in_features: rows before packing.
+      levels: None, or a table that stands in for that of the format.
     """
 
     codes: Array
@@ -28,6 +30,11 @@ class PackedMatrix:
     zero: Array | None
     format: Format
     in_features: int
+    levels: Array | None = None
+
+    def decode(self, codes: UInt8[Array, "*b rows out"], scale: Array, zero: Array | None) -> Float[Array, "..."]:
+        """See `Format.decode`, of some rows' codes."""
+        return self.format.decode(codes, scale, zero, *as_argument(self.levels))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -38,7 +45,7 @@ class PackedMatrix:
         """The values of all weights."""
         block = block_shape(self.format, self.shape)
         scale, zero = jax.tree.map(lambda v: expand(v, block, self.shape), (self.scale, self.zero))
-        return self.format.decode(unpack(self.codes, self.format.bits, self.in_features), scale, zero).astype(dtype)
+        return self.decode(unpack(self.codes, self.format.bits, self.in_features), scale, zero).astype(dtype)
 
 
 def fill(a: Shaped[Array, "..."], axis: int, unit: int) -> Shaped[Array, "..."]:

@@ -16,12 +16,12 @@ from jaxtyping import Bool, Float, UInt8
 
 from jquant.activations import Activation, fake_quant_inputs
 from jquant.formats import Codebook, Format, block_shape, expand, grouped, tile_of, unpack
-from jquant.formats.base import ratio, round_scale
+from jquant.formats.base import has_column_levels, ratio, round_scale
 from jquant.kernels.bfloat16 import matmul_in
 from jquant.qtensor import Grid, QTensor, Turned, Turns, is_integer, stored_grid
 
 Zero = Float[Array, "*l groups columns"] | None
-Levels = Float[Array, " levels"] | None
+Levels = Float[Array, "..."] | None  # of a codebook, [levels]; other formats shape them as they like
 
 
 def fake_quant(
@@ -48,15 +48,13 @@ def fake_quant(
       scale: one per block of `format.group`; of either sign.
       zero: a float zero, or an integer one as a float, which is rounded; None where the format has none.
       format: what codes mean. If it quantizes its scales, `scale` is quantized here.
-      levels: in place of those of the format, a codebook; ascending.
+      levels: in place of those of the format; a codebook's are ascending.
     """
-    typed, table = as_typed(scale, zero, format), _table(levels)
-    grid = Grid.of(*typed, format, w.shape)
-    codes = format.encode(w, *grid.nearest, *table)
+    grid = Grid.of(*as_typed(scale, zero, format), format, w.shape, levels)
+    codes = grid.encode(w)
     if tile_of(format) != (1, 1):
         return _straight_through(format, w, (scale, zero, levels), codes, jnp.ones(w.shape, jnp.bool_))
-    ends = (format.encode(jnp.float32(end), *grid.nearest, *table) for end in (-3e38, 3e38))
-    low, high = (format.decode(end, *grid.per_weight, *table) for end in ends)
+    low, high = (grid.decode(grid.encode(jnp.float32(end))) for end in (-3e38, 3e38))
     return _straight_through(format, w, (scale, zero, levels), codes, (w >= low) & (w <= high))
 
 
@@ -81,7 +79,7 @@ class FakeQuantized:
       learned: some of "log_scale", the logarithm of a factor on each scale, `[*l, groups, columns]`; "log_clip", that
         of a factor on scales and float zeros; "shift", added to each zero: in codes for integer zeros, in units of the
         scale for float ones; "weight", the weight behind the codes in units of its first scale, `[*l, in, out]`;
-        "level", added to a codebook's levels, in units of the largest, `[levels]`.
+        "level", added to levels, in units of the largest, `[levels]` or as `table`.
       scale: the first one, float32 `[*l, groups, columns]`.
       zero: the first one, float32, or None.
       codes: uint8 `[*l, in, out]`, if they don't change; else None.
@@ -92,6 +90,7 @@ class FakeQuantized:
       activation: see `QTensor` (static).
       compute: see `Tuning` (static).
       rotations: see `QTensor`; the weight, its codes and values are the rotated ones (static).
+      table: the first levels, if the weight has some of its own; else None.
     """
 
     learned: Any
@@ -105,6 +104,7 @@ class FakeQuantized:
     activation: Activation | None = field(metadata={"static": True})
     compute: str = field(default="bfloat16", metadata={"static": True})
     rotations: Turns = field(default=None, metadata={"static": True})
+    table: Any = None
 
     @staticmethod
     def of(q: QTensor) -> "FakeQuantized":
@@ -113,7 +113,8 @@ class FakeQuantized:
         scale, zero = stored_grid(q)
         codes = unpack(q.codes, q.format.bits, q.in_features)
         start = FakeQuantized.on_grid(None, scale, zero, q.format, q.shape)
-        return replace(start, codes=codes, activation=q.activation, input_scale=q.input_scale, rotations=q.rotations)
+        start = replace(start, codes=codes, activation=q.activation, input_scale=q.input_scale, table=q.levels)
+        return replace(start, rotations=q.rotations)
 
     @staticmethod
     def on_grid(
@@ -149,18 +150,24 @@ class FakeQuantized:
         return scale * jnp.exp(learned["log_scale"]) if "log_scale" in learned else scale, zero
 
     def levels(self) -> Levels:
-        """A codebook's levels, ascending, if they are learned."""
+        """The levels, if they are learned or the weight's own; a codebook's ascend."""
         if "level" not in self.learned:
-            return None
-        first = jnp.asarray(cast(Codebook, self.format).levels, jnp.float32)
-        return jnp.sort(first + self.learned["level"] * jnp.max(jnp.abs(first)))
+            return None if self.table is None else self.table.astype(jnp.float32)
+        own = cast(Codebook, self.format).levels if self.table is None else self.table
+        first = jnp.asarray(own, jnp.float32)
+        # Of each of the stacked layers.
+        axes = tuple(range(0 if self.table is None else self.scale.ndim - 2, first.ndim))
+        moved = first + self.learned["level"] * jnp.max(jnp.abs(first), axes, keepdims=True)
+        return jnp.sort(moved, -2 if has_column_levels(self.format) else -1) if _ascends(self.format) else moved
 
     def settled(self) -> "FakeQuantized":
-        """The kernel with its learned levels as those of its format; not under jit."""
+        """The kernel with its learned levels as those of its format, or as its table; not under jit."""
         levels, codebook = self.levels(), cast(Codebook, self.format)
         if levels is None:
             return self
         others = {name: leaf for name, leaf in self.learned.items() if name != "level"}
+        if self.table is not None:
+            return replace(self, learned=others, table=levels.astype(self.table.dtype))
         return replace(self, learned=others, format=replace(codebook, levels=tuple(levels.tolist())))
 
     def behind(self) -> Float[Array, "*l in out"] | None:
@@ -176,7 +183,8 @@ class FakeQuantized:
 
     def pack(self) -> QTensor:
         """The quantized weight whose values are `value`, bit for bit, once learned levels are `settled`."""
-        grid, weight = Grid.of(*as_typed(*self.grid(), self.format), self.format, self.shape), self.behind()
+        grid = Grid.of(*as_typed(*self.grid(), self.format), self.format, self.shape, self.table)
+        weight = self.behind()
         q = grid.pack(self.codes if weight is None else grid.encode(weight))
         return replace(q, activation=self.activation, input_scale=self.input_scale, rotations=self.rotations)
 
@@ -203,9 +211,9 @@ def has_integer_zero(format: Format) -> bool:
     return is_integer(jax.eval_shape(format.grid, value, value)[1])
 
 
-def _table(levels: Levels) -> tuple[Array, ...]:
-    """Levels as an argument of a codebook; other formats take none."""
-    return () if levels is None else (levels,)
+def _ascends(format: Format) -> bool:
+    """Whether codes follow the order of levels."""
+    return isinstance(format, Codebook) or has_column_levels(format)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -224,8 +232,8 @@ def _forward(
     format: Format, w: Array, table: tuple[Array, Zero, Levels], codes: Array, inside: Array
 ) -> tuple[Array, Any]:
     scale, zero, levels = table
-    grid = Grid.of(*as_typed(scale, zero, format), format, codes.shape)
-    value = format.decode(codes, *grid.per_weight, *_table(levels))
+    grid = Grid.of(*as_typed(scale, zero, format), format, codes.shape, levels)
+    value = grid.decode(codes)
     return value, (w, value, grid, inside, None if levels is None else (levels, codes))
 
 
@@ -243,7 +251,9 @@ def _backward(format: Format, saved: Any, slope: Float[Array, "*l in out"]) -> t
     if learned is not None:
         levels, codes = learned
         each, count = slope * step, len(levels)
-        if count > 16:
+        if not isinstance(format, Codebook) or levels.ndim > 1:
+            at_levels = jax.vjp(lambda levels: replace(grid, levels=levels).decode(codes), levels)[1](slope)[0]
+        elif count > 16:
             at_levels = jnp.zeros(count).at[codes].add(each)
         else:  # sums that vectorise; on a CPU a scatter takes one element at a time
             at_levels = jnp.stack([jnp.sum(jnp.where(codes == code, each, 0)) for code in range(count)])

@@ -176,9 +176,9 @@ class Student:
         """The module with fake-quantized kernels under what is learned, whose products have factors in `compute`."""
 
         def with_learned(kernel: FakeQuantized, own: Mapping[str, Array]) -> FakeQuantized:
-            # Layers are stacked on the first axis, and share a codebook's levels.
+            # Layers are stacked on the first axis, and share the levels of their format.
             layers = kernel.scale.shape[:-2]
-            if "level" in own:
+            if "level" in own and kernel.table is None:
                 own = {**own, "level": jnp.broadcast_to(own["level"], (*layers, len(own["level"])))}
             return replace(kernel, learned=own, compute=compute)
 
@@ -219,7 +219,7 @@ def begun(student: Student, tuning: Tuning, exact: nnx.Module) -> tuple[Callable
       InputError: weights that would begin at float ones of another scaling; levels where no format has them.
     """
     kernels = student.kernels
-    if tuning.level_rate and not any(isinstance(kernel.format, Codebook) for kernel in kernels.values()):
+    if tuning.level_rate and not any(map(_has_levels, kernels.values())):
         raise InputError(f"Tuning's level_rate={tuning.level_rate} learns a codebook, which none of these formats has.")
     floats: Mapping[tuple[Any, ...], Array] = {}
     if tuning.weight_rate:
@@ -248,14 +248,19 @@ def initial(student: Student, tuning: Tuning, floats: Mapping[tuple[Any, ...], A
         learned[path] = {"log_scale": jnp.zeros(kernel.scale.shape, jnp.float32)}
         if kernel.zero is not None and (tuning.weight_rate or not has_integer_zero(kernel.format)):
             learned[path]["shift"] = jnp.zeros(kernel.zero.shape, jnp.float32)
-        if tuning.level_rate and isinstance(kernel.format, Codebook):
-            learned[path]["level"] = jnp.zeros(len(kernel.format.levels), jnp.float32)
+        if tuning.level_rate and _has_levels(kernel):
+            shape = np.shape(kernel.format.levels) if kernel.table is None else kernel.table.shape
+            learned[path]["level"] = jnp.zeros(shape, jnp.float32)
         if tuning.weight_rate:
             learned[path]["weight"] = _in_steps(kernel, floats.get(path))
     if tuning.norm_rate:
         norms = {path: leaf for path, leaf in student.rest.items() if any("norm" in str(key) for key in path)}
         learned |= {path: {"norm": jnp.array(leaf, jnp.float32)} for path, leaf in norms.items()}
     return learned
+
+
+def _has_levels(kernel: FakeQuantized) -> bool:
+    return isinstance(kernel.format, Codebook) or kernel.table is not None
 
 
 @jax.jit

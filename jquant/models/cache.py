@@ -18,6 +18,7 @@ from jquant.errors import InputError
 from jquant.formats import Format, block_shape, grouped
 from jquant.models.config import DecoderConfig
 from jquant.models.rotary import rotary_table, rotate
+from jquant.parts import brief
 from jquant.qtensor import QTensor, dequantize, quantize
 from jquant.rotations import Rotation, apply, apply_transpose
 
@@ -43,6 +44,8 @@ class Stored:
     def __post_init__(self) -> None:
         if not isinstance(self.format, Format):
             raise InputError(f"A cache stores a format, not {self.format!r}.")
+        if hasattr(self.format, "own_levels"):
+            raise InputError(f"A cache takes formats with one table for all, not {brief(self.format)}.")
         if self.axis not in ("token", "channel"):
             raise InputError(f'A cache rounds along axis="token" or "channel", not {self.axis!r}.')
         group = self.format.group

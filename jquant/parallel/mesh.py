@@ -12,7 +12,7 @@ each Gram matrix once; an all-reduce would move it twice. No device holds a whol
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
@@ -27,6 +27,7 @@ from jax.sharding import PartitionSpec as P
 from jquant.composition import Method
 from jquant.errors import InputError
 from jquant.formats import Format, block_shape
+from jquant.formats.base import has_column_levels
 from jquant.models.params import Module, flat_params, to_state, with_params
 from jquant.qtensor import QTensor, Transposed
 
@@ -129,7 +130,7 @@ class Devices:
         are not cut.
         """
         axes = self.cut_axes(name, isinstance(leaf, QTensor | Transposed))
-        return jax.tree.map(lambda array: self.place(array, *axes(array)), leaf)
+        return by_columns(lambda array, cut: self.place(array, *(axes(array) if cut else ())), leaf)
 
     def cut_axes(self, name: str, packed: bool) -> Callable[[Any], tuple[Any, ...]]:
         """Along which mesh axes `cut` cuts each axis of a parameter's arrays."""
@@ -160,7 +161,7 @@ class Devices:
         def join(name: str, leaf: Any) -> Any:
             axes = self.cut_axes(name, isinstance(leaf, QTensor))
             # Held as they lie first: else XLA joins a layer before it is taken out of the stack, and copies the stack.
-            return jax.tree.map(lambda array: self._held(self._held(array, *axes(array))), leaf)
+            return by_columns(lambda array, cut: self._held(self._held(array, *(axes(array) if cut else ()))), leaf)
 
         return to_state({name: join(name, leaf) for name, leaf in flat_params(params).items()})
 
@@ -234,6 +235,17 @@ class Devices:
                 f"of {unit}; uneven=replicate rounds such weights whole on every device."
             )
         return False
+
+
+def by_columns(function: Callable[[Any, bool], Any], leaf: Any) -> Any:
+    """A parameter with the function's results for its arrays; it is told whether an array may be cut.
+
+    A table of levels may not, unless it has columns as the weight has.
+    """
+    if not isinstance(leaf, QTensor) or leaf.levels is None:
+        return jax.tree.map(lambda array: function(array, True), leaf)
+    levels = function(leaf.levels, has_column_levels(leaf.format))
+    return replace(jax.tree.map(lambda array: function(array, True), replace(leaf, levels=None)), levels=levels)
 
 
 def spread_over(decoder: Any) -> Devices | None:

@@ -5,16 +5,20 @@ A rounding is a frozen dataclass called as `rounding(w, grid)`; the names in its
 sums over `out` communicate: of a damping or a scale that all columns share.
 """
 
+from jquant.rounding.aqlm import AQLM
 from jquant.rounding.base import Rounded, Rounding
 from jquant.rounding.gptq import GPTQ
 from jquant.rounding.info import SolveInfo, round_to_grid
+from jquant.rounding.lnq import LNQ
 from jquant.rounding.nearest import Nearest
 from jquant.rounding.refit import Refit
 from jquant.rounding.stochastic import Stochastic
 from jquant.rounding.two_sided import TwoSided
 
 __all__ = [
+    "AQLM",
     "GPTQ",
+    "LNQ",
     "Nearest",
     "Refit",
     "Rounded",

@@ -1,7 +1,8 @@
 """Coordinate descent on the layer's output error, after another rounding."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,18 +58,45 @@ class CoordinateDescent:
     def __call__(self, w: Float[Array, "in out"], grid: Grid, gram: Float[Array, "in in"], **seen: Any) -> Rounded:
         """See `Rounding`; damping, attempts and fallback are those of `start`."""
         rounded = self.start(w, grid, **given(self.start, {"gram": gram, **seen}))
-        codes = _descend(w.astype(jnp.float32), rounded.codes, rounded.grid or grid, gram, self.sweeps, self.block)
-        return replace(rounded, codes=codes)
+        w, at_grid = w.astype(jnp.float32), rounded.grid or grid
+        sweep = lambda _, codes: descend(w, codes, at_grid, gram, self.block)  # noqa: E731
+        return replace(rounded, codes=jax.lax.fori_loop(0, self.sweeps, sweep, rounded.codes))
 
 
-def _descend(
+class Rows(NamedTuple):
+    """A tile's rows, as new codes for them are sought.
+
+    Attributes:
+      target: their best real values, if the other rows stay.
+      codes: the present ones.
+      corner: their block of H, damped (`damped`).
+      at: their scales and zeros.
+    """
+
+    target: Float[Array, "tile out"]
+    codes: UInt8[Array, "tile out"]
+    corner: Float[Array, "tile tile"]
+    at: Any
+
+
+def descend(
     w: Float[Array, "in out"],
     codes: UInt8[Array, "in out"],
     grid: Grid,
     gram: Float[Array, "in in"],
-    sweeps: int,
-    block: int,
+    block: int = 32,
+    propose: Callable[[Rows], UInt8[Array, "tile out"]] | None = None,
 ) -> UInt8[Array, "in out"]:
+    """The codes after one sweep (`CoordinateDescent`); no column's error rises.
+
+    Args:
+      w: the weight, float32.
+      codes: the present ones.
+      grid: their values.
+      gram: H.
+      block: rows whose R is computed at a time.
+      propose: the rows' new codes; by default those of the values nearest to the target.
+    """
     tile, columns = tile_of(grid.format)
     n, block = len(w), -(-block // tile) * tile
     pad = -n % block
@@ -77,6 +105,7 @@ def _descend(
     w, codes = fill(w, "constant"), fill(codes, "constant")
     gram = jnp.pad(gram, ((0, pad), (0, pad)))  # padding rows change no others
     product = lambda a, b: jnp.matmul(a, b, precision="highest")  # noqa: E731
+    propose = propose or (lambda rows: grid.encode(rows.target, rows.at))
 
     def of_block(state: tuple[Array, Array], start: Array) -> tuple[tuple[Array, Array], None]:
         errors, codes = state  # errors: W − Ŵ
@@ -91,8 +120,8 @@ def _descend(
             line = own(within, 1)
             corner, own_pull, own_at = own(line), own(pull), jax.tree.map(own, at_block)
             value = own(weights) - own(errors)
-            new = grid.format.encode(value + _solve(corner, own_pull), *own_at)
-            moved = grid.format.decode(new, *own_at) - value
+            new = propose(Rows(value + _solve(corner, own_pull), own(codes), damped(corner), own_at))
+            moved = grid.decode(new, own_at) - value
             bent = moved * product(corner, moved)
             gain = jnp.sum(2 * moved * own_pull - bent, 0).reshape(-1, columns).sum(1)
             size = jnp.sum(jnp.abs(moved * own_pull) + jnp.abs(bent), 0).reshape(-1, columns).sum(1)
@@ -107,18 +136,20 @@ def _descend(
         put = lambda v, part: jax.lax.dynamic_update_slice_in_dim(v, part, start, 0)  # noqa: E731
         return (put(errors, lost), put(codes, new_codes)), None
 
-    def sweep(_: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
-        return jax.lax.scan(of_block, state, jnp.arange(0, n + pad, block))[0]
+    first = (w - grid.decode(codes, at)).at[n:].set(0)
+    return jax.lax.scan(of_block, (first, codes), jnp.arange(0, n + pad, block))[0][1][:n]
 
-    first = (w - grid.format.decode(codes, *at)).at[n:].set(0)
-    return jax.lax.fori_loop(0, sweeps, sweep, (first, codes))[1][:n]
+
+def damped(corner: Float[Array, "tile tile"]) -> Float[Array, "tile tile"]:
+    """H_kk with 1e-4 of its diagonal's mean on the diagonal, as it may be singular; 1 if it is all 0."""
+    mean = jnp.mean(jnp.diagonal(corner))
+    return corner + jnp.where(mean > 0, 1e-4 * mean, 1) * jnp.eye(len(corner), dtype=corner.dtype)
 
 
 def _solve(corner: Float[Array, "tile tile"], pull: Float[Array, "tile out"]) -> Float[Array, "tile out"]:
-    """H_kk⁻¹ R_k; 0 for inputs that were never active. A corner of several rows is damped, as it may be singular."""
+    """H_kk⁻¹ R_k; 0 for inputs that were never active. A corner of several rows is damped."""
     size = jnp.diagonal(corner)
     live = size > 0
     if len(corner) == 1:
         return jnp.where(live[:, None], pull / jnp.where(live, size, 1)[:, None], 0)
-    damping = jnp.where(live, 1e-4 * jnp.mean(size), 1)
-    return jnp.where(live[:, None], jnp.linalg.solve(corner + jnp.diag(damping), pull), 0)
+    return jnp.where(live[:, None], jnp.linalg.solve(damped(corner), pull), 0)

@@ -27,7 +27,7 @@ from jax import Array
 from jaxtyping import Float, Int, UInt8
 
 from jquant.errors import InputError
-from jquant.formats import Format, tile_of
+from jquant.formats import tile_of
 from jquant.qtensor import Grid
 from jquant.rounding.base import Rounded
 from jquant.rounding.cholesky import cholesky, solve
@@ -102,7 +102,7 @@ class GPTQ:
         def rounded_with(damping: Array) -> Rounded:
             unit, order, used, fallback, attempts = self._factorize(gram, diagonal, damping, tile)
             ordered = jax.tree.map(lambda v: v[order], rows)
-            codes = _sweep(ordered, unit, grid.format, self.block, self.form == "inverse", tile)
+            codes = _sweep(ordered, unit, grid, self.block, self.form == "inverse", tile)
             return Rounded(jnp.zeros_like(codes).at[order].set(codes), None, used, attempts, fallback)
 
         def choose(best: tuple[Array, Rounded], damping: Array):
@@ -253,7 +253,7 @@ def min_pivot(gram: Float[Array, "n n"], block: int = 32) -> Int[Array, " n"]:
 def _sweep(
     rows: tuple[Array, Array, Array | None],
     unit: Float[Array, "n n"],
-    format: Format,
+    grid: Grid,
     block: int,
     moved: bool,
     tile: int,
@@ -283,8 +283,8 @@ def _sweep(
             targets, lost, codes = state
             row = block - 1 - i
             at = jax.tree.map(lambda v: v[row], (scales, zeros))
-            code = format.encode(targets[row], *at)
-            loss = (targets if moved else weights)[row] - format.decode(code, *at)
+            code = grid.encode(targets[row], at)
+            loss = (targets if moved else weights)[row] - grid.decode(code, at)
             return targets + within[:, row, None] * loss, lost.at[row].set(loss), codes.at[row].set(code)
 
         def sweep_tile(i, state):
@@ -293,8 +293,8 @@ def _sweep(
             of = lambda v, axis=0: jax.lax.dynamic_slice_in_dim(v, first, tile, axis)  # noqa: E731
             put = lambda v, part: jax.lax.dynamic_update_slice_in_dim(v, part, first, 0)  # noqa: E731
             at = jax.tree.map(of, (scales, zeros))
-            code = format.encode(of(targets), *at)
-            loss = of(weights) - format.decode(code, *at)
+            code = grid.encode(of(targets), at)
+            loss = of(weights) - grid.decode(code, at)
             return targets + jnp.matmul(of(within, 1), loss, precision="highest"), put(lost, loss), put(codes, code)
 
         blank = (targets, jnp.zeros_like(targets), jnp.zeros(targets.shape, jnp.uint8))

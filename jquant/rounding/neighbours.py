@@ -27,7 +27,7 @@ def neighbours(w: Float[Array, "*l in out"], grid: Grid) -> tuple[UInt8[Array, "
     if tile_of(grid.format) != (1, 1):
         raise InputError(f"{type(grid.format).__name__} codes several weights together: round by Nearest or GPTQ.")
     w, largest = w.astype(jnp.float32), float(jnp.finfo(jnp.float32).max)
-    ends = [grid.format.encode(jnp.full_like(w, end), *grid.per_weight) for end in (-largest, largest)]
+    ends = [grid.encode(jnp.full_like(w, end), grid.per_weight) for end in (-largest, largest)]
     low, high = (grid.decode(end) for end in ends)
     w = jnp.clip(w, low, high)
 

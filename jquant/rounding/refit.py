@@ -10,6 +10,7 @@ from jaxtyping import Float
 
 from jquant.errors import InputError
 from jquant.formats import block_shape, expand, unpack
+from jquant.formats.base import as_argument
 from jquant.parts import check_part, given
 from jquant.qtensor import Grid, QTensor, dequantize, is_integer, stored_grid
 from jquant.rounding.base import Rounded, Rounding
@@ -61,7 +62,7 @@ class Refit:
         if not isinstance(grid.format.scale, str):
             return rounded
         q = _refit(w.astype(jnp.float32), (rounded.grid or grid).pack(rounded.codes), gram, self.passes)
-        return replace(rounded, grid=Grid.of(*stored_grid(q), q.format, q.shape))
+        return replace(rounded, grid=Grid.of(*stored_grid(q), q.format, q.shape, q.levels))
 
 
 def _refit(w: Float[Array, "in out"], q: QTensor, gram: Float[Array, "in in"], passes: int) -> QTensor:
@@ -72,7 +73,8 @@ def _refit(w: Float[Array, "in out"], q: QTensor, gram: Float[Array, "in in"], p
     # A zero that is not free has the direction 0, so it never moves.
     free = None if is_integer(zero) else zero
     inside = jax.tree.map(lambda v: expand(v, (rows, columns), w.shape), zero if free is None else jnp.zeros((1, 1)))
-    basis = q.format.decode(unpack(q.codes, q.format.bits, n), jnp.ones((1, 1)), inside)
+    table = as_argument(q.levels)
+    basis = q.format.decode(unpack(q.codes, q.format.bits, n), jnp.ones((1, 1)), inside, *table)
 
     def tiles(v: Array) -> Array:
         return jnp.pad(v, ((0, pad), (0, 0))).reshape(-1, rows, v.shape[1])

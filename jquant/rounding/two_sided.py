@@ -10,6 +10,7 @@ from jaxtyping import Float
 
 from jquant.errors import InputError
 from jquant.formats import tile_of
+from jquant.formats.base import has_column_levels
 from jquant.parts import check_part, given
 from jquant.qtensor import Grid
 from jquant.rounding.base import Rounded, Rounding
@@ -74,7 +75,8 @@ class TwoSided:
             cut = lambda v: jax.lax.dynamic_slice_in_dim(v, first, size, 1)  # noqa: E731
             debts = jax.lax.dynamic_slice_in_dim(unit, place * size, size, 0)
             per_weight, nearest = jax.tree.map(cut, at)
-            own = replace(grid, per_weight=per_weight, nearest=nearest)
+            levels = cut(grid.levels) if has_column_levels(grid.format) else grid.levels
+            own = replace(grid, per_weight=per_weight, nearest=nearest, levels=levels)
             target = cut(w) + jnp.matmul(errors, debts.T, precision="highest")
             rounded = self.start(target, own, **given(self.start, seen))
             if rounded.grid is not None:

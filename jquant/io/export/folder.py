@@ -158,6 +158,8 @@ def _check(params: Params, prefix: str, name: str, formats: Mapping[str, FolderF
 def _problem(name: str, format: FolderFormat, leaf: QTensor) -> str | None:
     if leaf.rotations is not None and name != "plain":
         return f"its inputs and outputs are rotated, which {name} can't say"
+    if leaf.levels is not None and name != "plain":
+        return f"its levels are its own, which {name} can't say"
     return format.why_not(leaf)
 
 

@@ -214,6 +214,8 @@ def as_kind(weight: str, q: QTensor) -> tuple[str, QTensor]:
     """
     if q.rotations is not None:
         raise InputError(f"{weight} has rotated inputs and outputs, which GGUF can't say: export format=plain.")
+    if q.levels is not None:
+        raise InputError(f"{weight} has levels of its own, which GGUF can't say: export format=plain.")
     q = replace(q, activation=None, input_scale=None)
     for kind, format in GGUF.items():
         if q.in_features % block_size(kind)[0]:
