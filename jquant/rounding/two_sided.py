@@ -41,7 +41,7 @@ class TwoSided:
     """
 
     start: Rounding = field(default_factory=GPTQ)
-    columns: int = 16
+    columns: int = 64
     damping: float = 0.01
 
     def __post_init__(self) -> None:
