@@ -69,7 +69,7 @@ def test_it_lowers_the_error_that_both_sides_weight(format):
     w, gram, _ = problem((48, 64))
     outputs, range = gram_of(64), RMS() if isinstance(format, Trellis) else MinMax()
     exact, h = np.asarray(w, np.float64), np.asarray(gram, np.float64)
-    one, two = (solved(r, w, format, gram, outputs, range)[0] for r in (GPTQ(), TwoSided(GPTQ())))
+    one, two = (solved(r, w, format, gram, outputs, range)[0] for r in (GPTQ(), TwoSided(GPTQ(), 16)))
     assert objective(exact - two, h, outputs) < 0.9 * objective(exact - one, h, outputs)
     assert objective(exact - two, h, np.eye(64)) > objective(exact - one, h, np.eye(64))
 
