@@ -9,6 +9,8 @@ from jaxtyping import Float
 
 from jquant.qtensor import Grid
 
+NOISE = 1e-6  # relative to a sum's terms: a smaller float32 sum may be rounding error only
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)

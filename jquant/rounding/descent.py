@@ -13,10 +13,8 @@ from jquant.errors import InputError
 from jquant.formats import tile_of
 from jquant.parts import check_part, given
 from jquant.qtensor import Grid
-from jquant.rounding.base import Rounded, Rounding
+from jquant.rounding.base import NOISE, Rounded, Rounding
 from jquant.rounding.gptq import GPTQ
-
-NOISE = 1e-6  # relative to a sum's terms: a smaller float32 sum may be rounding error only
 
 
 @dataclass(frozen=True)
