@@ -185,7 +185,8 @@ def test_sharded_over_out_it_gives_the_codes_of_one_device(name):
     wanted, info_wanted, _ = solved(name)
     assert len(q.codes.sharding.device_set) == 8
     assert_same(q, wanted)
-    np.testing.assert_allclose(info.error, info_wanted.error, rtol=1e-5)
+    # Levels in float16 may differ in a last place.
+    np.testing.assert_allclose(info.error, info_wanted.error, rtol=1e-5 if q.levels is None else 1e-3)
 
 
 @pytest.mark.parametrize("name", NAMES)

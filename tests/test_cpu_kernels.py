@@ -30,7 +30,8 @@ FORMATS = sorted(
     {
         row(bits, 64, symmetric).format
         for row in METHODS.values()
-        if tile_of(row(4, 64, False).format) == (1, 1)  # others have no kernel
+        # Others have no kernel.
+        if tile_of(format := row(4, 64, False).format) == (1, 1) and not hasattr(format, "own_levels")
         for bits in (2, 3, 4, 8)
         for symmetric in (False, True)
     }
