@@ -41,7 +41,7 @@ INGREDIENTS = {  # what each file changes in gptq, at 3 bits, groups of 32, symm
     "gptq_uniform": replace(BASE, token_weights="uniform"),
 }
 # GPTQ's that codes_ablation.yaml lists, or that round inputs too.
-ELSEWHERE = ("gptq_a8", "gptq_incoherent", "gptq_drawn", "gptq_guided", "gptq_yaqa")
+ELSEWHERE = ("gptq_a8", "gptq_incoherent", "gptq_drawn", "gptq_guided", "gptq_two_sided", "gptq_yaqa")
 OPEN = "{_target_: jquant.Method, format: {_target_: jquant.Int, bits: '${bits}', group: '${group}'}}"
 
 

@@ -48,6 +48,7 @@ NAMES = {
     "gptq_incoherent": "GPTQ, each weight rotated",
     "gptq_drawn": "GPTQ, tokens weighted by drawn labels",
     "gptq_guided": "GPTQ, 4 groups of outputs (GuidedQuant)",
+    "gptq_two_sided": "GPTQ on both sides, tokens as in GPTQ",
     "gptq_yaqa": "GPTQ on both sides (YAQA)",
     "rtn_incoherent": "round to nearest, each weight rotated",
     "nf4_incoherent": "NF4, each weight rotated",
