@@ -240,7 +240,7 @@ def decoder(tmp_path_factory) -> Decoder:
     return load_model(checkpoints.save(tmp_path_factory.mktemp("float"), model)).decoder
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ["lnq", pytest.param("aqlm", marks=pytest.mark.slow)])
 def test_a_mesh_of_two_by_two_gives_what_one_device_gives(decoder, name):
     one, report = quantize_decoder(decoder, METHODS[name], TOKENS, Options(batch=2))
     devices = Devices(2, 2)
